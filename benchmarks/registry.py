@@ -1,0 +1,128 @@
+"""What is timed: for each operation its cases, our call, and the rivals that can be imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from epmq import ops
+from epmq.quantized import column_groups, pack
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operation. Traffic and arithmetic are those of our form."""
+
+    op: str
+    name: str
+    ours: Call
+    rivals: dict[str, Call]
+    bytes_read: int = 0
+    flops: int = 0
+    absent: tuple[str, ...] = field(default=())
+
+
+def accumulate_case(rows: int, columns: int, targets: int, dtype: torch.dtype = torch.float32) -> Case:
+    """H and C of one batch, against two calls of addmm (after conversion to fp32, which they need)."""
+    x, target = torch.randn(rows, columns).to(dtype), torch.randn(rows, targets).to(dtype)
+    sums = [torch.zeros(columns, columns), torch.zeros(columns), torch.zeros(targets, columns), torch.zeros(targets)]
+    hessian, sum_x, cross, sum_target = sums
+    other_hessian, other_cross = torch.zeros(columns, columns), torch.zeros(targets, columns)
+
+    def two_addmm() -> None:
+        wide, wide_target = x.float(), target.float()
+        other_hessian.addmm_(wide.T, wide)
+        other_cross.addmm_(wide_target.T, wide)
+
+    return Case(
+        "accumulate",
+        f"M={rows} K={columns} P={targets} {str(dtype).removeprefix('torch.')}",
+        lambda: ops.accumulate(x, hessian, sum_x, target, cross, sum_target),
+        {"two torch.addmm": two_addmm},
+        flops=rows * columns * (columns + 2 * targets),
+    )
+
+
+def sweep_case(rows: int, columns: int) -> Case:
+    """The sweep alone, given the factor; whole GPTQ against its rivals is peers/gptq_time.py."""
+    weight, group = torch.randn(rows, columns), column_groups(columns, 128)
+    groups = -(-columns // 128)
+    scales, zeros = torch.full((rows, groups), 0.4), torch.full((rows, groups), 8.0)
+    upper = torch.eye(columns) + 0.3 * torch.randn(columns, columns).triu(1) / columns**0.5
+    form = ops.implementations("gptq_sweep")[-1].function
+    return Case(
+        "gptq_sweep",
+        f"N={rows} K={columns} g128",
+        lambda: ops.gptq_sweep(weight, upper, scales, zeros, group, 4),
+        {"PyTorch reference": lambda: form(weight, upper, scales, zeros, group, 4)},
+        flops=rows * columns * columns,
+    )
+
+
+def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Case:
+    """int4 g128 against dense products of the same size, and torch's own int4 product in bf16."""
+    x = torch.randn(tokens, columns)
+    weight = torch.randn(rows, columns)
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    packed, scales = pack(codes, 4), 0.01 + 0.1 * torch.rand(rows, columns // 128)
+    rivals: dict[str, Call] = {}
+    absent: tuple[str, ...] = ()
+    given = x.to(dtype)
+    if dtype == torch.float32:
+        rivals["dense fp32 F.linear"] = lambda: F.linear(x, weight)
+    else:
+        narrow = weight.to(dtype)
+        rivals["dense bf16 F.linear"] = lambda: F.linear(given, narrow)
+        aten = torch.ops.aten
+        if hasattr(aten, "_weight_int4pack_mm_for_cpu"):
+            repacked = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+            grid = torch.stack((scales, torch.zeros_like(scales)), -1).transpose(0, 1).contiguous().to(dtype)
+            rivals["aten int4pack bf16"] = lambda: aten._weight_int4pack_mm_for_cpu(given, repacked, 128, grid)
+        else:
+            absent = ("aten int4pack bf16",)
+    return Case(
+        "dequant_matmul",
+        f"M={tokens} N={rows} K={columns} {str(dtype).removeprefix('torch.')}",
+        lambda: ops.dequant_matmul(given, packed, scales, None, None, 4, 128),
+        rivals,
+        bytes_read=packed.numel() * 4 + scales.numel() * 4,
+        flops=2 * tokens * rows * columns,
+        absent=absent,
+    )
+
+
+ACCUMULATE = [(2048, 384, 384), (2048, 1536, 384), (2048, 384, 1536), (1024, 4096, 4096)]
+SWEEP = [(384, 384), (384, 1536), (2048, 2048), (4096, 4096)]
+MATMUL = [(m, n, 4096) for n in (4096, 11008) for m in (1, 4, 16, 64)] + [(256, 4096, 4096)]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A case yet to be made: some weigh hundreds of megabytes."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __call__(self) -> Case:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if self.op == "accumulate":
+            rows, columns, targets = self.shape
+            return accumulate_case(rows, columns, targets, dtype)
+        if self.op == "gptq_sweep":
+            rows, columns = self.shape
+            return sweep_case(rows, columns)
+        tokens, rows, columns = self.shape
+        return matmul_case(tokens, rows, columns, dtype)
+
+
+def makers() -> list[Maker]:
+    """Every case, in the order of the tables."""
+    made = [Maker("accumulate", shape, dtype) for shape in ACCUMULATE for dtype in ("float32", "bfloat16")]
+    made += [Maker("gptq_sweep", shape) for shape in SWEEP]
+    return made + [Maker("dequant_matmul", shape, dtype) for shape in MATMUL for dtype in ("float32", "bfloat16")]

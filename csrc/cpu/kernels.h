@@ -1,0 +1,117 @@
+// What each instruction set offers to the operators: a table of functions over raw pointers.
+#pragma once
+
+#include <stdint.h>
+
+namespace epmq {
+
+// ---- GPTQ sweep -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSweepBlock = 128;  // columns per block
+constexpr int64_t kSweepTilesPerTask = 4;
+
+// Rows live in tiles of `tile` = Kernels::sweep_tile rows, a vector lane per row: element (row r, column k) of a
+// tiled [N, K] array is at (r / tile) * K * tile + k * tile + r % tile.
+struct SweepArgs {
+  const float* weight;      // [N, K], row stride weight_stride
+  int64_t weight_stride;
+  const float* panel;       // unit upper factor, rows 0..stop of columns start..stop: [(stop-start)/B][stop][B]
+  const float* scales;      // tiled [N, G]
+  const float* inverse;     // tiled [N, G]
+  const float* zeros;       // tiled [N, G]
+  const int32_t* group_of;  // [K]
+  float* deviation;         // tiled [N, K], columns < start are done
+  uint8_t* codes;           // [N, K]
+  int64_t rows, columns, groups;
+  int64_t start, stop;      // this block of columns
+  float top;                // largest code
+};
+
+// ---- statistics -------------------------------------------------------------------------------------------------
+
+enum class Dtype : int { kFloat, kHalf, kBfloat };
+
+constexpr int64_t kPackDepth = 160;  // rows per part of a packed chunk: a rectangle's columns of it fit the first cache
+
+// Rows of a batch as fp32 in parts of kPackDepth rows, [part][tile of columns][row][lanes], zero beyond `columns`.
+struct PackArgs {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, column_stride;  // in elements
+  int64_t columns, tiles;
+  const int64_t* rows;    // [kept] indices of the rows to take
+  const float* weights;   // [kept] or null: also write a weighted copy
+  int64_t kept;
+  float* plain;           // or null
+  float* weighted;        // null without weights
+  float* sum;             // [columns], += (weighted) column sums
+};
+
+// One rectangle of the product: out[i, j] += sum_m left[m, i] * right[m, j].
+struct ProductArgs {
+  const float* left;   // packed
+  const float* right;  // packed
+  int64_t left_tiles, right_tiles;
+  int64_t kept;
+  int64_t row_begin, row_end;        // i, multiples of outer_b except the end
+  int64_t column_begin;              // j; Kernels::product_columns of them, cut at column_end
+  int64_t column_end;
+  float* out;
+  int64_t out_stride;
+};
+
+// ---- int4 matmul ------------------------------------------------------------------------------------------------
+
+// Codes come in chunks of 32 (16 bytes at four bits) and blocks of `lanes / 4` chunks; within a block, vector j of
+// eight and lane (c, i) hold code 32 c + 16 h + 4 i + 2 o + p with j = 4 p + 2 h + o. This is the order in which
+// nibbles fall out of byte shuffles, so activations are permuted to it once per call instead of the weights.
+struct MatmulArgs {
+  const void* x;           // [M, K]
+  Dtype x_dtype;
+  int64_t x_row_stride, x_column_stride;
+  float* prepared;         // fp32: tiles of inner_m rows, [tile][step][rows of the tile][lanes]
+  const uint8_t* packed;   // [N, row_bytes]
+  int64_t row_bytes;
+  const void* scales;      // [N, G]
+  Dtype scale_dtype;
+  int64_t scale_stride;
+  const uint8_t* zeros;    // [N, G] or null
+  int64_t zero_stride;
+  const float* bias;       // [N] or null
+  const uint8_t* tables;   // [256][2][16]: low and high bytes of bf16(q - z) for each z
+  float* out;              // fp32 [M, N]
+  int64_t m, n, k;
+  int64_t groups, group_size;  // group_size = k for the whole row
+  int bits;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+
+  int sweep_tile;   // rows per tile
+  int sweep_quad;   // columns per step of the in-block recursion (B of the panel)
+  void (*sweep_block)(const SweepArgs&, int64_t tile_begin, int64_t tile_end);
+
+  int product_rows;     // granularity of ProductArgs::row_begin
+  int product_columns;  // columns per rectangle
+  void (*pack)(const PackArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*product)(const ProductArgs&);
+
+  int inner_m;        // rows per tile of prepared activations
+  int panel_rows;     // weight rows that one task dequantizes together
+  int64_t (*matmul_scratch)(const MatmulArgs&);  // floats per thread
+  void (*prepare)(const MatmulArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*matmul)(const MatmulArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+};
+
+const Kernels& plain_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+// The table in use: the best that this CPU runs, or the one that EPMQ_CPU names.
+const Kernels& kernels();
+
+}  // namespace epmq

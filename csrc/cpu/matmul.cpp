@@ -1,0 +1,120 @@
+// Matmul with packed weights: checks, activations, threads; the arithmetic is in matmul_kernel.h.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace epmq {
+
+namespace {
+
+// For each zero point, the low and the high bytes of bf16(q - z), q = 0..15: exact, |q - z| < 256.
+const uint8_t* code_tables() {
+  static const std::array<uint8_t, 256 * 32> tables = [] {
+    std::array<uint8_t, 256 * 32> filled{};
+    for (int zero = 0; zero < 256; zero++)
+      for (int code = 0; code < 16; code++) {
+        const float value = static_cast<float>(code - zero);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        filled[zero * 32 + code] = static_cast<uint8_t>(bits >> 16);
+        filled[zero * 32 + 16 + code] = static_cast<uint8_t>(bits >> 24);
+      }
+    return filled;
+  }();
+  return tables.data();
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Dtype::kFloat;
+    case at::kHalf: return Dtype::kHalf;
+    case at::kBFloat16: return Dtype::kBfloat;
+    default: TORCH_CHECK_VALUE(false, name, ": expected float32, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+void check(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+           const std::optional<Tensor>& bias, int64_t bits, int64_t group_size) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  TORCH_CHECK_VALUE(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
+  TORCH_CHECK_VALUE(group_size == -1 || group_size > 0, "group_size: expected -1 or a positive size, got ", group_size);
+  const int64_t k = x.size(1), words = (k * bits + 31) / 32;
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt && packed.dim() == 2 && packed.size(1) == words,
+                    "packed: expected int32 [N, ", words, "], got ", packed.scalar_type(), " ", packed.sizes());
+  const int64_t n = packed.size(0), groups = group_size == -1 ? 1 : (k + group_size - 1) / group_size;
+  TORCH_CHECK_VALUE(scales.sizes() == at::IntArrayRef({n, groups}), "scales: expected [", n, ", ", groups, "], got ",
+                    scales.sizes());
+  if (zeros)
+    TORCH_CHECK_VALUE(zeros->scalar_type() == at::kByte && zeros->sizes() == scales.sizes(), "zeros: expected uint8 ",
+                      scales.sizes(), ", got ", zeros->scalar_type(), " ", zeros->sizes());
+  if (bias)
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == n, "bias: expected [", n, "], got ", bias->sizes());
+}
+
+Tensor rows_contiguous(const Tensor& tensor) {
+  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : tensor.contiguous();
+}
+
+}  // namespace
+
+Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& scales_any,
+                      const std::optional<Tensor>& zeros_any, const std::optional<Tensor>& bias, int64_t bits,
+                      int64_t group_size) {
+  check(x, packed_any, scales_any, zeros_any, bias, bits, group_size);
+  const Tensor packed = packed_any.contiguous(), scales = rows_contiguous(scales_any);
+  const Tensor zeros = zeros_any ? rows_contiguous(*zeros_any) : Tensor();
+  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const int64_t m = x.size(0), k = x.size(1), n = packed.size(0);
+  Tensor out = at::empty({m, n}, x.options().dtype(at::kFloat));
+  if (m == 0 || n == 0) return out.to(x.scalar_type());
+  if (k == 0) {
+    out.zero_();
+    return (bias ? out.add_(offset) : out).to(x.scalar_type());
+  }
+
+  const Kernels& kernel = kernels();
+  const int64_t block = 8 * kernel.lanes, padded = (k + block - 1) / block * block;
+  MatmulArgs args{};
+  Tensor prepared = at::empty({m * padded}, out.options());
+  args.x = x.const_data_ptr();
+  args.x_dtype = dtype_of(x, "x");
+  args.x_row_stride = x.stride(0);
+  args.x_column_stride = x.stride(1);
+  args.prepared = prepared.mutable_data_ptr<float>();
+  args.packed = reinterpret_cast<const uint8_t*>(packed.const_data_ptr<int32_t>());
+  args.row_bytes = packed.size(1) * 4;
+  args.scales = scales.const_data_ptr();
+  args.scale_dtype = dtype_of(scales, "scales");
+  args.scale_stride = scales.stride(0);
+  args.zeros = zeros_any ? zeros.const_data_ptr<uint8_t>() : nullptr;
+  args.zero_stride = zeros_any ? zeros.stride(0) : 0;
+  args.bias = bias ? offset.const_data_ptr<float>() : nullptr;
+  args.tables = code_tables();
+  args.out = out.mutable_data_ptr<float>();
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  args.groups = scales.size(1);
+  args.group_size = group_size == -1 ? k : group_size;
+  args.bits = static_cast<int>(bits);
+
+  const int64_t tiles = (m + kernel.inner_m - 1) / kernel.inner_m;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / padded),
+                   [&](int64_t begin, int64_t end) { kernel.prepare(args, begin, end); });
+  // Threads take whole panels; a panel's arithmetic does not depend on where it starts.
+  const int64_t rows = kernel.panel_rows, panels = (n + rows - 1) / rows;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (rows * padded * (m + 1)));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({kernel.matmul_scratch(args)}, out.options());
+    kernel.matmul(args, begin * rows, std::min(end * rows, n), scratch.mutable_data_ptr<float>());
+  });
+  return x.scalar_type() == at::kFloat ? out : out.to(x.scalar_type());
+}
+
+}  // namespace epmq

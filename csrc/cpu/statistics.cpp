@@ -1,0 +1,175 @@
+// Second and first moments of a batch, added to running sums; the arithmetic is in statistics_kernel.h.
+//
+// A batch is walked in chunks of rows. Each chunk is read once: converted to fp32, packed into tiles of columns and
+// summed. Both operands of every product are then taken from the packed copy, and of the symmetric Hessian only the
+// rectangles that reach the lower triangle are computed.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace epmq {
+
+namespace {
+
+constexpr int64_t kPacked = 1 << 21;  // floats of packed columns per chunk: few chunks, since threads meet after each
+constexpr int64_t kSegment = 192;     // output rows per rectangle, the unit of work given to a thread
+
+struct Rectangle {
+  bool cross;
+  int64_t column, row_begin, row_end;
+};
+
+// Rectangles of the lower triangle of a [columns, columns] matrix, then those of the full [targets, columns] one.
+std::vector<Rectangle> rectangles(int64_t columns, int64_t targets, int64_t width, int64_t step) {
+  std::vector<Rectangle> all;
+  for (int64_t column = 0; column < columns; column += width) {
+    const int64_t top = column / step * step;
+    for (int64_t row = top; row < columns; row += kSegment)
+      all.push_back({false, column, row, std::min(row + kSegment, columns)});
+    for (int64_t row = 0; row < targets; row += kSegment)
+      all.push_back({true, column, row, std::min(row + kSegment, targets)});
+  }
+  return all;
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Dtype::kFloat;
+    case at::kHalf: return Dtype::kHalf;
+    case at::kBFloat16: return Dtype::kBfloat;
+    default: TORCH_CHECK_VALUE(false, name, ": expected float32, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+void check_sum(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.sizes() == shape, name, ": expected float32 ", shape,
+                    ", got ", tensor.scalar_type(), " ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ", tensor.strides());
+}
+
+// Rows that count, with their weights; `uniform` when every one of them weighs 1.
+struct Rows {
+  std::vector<int64_t> index;
+  std::vector<float> weight;
+  bool uniform = true;
+};
+
+Rows rows_of(int64_t count, const std::optional<Tensor>& row_weights) {
+  Rows rows;
+  if (!row_weights) {
+    for (int64_t m = 0; m < count; m++) rows.index.push_back(m);
+    return rows;
+  }
+  const Tensor weights = row_weights->to(at::kFloat).contiguous();
+  const float* weight = weights.const_data_ptr<float>();
+  for (int64_t m = 0; m < count; m++) {
+    if (weight[m] == 0.0f) continue;
+    rows.index.push_back(m);
+    rows.weight.push_back(weight[m]);
+    rows.uniform = rows.uniform && weight[m] == 1.0f;
+  }
+  return rows;
+}
+
+PackArgs pack_args(const Tensor& source, const char* name) {
+  PackArgs args{};
+  args.data = source.const_data_ptr();
+  args.dtype = dtype_of(source, name);
+  args.row_stride = source.stride(0);
+  args.column_stride = source.stride(1);
+  args.columns = source.size(1);
+  return args;
+}
+
+}  // namespace
+
+void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::optional<Tensor>& target,
+                const std::optional<Tensor>& cross, const std::optional<Tensor>& sum_target,
+                const std::optional<Tensor>& row_weights) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  const int64_t count = x.size(0), columns = x.size(1);
+  check_sum(hessian, "hessian", {columns, columns});
+  check_sum(sum_x, "sum_x", {columns});
+  const bool crossed = target && cross && sum_target;
+  const int64_t targets = crossed ? target->size(1) : 0;
+  if (crossed) {
+    TORCH_CHECK_VALUE(target->dim() == 2 && target->size(0) == count, "target: expected [", count, ", P], got ",
+                      target->sizes());
+    check_sum(*cross, "cross", {targets, columns});
+    check_sum(*sum_target, "sum_target", {targets});
+  }
+  if (row_weights)
+    TORCH_CHECK_VALUE(row_weights->dim() == 1 && row_weights->size(0) == count, "row_weights: expected [", count,
+                      "], got ", row_weights->sizes());
+
+  const Rows rows = rows_of(count, row_weights);
+  const int64_t kept = static_cast<int64_t>(rows.index.size());
+  if (kept == 0 || columns == 0) return;
+  const Kernels& kernel = kernels();
+  const int64_t lanes = kernel.lanes, width = kernel.product_columns;
+  // Padded to whole rectangles: a product reads all of its tiles.
+  const int64_t x_tiles = (columns + width - 1) / width * (width / lanes);
+  const int64_t target_tiles = (targets + lanes - 1) / lanes;
+  const int64_t chunk = std::min(std::max<int64_t>(kPacked / (x_tiles * lanes), kPackDepth), kept);
+  Tensor plain = at::empty({x_tiles * lanes * chunk}, hessian.options());
+  Tensor weighted = at::empty({rows.uniform ? 0 : x_tiles * lanes * chunk}, hessian.options());
+  Tensor left = at::empty({target_tiles * lanes * chunk}, hessian.options());
+  float* plain_data = plain.mutable_data_ptr<float>();
+  float* weighted_data = rows.uniform ? nullptr : weighted.mutable_data_ptr<float>();
+  float* left_data = left.mutable_data_ptr<float>();
+
+  PackArgs pack_x = pack_args(x, "x");
+  pack_x.tiles = x_tiles;
+  pack_x.plain = plain_data;
+  pack_x.weighted = weighted_data;
+  pack_x.sum = sum_x.mutable_data_ptr<float>();
+  PackArgs pack_target{};
+  if (crossed) {
+    // The weight enters once per product, through x.
+    pack_target = pack_args(*target, "target");
+    pack_target.tiles = target_tiles;
+    pack_target.plain = left_data;
+    pack_target.sum = sum_target->mutable_data_ptr<float>();
+  }
+  float* hessian_data = hessian.mutable_data_ptr<float>();
+  float* cross_data = crossed ? cross->mutable_data_ptr<float>() : nullptr;
+  const std::vector<Rectangle> work = rectangles(columns, targets, width, kernel.product_rows);
+
+  for (int64_t begin = 0; begin < kept; begin += chunk) {
+    const int64_t size = std::min(chunk, kept - begin);
+    for (PackArgs* args : {&pack_x, &pack_target}) {
+      args->rows = rows.index.data() + begin;
+      args->weights = rows.uniform ? nullptr : rows.weight.data() + begin;
+      args->kept = size;
+    }
+    const int64_t grain = std::max<int64_t>(1, 65536 / (size * lanes));
+    at::parallel_for(0, x_tiles, grain, [&](int64_t first, int64_t last) { kernel.pack(pack_x, first, last); });
+    at::parallel_for(0, target_tiles, grain,
+                     [&](int64_t first, int64_t last) { kernel.pack(pack_target, first, last); });
+    at::parallel_for(0, static_cast<int64_t>(work.size()), 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const Rectangle& rectangle = work[i];
+        ProductArgs args{};
+        args.left = rectangle.cross ? left_data : plain_data;
+        args.right = rows.uniform ? plain_data : weighted_data;
+        args.left_tiles = rectangle.cross ? target_tiles : x_tiles;
+        args.right_tiles = x_tiles;
+        args.kept = size;
+        args.row_begin = rectangle.row_begin;
+        args.row_end = rectangle.row_end;
+        args.column_begin = rectangle.column;
+        args.column_end = columns;
+        args.out = rectangle.cross ? cross_data : hessian_data;
+        args.out_stride = columns;
+        kernel.product(args);
+      }
+    });
+  }
+}
+
+}  // namespace epmq

@@ -1,0 +1,92 @@
+// Packing of a batch and the products of its columns. Included once per instruction set.
+#pragma once
+
+#include "kernels.h"
+#include "read.h"
+
+namespace {
+
+struct StatisticsKernel {
+  static constexpr int B = Vec::outer_b, V = Vec::outer_v, L = Vec::lanes;
+  static_assert(L % B == 0, "a step of B rows must not straddle two packed tiles");
+
+  // Tiles [tile_begin, tile_end) of packed columns. Row by row, so that memory is read in order.
+  static void pack(const epmq::PackArgs& a, int64_t tile_begin, int64_t tile_end) {
+    constexpr int64_t strip = 16;  // tiles whose sums are carried together
+    for (int64_t first = tile_begin; first < tile_end; first += strip) {
+      const int64_t last = first + strip < tile_end ? first + strip : tile_end;
+      Vec sums[strip];
+      for (int64_t t = first; t < last; t++) sums[t - first] = Vec::zero();
+      for (int64_t m = 0; m < a.kept; m++) {
+        const int64_t row = a.rows[m] * a.row_stride;
+        const int64_t part = m / epmq::kPackDepth * epmq::kPackDepth, steps = steps_of(a.kept, part);
+        const Vec weight = Vec::broadcast(a.weights ? a.weights[m] : 1.0f);
+        for (int64_t t = first; t < last; t++) {
+          const Vec value = read(a, row, t);
+          const int64_t place = (part * a.tiles + t * steps + m - part) * L;
+          if (a.plain) value.store(a.plain + place);
+          const Vec scaled = a.weights ? value * weight : value;
+          if (a.weighted) scaled.store(a.weighted + place);
+          sums[t - first] = sums[t - first] + scaled;
+        }
+      }
+      for (int64_t t = first; t < last; t++) {
+        float lanes[L];
+        sums[t - first].store(lanes);
+        for (int l = 0; l < L && t * L + l < a.columns; l++) a.sum[t * L + l] += lanes[l];
+      }
+    }
+  }
+
+  static EPMQ_INLINE Vec read(const epmq::PackArgs& a, int64_t row, int64_t t) {
+    if (a.column_stride == 1 && t * L + L <= a.columns) return read_vector(a.data, a.dtype, row + t * L);
+    float lanes[L];
+    for (int l = 0; l < L; l++)
+      lanes[l] = t * L + l < a.columns ? read_element(a.data, a.dtype, row + (t * L + l) * a.column_stride) : 0.0f;
+    return Vec::load(lanes);
+  }
+
+  // Rows a few at a time, so that the right-hand columns of a rectangle stay in the first cache.
+  static void product(const epmq::ProductArgs& a) {
+    for (int64_t part = 0; part < a.kept; part += epmq::kPackDepth) product_part(a, part, steps_of(a.kept, part));
+  }
+
+  static EPMQ_INLINE int64_t steps_of(int64_t kept, int64_t part) {
+    return kept - part < epmq::kPackDepth ? kept - part : epmq::kPackDepth;
+  }
+
+  static void product_part(const epmq::ProductArgs& a, int64_t part, int64_t steps) {
+    const int64_t panel = steps * L;  // floats per packed tile
+    const float* left = a.left + part * a.left_tiles * L;
+    const float* right = a.right + part * a.right_tiles * L + a.column_begin / L * panel;
+    for (int64_t i = a.row_begin; i < a.row_end; i += B) {
+      const int64_t rows = a.row_end - i < B ? a.row_end - i : B;
+      float* out = a.out + i * a.out_stride + a.column_begin;
+      for (int64_t b = 0; b < rows; b++)
+        for (int v = 0; v < V * L; v += 16) __builtin_prefetch(out + b * a.out_stride + v, 1);
+      OuterTile<B, V> sum;
+      sum.clear();
+      sum.add(steps, left + i / L * panel + i % L, L, right, L, panel);
+      if (rows == B && a.column_begin + V * L <= a.column_end) {
+        EPMQ_UNROLL
+        for (int b = 0; b < B; b++)
+          EPMQ_UNROLL
+          for (int v = 0; v < V; v++) {
+            float* place = out + b * a.out_stride + v * L;
+            (Vec::load(place) + sum.acc[b][v]).store(place);
+          }
+      } else {
+        float edge[B][V * L];
+        EPMQ_UNROLL
+        for (int b = 0; b < B; b++)
+          EPMQ_UNROLL
+          for (int v = 0; v < V; v++) sum.acc[b][v].store(&edge[b][v * L]);
+        for (int64_t b = 0; b < rows; b++)
+          for (int64_t c = 0; c < V * L && a.column_begin + c < a.column_end; c++)
+            out[b * a.out_stride + c] += edge[b][c];
+      }
+    }
+  }
+};
+
+}  // namespace

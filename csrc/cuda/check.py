@@ -1,0 +1,59 @@
+"""``make cuda-check``: compile every .cu for sm_80 and sm_90 against torch's headers; refuse register spills.
+
+Needs nvcc, no GPU. Prints registers, spills and shared memory of every kernel as ptxas reports them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ARCHS = ("80", "90")
+HERE = Path(__file__).parent
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def report(source: Path, nvcc: str, include: list[str]) -> bool:
+    """Compile one file; True when nothing spills."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-c", "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", str(source), "-o", f"{folder}/out.o"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        command += [part for path in include for part in ("-isystem", path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stderr)
+        return False
+    clean, kernel, arch, spills, stack = True, "", "", 0, 0
+    for line in done.stderr.splitlines():
+        if found := ENTRY.search(line):
+            kernel, arch = found.groups()
+        elif found := SPILLS.search(line):
+            stack, spills = int(found[1]), int(found[2]) + int(found[3])
+        elif (found := USED.search(line)) and kernel:
+            name = subprocess.run(["c++filt", kernel], capture_output=True, text=True).stdout.split("(epmq")[0].strip()
+            print(
+                f"{source.name} {arch} {name}: {found[1]} registers, {spills} bytes spilled, {stack} bytes stack, "
+                f"{found[2] or 0} bytes shared"
+            )
+            clean, kernel = clean and spills == 0, ""
+    return clean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nvcc", default="nvcc")
+    from torch.utils.cpp_extension import include_paths
+
+    options = parser.parse_args()
+    results = [report(source, options.nvcc, include_paths()) for source in sorted(HERE.glob("*.cu"))]
+    sys.exit(0 if all(results) else "A kernel spills registers, or a file does not compile.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+// The tensor operators. Definitions and shapes: epmq/reference.py, which these are held to.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace epmq {
+
+using at::Tensor;
+
+// x [M, K] fp32|fp16|bf16; hessian [K, K], sum_x [K] fp32; target [M, P], cross [P, K], sum_target [P] or none of the
+// three; row_weights [M] or none. In place; only the lower triangle of hessian is defined.
+void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::optional<Tensor>& target,
+                const std::optional<Tensor>& cross, const std::optional<Tensor>& sum_target,
+                const std::optional<Tensor>& row_weights);
+
+// weight [N, K], unit_upper [K, K], scales and zeros [N, G] fp32, group_of int32 [K] -> uint8 codes [N, K].
+Tensor gptq_sweep(const Tensor& weight, const Tensor& unit_upper, const Tensor& scales, const Tensor& zeros,
+                  const Tensor& group_of, int64_t bits);
+
+// x [M, K] fp32|fp16|bf16, packed int32 [N, ceil(K bits / 32)], scales [N, G] fp32|fp16|bf16, zeros uint8 [N, G] or
+// none, bias [N] or none -> [M, N] in x's dtype.
+Tensor dequant_matmul(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                      const std::optional<Tensor>& bias, int64_t bits, int64_t group_size);
+
+// Instruction sets that this CPU runs, best last, and the one in use.
+std::vector<std::string> cpu_levels();
+std::string cpu_level();
+
+}  // namespace epmq

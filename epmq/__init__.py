@@ -1,0 +1,23 @@
+"""epmq: merge fine-tuned experts, quantize towards them, run the result in 4 bits."""
+
+from epmq.api import QuantResult, load, quantize, save
+from epmq.config import PRESETS, QuantConfig, preset
+from epmq.errors import EpmqError
+from epmq.linear import QuantLinear, replace_linear, restore_linear
+from epmq.merge import merge
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "EpmqError",
+    "QuantConfig",
+    "QuantLinear",
+    "QuantResult",
+    "load",
+    "merge",
+    "preset",
+    "quantize",
+    "replace_linear",
+    "restore_linear",
+    "save",
+]

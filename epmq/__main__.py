@@ -1,0 +1,5 @@
+"""``python -m epmq``."""
+
+from epmq.cli import main
+
+main()

@@ -1,0 +1,304 @@
+"""Finds the repeated blocks of any model and runs them one at a time, outside the model, on streams of hidden states.
+
+The model's own forward decides what each block receives (masks, position embeddings, per-layer arguments): it is run
+with every block replaced by a slot. A slot before the wanted block returns the hidden states kept from there; the
+wanted one hands out its arguments and ends the run. No block's weights are needed for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.errors import ModelError
+
+
+class _Captured(Exception):
+    """Carries a block's arguments out of the model's forward."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.call = BlockCall(args, kwargs)
+
+
+class _Reached(Exception):
+    """Ends a block's forward once the wanted linear has been reached."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one call of a block; the hidden states are the first of them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        hidden = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise ModelError("a block must take its hidden states as first argument or as hidden_states=.")
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> BlockCall:
+        """The same call on other hidden states."""
+        if self.args:
+            return BlockCall((hidden, *self.args[1:]), self.kwargs)
+        return BlockCall((), {**self.kwargs, "hidden_states": hidden})
+
+    def run(self, block: nn.Module) -> Any:
+        return block(*self.args, **self.kwargs)
+
+
+@dataclass
+class StreamState:
+    """What a batch carries from block to block: per block list, the latest output (its first item is the hidden)."""
+
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: the output itself, or its first item."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, Tensor):
+        raise ModelError(
+            f"a block returned {type(output).__name__}; expected a tensor or a tuple that starts with one."
+        )
+    return hidden
+
+
+def _with_own_hidden(output: Any) -> Any:
+    """A block's output with a copy of its hidden states, because the model may write into them."""
+    hidden = hidden_of(output).clone()
+    return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+
+
+@dataclass(frozen=True)
+class BlockAddress:
+    """A block: the dotted name of the list that holds it, and its place there."""
+
+    list_name: str
+    place: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.list_name}.{self.place}" if self.list_name else str(self.place)
+
+
+def find_blocks(model: nn.Module) -> list[BlockAddress]:
+    """Blocks of a model: members of its outermost lists of modules of one class that hold linears.
+
+    Raises ModelError when there are none.
+    """
+    addresses: list[BlockAddress] = []
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        if any(not prefix or name.startswith(prefix + ".") for prefix in taken) or not _is_block_list(module):
+            continue
+        if len({id(child) for child in module}) < len(module):
+            raise ModelError(
+                f"{name or 'the model'}: one block stands several times in this list, which is not supported."
+            )
+        taken.append(name)
+        addresses.extend(BlockAddress(name, place) for place in range(len(module)))
+    if not addresses:
+        raise ModelError(
+            f"{type(model).__name__}: no repeated blocks found (a ModuleList or Sequential of modules of one class"
+            " that hold nn.Linear layers)."
+        )
+    return addresses
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
+        return False
+    if isinstance(module, nn.Sequential) and len(module) == 1:
+        return False
+    if len({type(child) for child in module}) != 1 or isinstance(module[0], nn.Linear):
+        return False
+    return all(any(isinstance(inner, nn.Linear) for inner in child.modules()) for child in module)
+
+
+class _Slot(nn.Module):
+    """Stands where a block was; answers questions about attributes with the block's own."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]):
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_forward", forward)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(args, kwargs)
+
+
+class BlockRunner:
+    """Owns a model whose blocks are taken out of it; hands out each block's arguments for a batch."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.addresses = find_blocks(model)
+        self._blocks: dict[BlockAddress, nn.Module] = {}
+        self._position = {address: i for i, address in enumerate(self.addresses)}
+        self._wanted: int | None = None
+        self._calls: list[BlockAddress] = []
+        self._state = StreamState()
+        for address in self.addresses:
+            holder = self._holder(address)
+            self._blocks[address] = holder[address.place]
+            holder[address.place] = _Slot(self._blocks[address], self._forward_of(address))
+
+    def block(self, address: BlockAddress) -> nn.Module:
+        return self._blocks[address]
+
+    @torch.no_grad()
+    def follow(self, inputs: Mapping[str, Any]) -> list[BlockAddress]:
+        """Order the blocks as the model's forward calls them on these inputs; returns those it does not call.
+
+        Raises ModelError when it calls none, or one of them more than once.
+        """
+        self._calls = []
+        self._state = StreamState()
+        self.model(**inputs)
+        called = list(dict.fromkeys(self._calls))
+        if not called:
+            raise ModelError("the model's forward calls none of its blocks on the calibration inputs.")
+        if len(called) < len(self._calls):
+            twice = next(address for address in called if self._calls.count(address) > 1)
+            raise ModelError(f"block {twice.name} is called more than once by the model's forward; not supported.")
+        left = [address for address in self.addresses if address not in called]
+        self.addresses = called
+        self._position = {address: i for i, address in enumerate(called)}
+        return left
+
+    def restore(self) -> nn.Module:
+        """Put the blocks back; the runner is of no use afterwards."""
+        for address, block in self._blocks.items():
+            self._holder(address)[address.place] = block
+        return self.model
+
+    @torch.no_grad()
+    def capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
+        """The arguments block ``address`` receives for this batch, given the outputs kept in ``state``."""
+        self._wanted, self._state = self._position[address], state
+        try:
+            self.model(**inputs)
+        except _Captured as captured:
+            # A copy, because a block may write into what it is given.
+            return captured.call.with_hidden(captured.call.hidden.clone())
+        finally:
+            self._wanted = None
+        raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
+
+    def _forward_of(self, address: BlockAddress) -> Callable[..., Any]:
+        def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._wanted is None:
+                self._calls.append(address)
+                return BlockCall(args, kwargs).hidden
+            if self._position.get(address) == self._wanted:
+                raise _Captured(args, kwargs)
+            kept = self._state.outputs.get(address.list_name)
+            if kept is None:
+                # A list that runs earlier than its place suggests: only its shapes matter here.
+                return BlockCall(args, kwargs).hidden
+            return _with_own_hidden(kept)
+
+        return forward
+
+    def _holder(self, address: BlockAddress) -> Any:
+        return self.model.get_submodule(address.list_name)
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of a block that read the same tensor, named relative to the block, in the order they run."""
+
+    linears: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        return self.linears[0]
+
+
+@torch.no_grad()
+def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], bool]) -> list[InputGroup]:
+    """Linears of a block grouped by the tensor they read, in forward order, from one run of the block.
+
+    Linears for which ``selects(name)`` is false, or that the run never reaches, are left out.
+    """
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    # Inputs are held for the whole run, so that no address is handed out twice.
+    held: list[Tensor] = []
+
+    def record(name: str, x: Tensor) -> None:
+        held.append(x)
+        # The version tells apart what one tensor held before and after it was written into.
+        key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
+        if not any(name in names for names in seen.values()):
+            seen.setdefault(key, []).append(name)
+
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and selects(name)]
+    with observe(block, names, record):
+        call.run(block)
+    return [InputGroup(tuple(group)) for group in seen.values()]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer with one scale per channel."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+@torch.no_grad()
+def running_order(block: nn.Module, call: BlockCall, names: list[str]) -> list[str]:
+    """Those of the named submodules that one run of the block reaches, in the order of their first call."""
+    order: list[str] = []
+    with observe(block, names, lambda name, _: order.append(name) if name not in order else None):
+        call.run(block)
+    return order
+
+
+@contextmanager
+def observe(block: nn.Module, names: list[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While active, ``see(name, input)`` is called before each named submodule runs."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = [block.get_submodule(n).register_forward_pre_hook(hook_for(n), with_kwargs=True) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def input_of(block: nn.Module, call: BlockCall, name: str) -> Tensor:
+    """The input of submodule ``name`` when the block runs this call; what comes after it is not computed."""
+    found: list[Tensor] = []
+
+    def stop(_: str, x: Tensor) -> None:
+        found.append(x)
+        raise _Reached
+
+    with observe(block, [name], stop):
+        try:
+            call.run(block)
+        except _Reached:
+            pass
+    if not found:
+        raise ModelError(f"submodule {name!r} is reached on some calibration inputs but not on all of them.")
+    return found[0]

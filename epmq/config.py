@@ -1,0 +1,173 @@
+"""QuantConfig: the settings of one quantization, and the two presets that the tables name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from epmq.errors import ConfigError
+from epmq.quantized import SUPPORTED_BITS
+from epmq.settings import Settings, nearest
+
+DAMP_LIMIT = 1.0
+ClipSearch = Literal["auto", "none", "mse", "hessian"]
+
+
+class DistillSettings(Settings):
+    """Tuning of the last blocks towards the experts' features, between closed form and rounding (docs/method.md).
+
+    It holds the whole model in fp32, and one expert beside it while targets are made. steps, learning_rate: of AdamW.
+    examples: per task and step. copies: varied copies of each text (token models only). originals: share of steps on
+    unvaried inputs. last_blocks: share of the blocks that is tuned. covariance_share: how far distances follow the
+    expert's own feature covariance. cross_weight: weight of similar tasks' experts; least_similarity: cosine from which
+    tasks count as similar.
+    """
+
+    steps: int = Field(default=280, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0.0)
+    examples: int = Field(default=8, ge=1)
+    copies: int = Field(default=3, ge=0)
+    originals: float = Field(default=0.34, ge=0.0, le=1.0)
+    last_blocks: float = Field(default=0.5, gt=0.0, le=1.0)
+    covariance_share: float = Field(default=0.8, ge=0.0, le=1.0)
+    cross_weight: float = Field(default=0.5, ge=0.0)
+    least_similarity: float = Field(default=0.1, ge=-1.0, le=1.0)
+    seed: int = 0
+
+
+class QuantConfig(Settings):
+    """How to quantize. The defaults are the closed form at its best; the preset ``best`` adds distillation.
+
+    method: ``epmq`` targets each expert's outputs (eq. 1 of docs/method.md), ``regmean`` is its case without anchor,
+    ``gptq`` keeps the merged weights as target, ``rtn`` rounds them to nearest.
+    bits: 2, 3, 4 or 8; None solves for the target and leaves it unquantized.
+    group_size: columns that share a scale; -1 is the whole row. The last group may be short.
+    sym: symmetric grid (no zero points). act_order: sweep columns by descending Hessian diagonal.
+    static_groups: grids are fitted before the sweep, on the target; False fits each when the sweep reaches it.
+    clip: search over shrunken ranges: ``mse`` by the sum of |error|^2.4, ``hessian`` by the Hessian's diagonal,
+    ``none``; ``auto`` is ``hessian`` below 4 bits, ``none`` from 4 bits on.
+    scale_refit: least-squares refit of the scales after the sweep, codes fixed.
+    scale_dtype: stored dtype of the scales; ``auto`` is the merged weight's.
+    damp: diagonal added to the Hessian relative to its mean diagonal; it pulls towards the anchor, as lambda does.
+    None: 0.01 for plain GPTQ, 0 where the anchor already keeps the Hessian positive definite.
+    anchor: lambda relative to the mean diagonal of the Hessian, or ``auto``: chosen for each group of linears by the
+    error on held-out calibration rows. rho: anchor A = rho * merged + (1 - rho) * base.
+    alpha: 0 applies the expert's weights to the deployed model's inputs, 1 to the inputs inside the expert.
+    gamma: off-diagonal entries of every task's Hessian are multiplied by it while solving (RegMean's shrinkage).
+    task_weights: ``tokens`` weighs a task by 1/n_t, ``hessian_norm`` by 1/||H_t||_F.
+    bias_refit: centre the problem and refit biases; None does so for method ``epmq`` unless gamma
+    shrinks. norm_refit: refit scale and shift of norm layers.
+    distill: settings of a tuning stage after the closed form, or None for the closed form alone.
+    diagnostics: also round the merged weights with plain GPTQ at each layer, for the report's comparison.
+    include / exclude: regular expressions searched in linear names; exclude wins.
+    """
+
+    method: Literal["epmq", "regmean", "gptq", "rtn"] = "epmq"
+    bits: int | None = 4
+    group_size: int = 128
+    sym: bool = False
+    act_order: bool = True
+    static_groups: bool = True
+    clip: ClipSearch = "auto"
+    scale_refit: bool = False
+    scale_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    damp: float | None = Field(default=None, ge=0.0, le=DAMP_LIMIT)
+    anchor: float | Literal["auto"] = 0.1
+    alpha: float = Field(default=1.0, ge=0.0, le=1.0)
+    rho: float = Field(default=1.0, ge=0.0, le=4.0)
+    gamma: float = Field(default=1.0, ge=0.0, le=1.0)
+    task_weights: Literal["tokens", "hessian_norm"] = "tokens"
+    bias_refit: bool | None = None
+    norm_refit: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    distill: DistillSettings | None = None
+    diagnostics: bool = True
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, bits: int | None) -> int | None:
+        if bits is not None and bits not in SUPPORTED_BITS:
+            raise ValueError(f"use one of {', '.join(map(str, SUPPORTED_BITS))}, or null for no rounding")
+        return bits
+
+    @field_validator("group_size")
+    @classmethod
+    def _known_group(cls, group_size: int) -> int:
+        if group_size != -1 and group_size < 1:
+            raise ValueError("use a positive number of columns, or -1 for the whole row")
+        return group_size
+
+    @field_validator("anchor")
+    @classmethod
+    def _known_anchor(cls, anchor: float | str) -> float | str:
+        if not isinstance(anchor, str) and not 0.0 <= anchor < float("inf"):
+            raise ValueError('use a number >= 0, or "auto"')
+        return anchor
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _valid_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantConfig:
+        if self.act_order and not self.static_groups:
+            raise ValueError("act_order needs static_groups; set one of them otherwise")
+        if self.bits is None and self.method in ("gptq", "rtn"):
+            raise ValueError(f"bits: null leaves nothing to do for method {self.method}")
+        if self.distill is not None and self.method != "epmq":
+            raise ValueError(f"distill belongs to method epmq, not to {self.method}")
+        if self.bias_refit and self.gamma != 1.0:
+            raise ValueError(
+                "bias_refit centres the Hessian, which gamma below 1 contradicts; set one of them otherwise"
+            )
+        return self
+
+    @property
+    def needs_experts(self) -> bool:
+        """Whether the target is made from expert weights."""
+        return self.method in ("epmq", "regmean")
+
+    @property
+    def clip_search(self) -> Literal["none", "mse", "hessian"]:
+        """The clip search to use."""
+        if self.clip != "auto":
+            return self.clip
+        return "hessian" if self.bits is not None and self.bits < 4 else "none"
+
+    @property
+    def refits_bias(self) -> bool:
+        """Whether biases are refitted where there are some."""
+        return self.method == "epmq" and self.gamma == 1.0 if self.bias_refit is None else self.bias_refit
+
+    @property
+    def needs_expert_features(self) -> bool:
+        """Whether experts' own activations are needed (alpha > 0, or refitted norms)."""
+        return self.method == "epmq" and (self.alpha > 0 or self.norm_refit)
+
+    def selects(self, linear: str) -> bool:
+        """Whether a linear of this name is to be quantized."""
+        if any(re.search(pattern, linear) for pattern in self.exclude):
+            return False
+        return not self.include or any(re.search(pattern, linear) for pattern in self.include)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"alpha": 0.0, "anchor": 0.1, "bias_refit": False},
+    "best": {"distill": {}},
+}
+
+
+def preset(name: str, **changes: Any) -> QuantConfig:
+    """A named setting with changes on top: ``preset("paper", bits=3)``."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; {nearest(name, list(PRESETS))}")
+    return QuantConfig(**{**PRESETS[name], **changes})

@@ -1,0 +1,88 @@
+"""Calibration and test texts: jsonl files in, batches of token ids out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.errors import CalibrationError
+
+
+def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first ``limit`` objects of a jsonl file; blank lines are passed over.
+
+    Raises CalibrationError naming file and line for anything that is not a JSON object.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8") as handle:
+            for number, line in enumerate(handle, 1):
+                if limit is not None and len(rows) == limit:
+                    break
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise CalibrationError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+                rows.append(row)
+    except OSError as error:
+        raise CalibrationError(f"{path}: the file cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path}, line {number}: not JSON ({error}).") from error
+    return rows
+
+
+def texts_of(rows: list[dict[str, Any]], key: str, path: str | Path) -> list[str]:
+    """The text of each row. Raises CalibrationError naming the row that has none."""
+    texts = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(key), str):
+            raise CalibrationError(f"{path}, object {number}: it has no text under the key {key!r}.")
+        texts.append(row[key])
+    return texts
+
+
+def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids per text, special tokens added, cut at ``max_length``."""
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return ids
+
+
+def padded_batches(ids: list[list[int]], batch_size: int, pad: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of similar length: the texts' places and ``{"input_ids", "attention_mask"}``, int64 ``[B, S]``."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        longest = max(len(ids[i]) for i in places)
+        tokens = torch.full((len(places), longest), pad, dtype=torch.int64)
+        mask = torch.zeros(len(places), longest, dtype=torch.int64)
+        for row, i in enumerate(places):
+            tokens[row, : len(ids[i])] = torch.tensor(ids[i], dtype=torch.int64)
+            mask[row, : len(ids[i])] = 1
+        yield places, {"input_ids": tokens, "attention_mask": mask}
+
+
+def calibration_batches(
+    tokenizer: Any, path: str | Path, text_key: str, examples: int, max_length: int, batch_size: int, seed: int | None
+) -> list[dict[str, Tensor]]:
+    """Batches of ``examples`` texts of a jsonl file: the first ones, or drawn with ``seed``.
+
+    Raises CalibrationError when the file holds no text, or only texts that tokenise to nothing.
+    """
+    rows = read_jsonl(path, examples if seed is None else None)
+    if seed is not None and len(rows) > examples:
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:examples]
+        rows = [rows[i] for i in drawn.tolist()]
+    ids = (
+        [tokens for tokens in tokenize(tokenizer, texts_of(rows, text_key, path), max_length) if tokens] if rows else []
+    )
+    if not ids:
+        raise CalibrationError(f"{path}: holds no calibration text (after tokenisation nothing is left).")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [inputs for _, inputs in padded_batches(ids, batch_size, pad)]

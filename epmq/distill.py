@@ -1,0 +1,225 @@
+"""Label-free distillation: tunes the last blocks of a merged model so that its features follow every expert's.
+
+The closed form sets each layer by its own least squares; what is left is the way errors add up through the network.
+Here the model's pooled features are pulled towards the expert's on (varied) calibration inputs. Distances are taken in
+the directions in which the expert's own features vary. Tasks whose inputs look alike are also shown to each other's
+experts, because one model must give either expert's answer on either kind of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.augment import augmented, can_augment, token_pool
+from epmq.config import DistillSettings
+from epmq.streams import Batch
+
+OpenExpert = Callable[[str], nn.Module]
+
+
+@dataclass
+class _Example:
+    """A batch, the features its own expert gives ``[B, D]``, and those of the experts of similar tasks."""
+
+    batch: Batch
+    feature: Tensor
+    varied: bool
+    crossed: dict[str, Tensor] = field(default_factory=dict)
+
+
+def pooled(model: nn.Module, batch: Batch) -> Tensor:
+    """Features ``[B, D]`` of a batch: the model's first output, or for a language model what its output embeddings
+    read, averaged over unmasked positions when it has them."""
+    hidden = _last_hidden(model, batch).float()
+    if hidden.dim() == 2:
+        return hidden
+    weights = batch.position_weights
+    if weights is None or weights.shape != hidden.shape[:2]:
+        return hidden.flatten(1, -2).mean(1)
+    return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-6)
+
+
+def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    if not isinstance(head, nn.Module):
+        output = model(**batch.inputs)
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        return hidden
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(**batch.inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def distill(
+    model: nn.Module,
+    trained: list[nn.Module],
+    open_expert: OpenExpert,
+    streams: Mapping[str, list[Batch]],
+    settings: DistillSettings,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Tune the modules ``trained`` of ``model`` (fp32), in place; returns losses and pairs for the report.
+
+    open_expert: gives a task's expert as a module; one is open at a time. streams: calibration batches per task.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    pairs = similar_tasks(model, streams, settings)
+    examples = _examples(open_expert, streams, pairs, settings, generator, progress)
+    metrics = {task: _metrics([e.feature for e in batches], settings) for task, batches in examples.items()}
+    parameters = _trainable(model, trained)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    losses: list[float] = []
+    for step in range(settings.steps):
+        warm = min(1.0, (step + 1) / max(1.0, 0.1 * settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm * (1.0 - step / settings.steps)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for task, batches in examples.items():
+            example = _pick(batches, settings, generator)
+            feature = pooled(model, example.batch)
+            loss = _distance(feature - example.feature, metrics[task][0])
+            for other, wanted in example.crossed.items():
+                loss = loss + settings.cross_weight * _distance(feature - wanted, metrics[other][1])
+            loss = loss / len(examples)
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        losses.append(total)
+        progress("distilling", step + 1, settings.steps)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    tenth = max(1, len(losses) // 10)
+    return {
+        "steps": settings.steps,
+        "first_loss": sum(losses[:tenth]) / tenth,
+        "last_loss": sum(losses[-tenth:]) / tenth,
+        "pairs": sorted([first, second] for first, others in pairs.items() for second in others),
+    }
+
+
+@torch.no_grad()
+def similar_tasks(
+    model: nn.Module, streams: Mapping[str, list[Batch]], settings: DistillSettings
+) -> dict[str, list[str]]:
+    """For each task the tasks whose inputs look most like its own: nearest by the cosine of centred mean features."""
+    tasks = list(streams)
+    if settings.cross_weight == 0.0 or len(tasks) < 2:
+        return {task: [] for task in tasks}
+    means = []
+    for task in tasks:
+        features = torch.cat([pooled(model, batch) for batch in streams[task][:: max(1, len(streams[task]) // 4)]])
+        means.append(features.mean(0))
+    centred = torch.stack(means) - torch.stack(means).mean(0)
+    cosine = torch.nn.functional.normalize(centred, dim=1)
+    similarity = cosine @ cosine.T
+    similarity.fill_diagonal_(-1.0)
+    nearest = similarity.argmax(1).tolist()
+    pairs: dict[str, list[str]] = {task: [] for task in tasks}
+    for first, second in enumerate(nearest):
+        if float(similarity[first, second]) > settings.least_similarity:
+            for a, b in ((first, second), (second, first)):
+                if tasks[b] not in pairs[tasks[a]]:
+                    pairs[tasks[a]].append(tasks[b])
+    return pairs
+
+
+@torch.no_grad()
+def _examples(
+    open_expert: OpenExpert,
+    streams: Mapping[str, list[Batch]],
+    pairs: Mapping[str, list[str]],
+    settings: DistillSettings,
+    generator: torch.Generator,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, list[_Example]]:
+    """Originals and varied copies of every task's batches, with what the experts make of them."""
+    copies = settings.copies if all(can_augment(b) for batches in streams.values() for b in batches) else 0
+    everyone = torch.cat([token_pool(batches) for batches in streams.values()]) if copies else torch.empty(0)
+    variants: dict[str, list[tuple[Batch, bool]]] = {}
+    for task, batches in streams.items():
+        variants[task] = [(batch, False) for batch in batches]
+        own = token_pool(batches) if copies else everyone
+        for _ in range(copies):
+            variants[task] += [(augmented(batch, own, everyone, generator), True) for batch in batches]
+    examples: dict[str, list[_Example]] = {}
+    crossed: dict[str, dict[str, list[Tensor]]] = {task: {} for task in streams}
+    for number, task in enumerate(streams):
+        progress(f"targets of {task}", number, len(streams))
+        expert = open_expert(task)
+        examples[task] = [_Example(batch, pooled(expert, batch), varied) for batch, varied in variants[task]]
+        for other in streams:
+            if task in pairs[other]:
+                crossed[other][task] = [pooled(expert, batch) for batch, _ in variants[other]]
+    for task, by_expert in crossed.items():
+        for other, features in by_expert.items():
+            for example, feature in zip(examples[task], features, strict=True):
+                example.crossed[other] = feature
+    return examples
+
+
+def _metrics(features: list[Tensor], settings: DistillSettings) -> tuple[Tensor, Tensor]:
+    """Two metrics ``[D, D]`` from the covariance S of an expert's features, both 1 for a typical deviation: one that
+    keeps a share of all directions, and S / ‖S‖²_F alone, for inputs of other tasks."""
+    covariance = torch.cov(torch.cat(features).T)
+    size = covariance.shape[0]
+    own = covariance / covariance.square().sum().clamp_min(1e-30)
+    even = torch.eye(size) / covariance.trace().clamp_min(1e-30)
+    share = settings.covariance_share
+    return (1.0 - share) * even + share * own, own
+
+
+def _distance(difference: Tensor, metric: Tensor) -> Tensor:
+    return ((difference @ metric) * difference).sum(-1).mean()
+
+
+def _pick(examples: list[_Example], settings: DistillSettings, generator: torch.Generator) -> _Example:
+    """A few rows of a random batch (batches hold texts of similar length, so little of them is padding)."""
+    varied = float(torch.rand((), generator=generator)) >= settings.originals
+    pool = [example for example in examples if example.varied == varied] or examples
+    chosen = pool[int(torch.randint(len(pool), (), generator=generator))]
+    rows = torch.randperm(len(chosen.feature), generator=generator)[: settings.examples]
+    return _Example(
+        take(chosen.batch, rows),
+        chosen.feature[rows],
+        chosen.varied,
+        {task: feature[rows] for task, feature in chosen.crossed.items()},
+    )
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """Some examples of a batch, with trailing columns that are all padding cut off."""
+    count = len(batch.held)
+    inputs = {
+        key: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count else value
+        for key, value in batch.inputs.items()
+    }
+    weights = None if batch.position_weights is None else batch.position_weights[rows]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        width = mask.shape[1]
+        used = int(mask.sum(0).nonzero().max()) + 1
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+                inputs[key] = value[:, :used]
+        weights = None if weights is None else weights[:, :used]
+    return Batch(inputs, weights, batch.held[rows])
+
+
+def _trainable(model: nn.Module, trained: list[nn.Module]) -> list[nn.Parameter]:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = [parameter for module in trained for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters

@@ -1,0 +1,40 @@
+"""The exceptions of this package: one small tree, a class per kind of cause.
+
+Every message is one sentence that names the file, tensor, task or key at fault and what to do.
+"""
+
+
+class EpmqError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(EpmqError, ValueError):
+    """A setting or a recipe that cannot be used."""
+
+
+class SourceError(EpmqError):
+    """A checkpoint, shard or tensor that cannot be read or does not fit the others."""
+
+
+class CalibrationError(EpmqError):
+    """Calibration data that is missing, empty, or does not fit the experts."""
+
+
+class NumericalError(EpmqError):
+    """NaN, Inf, or a Hessian that no allowed damping makes positive definite."""
+
+
+class ModelError(EpmqError):
+    """A model in which the parts this package works on cannot be found."""
+
+
+class FormatError(EpmqError):
+    """A quantized checkpoint that is truncated, foreign or contradicts itself."""
+
+
+class OutputError(EpmqError):
+    """An output folder that cannot be written."""
+
+
+class ExtensionError(EpmqError, ImportError):
+    """A compiled extension that is there but cannot be loaded."""

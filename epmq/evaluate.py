@@ -1,0 +1,93 @@
+"""Accuracy of a text encoder with one classification head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from epmq.data import padded_batches, read_jsonl, texts_of, tokenize
+from epmq.errors import CalibrationError
+from epmq.sources import FileSource
+
+Pooling = Literal["mean", "first"]
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Tokenised test texts with labels, and the head that reads a feature: argmax(weight @ f + bias)."""
+
+    ids: list[list[int]]
+    labels: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def load_task(
+    tokenizer: Any,
+    data: str | Path,
+    head: str | Path,
+    max_length: int,
+    text_key: str = "text",
+    limit: int | None = None,
+) -> TextTask:
+    """A task from a jsonl of {text, label} and a safetensors head with ``weight`` ``[C, D]`` and ``bias`` ``[C]``."""
+    rows = read_jsonl(data, limit)
+    if not rows:
+        raise CalibrationError(f"{data}: holds no example.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("label"), int):
+            raise CalibrationError(f"{data}, object {number}: it has no whole number under the key 'label'.")
+    ids = tokenize(tokenizer, texts_of(rows, text_key, data), max_length)
+    source = FileSource(head)
+    labels = torch.tensor([row["label"] for row in rows])
+    return TextTask(ids, labels, source.tensor("weight").float(), source.tensor("bias").float())
+
+
+@torch.no_grad()
+def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_size: int = 64, pad: int = 0) -> Tensor:
+    """fp32 ``[texts, D]``: mean of the last hidden states over unpadded tokens, or the first token's."""
+    found: dict[int, Tensor] = {}
+    for places, inputs in padded_batches(ids, batch_size, pad):
+        output = model(**inputs)
+        hidden = (output if isinstance(output, Tensor) else output[0]).float()
+        if pooling == "mean":
+            mask = inputs["attention_mask"].unsqueeze(-1).float()
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        else:
+            pooled = hidden[:, 0]
+        found.update(zip(places, pooled, strict=True))
+    return torch.stack([found[i] for i in range(len(ids))])
+
+
+def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int = 64, pad: int = 0) -> float:
+    """Percentage of texts whose predicted class is the label."""
+    logits = features(model, task.ids, pooling, batch_size, pad) @ task.weight.T + task.bias
+    return 100.0 * float((logits.argmax(1) == task.labels).float().mean())
+
+
+def score(model: nn.Module, tasks: Mapping[str, TextTask], pooling: Pooling, pad: int = 0) -> dict[str, float]:
+    """Accuracy per task, in percent."""
+    return {name: accuracy(model, task, pooling, pad=pad) for name, task in tasks.items()}
+
+
+def row(merge: str | None, method: str, bits: int | None, tasks: Mapping[str, float]) -> dict[str, Any]:
+    """One row of a results table."""
+    average = sum(tasks.values()) / len(tasks)
+    return {"merge": merge, "method": method, "bits": bits, "average": average, "tasks": dict(tasks)}
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, accuracies in percent."""
+    tasks = list(rows[0]["tasks"])
+    lines = ["| merge | method | bits | " + " | ".join(tasks) + " | average |", "|" + "---|" * (len(tasks) + 4)]
+    for entry in rows:
+        scores = " | ".join(f"{entry['tasks'][task]:.1f}" for task in tasks)
+        bits = "–" if entry["bits"] is None else entry["bits"]
+        merge = (entry["merge"] or "–").replace("_", " ")
+        lines.append(f"| {merge} | {entry['method']} | {bits} | {scores} | **{entry['average']:.1f}** |")
+    return "\n".join(lines)

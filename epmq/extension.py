@@ -1,0 +1,163 @@
+"""Loads the compiled extension ``epmq._C`` where it is built, and offers its operators to :mod:`epmq.ops`.
+
+The extension is optional: without it everything runs as PyTorch. One that is there but cannot be loaded is an error;
+``EPMQ_EXTENSION=0`` ignores it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.errors import ConfigError, ExtensionError
+from epmq.quantized import dequantize, unpack
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load() -> ModuleType | None:
+    """The module ``epmq._C``, or None when it was not built or ``EPMQ_EXTENSION=0``."""
+    if os.environ.get("EPMQ_EXTENSION") == "0":
+        return None
+    try:
+        module = importlib.import_module("epmq._C")
+    except ModuleNotFoundError as error:
+        if error.name == "epmq._C":
+            return None
+        raise
+    except ImportError as error:
+        raise ExtensionError(
+            f"epmq._C is built but cannot be loaded ({error}); rebuild it for torch {torch.__version__}, "
+            "or set EPMQ_EXTENSION=0 to run without it."
+        ) from error
+    try:
+        module.cpu_level()
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    return module
+
+
+module = load()
+
+
+def build_report() -> dict[str, Any]:
+    """What was built and what this CPU uses of it; empty without the extension."""
+    if module is None:
+        return {}
+    return {**module.build_info(), "cpu_levels": module.cpu_levels(), "cpu_level": module.cpu_level()}
+
+
+def _on(device: str, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.device.type == device for tensor in tensors)
+
+
+def _accumulates(
+    device: str,
+    x: Tensor,
+    hessian: Tensor,
+    sum_x: Tensor,
+    target: Tensor | None = None,
+    cross: Tensor | None = None,
+    sum_target: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> bool:
+    sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
+    return (
+        _on(device, x, *sums, target, row_weights)
+        and x.dtype in FLOATS
+        and (target is None or target.dtype in FLOATS)
+        and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in sums)
+    )
+
+
+def _accumulates_on_cpu(*args: Any, **kwargs: Any) -> bool:
+    return _accumulates("cpu", *args, **kwargs)
+
+
+def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
+    target, row_weights = _argument(args, kwargs, 2, "target"), _argument(args, kwargs, 5, "row_weights")
+    return (
+        _accumulates("cuda", x, *args, **kwargs)
+        and (target is None or target.dtype == x.dtype)
+        and (row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()))
+    )
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int) -> bool:
+    floats = (weight, unit_upper, scales, zeros)
+    return _on("cpu", *floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
+
+
+def _multiplies(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> bool:
+    return _on("cpu", x, packed, scales, zeros, bias) and x.dtype in FLOATS and scales.dtype in FLOATS
+
+
+def _register_fakes() -> None:
+    """Shapes without data, for torch.compile and opcheck, and the gradient of the matmul."""
+
+    def accumulate(
+        x: Tensor,
+        hessian: Tensor,
+        sum_x: Tensor,
+        target: Tensor | None = None,
+        cross: Tensor | None = None,
+        sum_target: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> None:
+        return None
+
+    def gptq_sweep(
+        weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int
+    ) -> Tensor:
+        return weight.new_empty(weight.shape, dtype=torch.uint8)
+
+    def dequant_matmul(
+        x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+    ) -> Tensor:
+        return x.new_empty((x.shape[0], packed.shape[0]))
+
+    for fake in (accumulate, gptq_sweep, dequant_matmul):
+        torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, packed, scales, zeros, bias, ctx.bits, ctx.group_size = inputs
+        ctx.save_for_backward(packed, scales, zeros)
+        ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
+
+    def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The packed weight is fixed: only the activations and the bias have a gradient."""
+        packed, scales, zeros = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            codes = unpack(packed, ctx.bits, ctx.in_features)
+            grad_x = (grad.float() @ dequantize(codes, scales, zeros, ctx.bits, ctx.group_size)).to(grad.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+            grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, None, None
+
+    torch.library.register_autograd("epmq_native::dequant_matmul", gradient, setup_context=keep)
+
+
+def offer(register: Callable[..., None]) -> None:
+    """Register the compiled forms of the operations, where there are any."""
+    if module is None:
+        return
+    _register_fakes()
+    native = torch.ops.epmq_native
+    register("accumulate", "cpp", native.accumulate, _accumulates_on_cpu)
+    register("gptq_sweep", "cpp", native.gptq_sweep, _sweeps)
+    register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)
+    if module.build_info()["cuda_archs"]:
+        register("accumulate", "cuda", native.accumulate, _accumulates_on_cuda)

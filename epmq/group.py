@@ -1,0 +1,103 @@
+"""One group of linears that read the same input: from folded statistics to quantized weights and biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq.config import QuantConfig
+from epmq.quantized import QuantizedTensor
+from epmq.solve import Factor, choose_anchor, factorize, solve_right
+from epmq.statistics import Expert, Folded
+from epmq.sweep import column_order, quantize_to_nearest, quantize_weight
+
+PLAIN_GPTQ_DAMP = 0.01
+
+
+@dataclass
+class GroupOutcome:
+    """What a group of linears becomes, rows stacked as they came in.
+
+    weight: fp32 ``[N, K]`` as deployed (dequantized, or the unrounded target when bits is None). quantized: its codes,
+    or None. bias: ``[N]``. anchor: relative lambda used. damp: relative damping used in the end. escalated: whether
+    that is more than was asked for.
+    """
+
+    weight: Tensor
+    quantized: QuantizedTensor | None
+    bias: Tensor
+    anchor: float
+    damp: float
+    escalated: bool = False
+
+
+def default_damp(config: QuantConfig, anchor: float) -> float:
+    """The setting, or 0.01 where neither an anchor nor RegMean's shrinkage keeps the Hessian away from singular."""
+    if config.damp is not None:
+        return config.damp
+    return PLAIN_GPTQ_DAMP if anchor < PLAIN_GPTQ_DAMP and config.gamma == 1.0 else 0.0
+
+
+def anchor_strength(config: QuantConfig, fit: Folded, held: Folded) -> float:
+    """Relative lambda: the setting, or for ``auto`` the choice made on fitted and held-out statistics."""
+    if config.method != "epmq":
+        return 0.0
+    return choose_anchor(fit, held) if config.anchor == "auto" else float(config.anchor)
+
+
+def quantize_group(
+    problem: Folded,
+    inputs: Folded,
+    anchor: Expert,
+    strength: float,
+    config: QuantConfig,
+    refit_bias: bool,
+    stored: torch.dtype,
+    where: str,
+) -> GroupOutcome:
+    """Solve eq. (2) around the anchor, round it, refit the bias.
+
+    problem: folded statistics that define the target. inputs: those that define the rounding's Hessian; the same
+    object unless gamma shrinks the former. strength: relative lambda. ``where`` names the group in messages.
+    """
+    if config.method == "rtn":
+        nearest = quantize_to_nearest(anchor.weight, config, stored)
+        return GroupOutcome(nearest.dequantize(), nearest, anchor.bias, 0.0, 0.0)
+    damp = default_damp(config, strength)
+    if refit_bias:
+        same = inputs is problem
+        problem = problem.centred()
+        inputs = problem if same else inputs.centred()
+    order = column_order(inputs.hessian, config.act_order)
+    factor = _ordered_factor(problem.hessian, order, strength, damp, where)
+    target = anchor.weight
+    if config.needs_experts:
+        step = torch.empty_like(problem.pull)
+        step[:, order] = solve_right(problem.pull[:, order], factor)
+        target = anchor.weight + step
+    used = factor.damp
+    quantized: QuantizedTensor | None = None
+    weight = target
+    if config.bits is not None:
+        if inputs is not problem:
+            factor = _ordered_factor(inputs.hessian, order, strength, damp, where)
+            used = max(used, factor.damp)
+        quantized = quantize_weight(
+            target, _damped(inputs.hessian, strength, factor.damp), factor, order, config, stored
+        )
+        weight = quantized.dequantize()
+    bias = problem.bias(anchor, weight) if refit_bias else anchor.bias
+    return GroupOutcome(weight, quantized, bias, strength, used, used > damp)
+
+
+def _ordered_factor(hessian: Tensor, order: Tensor, strength: float, damp: float, where: str) -> Factor:
+    return factorize(hessian[order][:, order], strength, damp, where)
+
+
+def _damped(hessian: Tensor, strength: float, damp: float) -> Tensor:
+    """H + (λ + δ) I in checkpoint column order, as the factor has it."""
+    damped = hessian.clone()
+    damped.diagonal().add_((strength + damp) * hessian.diagonal().mean())
+    return damped

@@ -1,0 +1,53 @@
+"""What happens inside an expert: the inputs and outputs of a block's modules while the expert's own weights run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq.blocks import BlockCall, hidden_of, observe
+
+Seen = dict[str, Tensor]
+
+
+def run_inside(
+    expert_block: nn.Module, call: BlockCall, inputs_of: list[str], outputs_of: list[str]
+) -> tuple[Tensor, Seen]:
+    """The block's next hidden states, and copies of what the named modules read (or give, for norms) on the way."""
+    seen: Seen = {}
+    with observe(expert_block, inputs_of, partial(_keep_first, seen)), outputs(expert_block, outputs_of, seen):
+        output = call.run(expert_block)
+    return hidden_of(output), seen
+
+
+@contextmanager
+def outputs(block: nn.Module, names: list[str], seen: Seen) -> Iterator[None]:
+    """While active, copies of the outputs of named submodules are kept in ``seen``."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            _keep_copy(seen, name, output)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_first(seen: Seen, name: str, tensor: Tensor) -> None:
+    """As :func:`_keep_copy`, but a module that runs again is seen as it ran first, as in the deployed block."""
+    if name not in seen:
+        _keep_copy(seen, name, tensor)
+
+
+def _keep_copy(seen: Seen, name: str, tensor: Tensor) -> None:
+    """Keep what a tensor holds now: the block may write into it later."""
+    seen[name] = tensor.clone()

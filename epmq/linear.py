@@ -1,0 +1,193 @@
+"""QuantLinear: a drop-in for nn.Linear whose weight stays packed, and its swap in and out of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq import ops
+from epmq.config import ClipSearch, QuantConfig
+from epmq.errors import ConfigError
+from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, dequantize, group_count, pack, packed_words, unpack
+from epmq.sweep import quantize_to_nearest
+
+
+@torch.library.custom_op("epmq::quant_linear", mutates_args=())
+def quant_linear(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """``x · dequant(W)ᵀ + bias`` for x ``[M, K]``; see :func:`epmq.reference.dequant_matmul`."""
+    return ops.dequant_matmul(x, packed, scales, zeros, bias, bits, group_size)
+
+
+@quant_linear.register_fake
+def _(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, zeros, bias, bits, group_size = inputs
+    ctx.save_for_backward(packed, scales, zeros)
+    ctx.in_features, ctx.bits, ctx.group_size = x.shape[1], bits, group_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scales, zeros = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = dequantize(unpack(packed, ctx.bits, ctx.in_features), scales, zeros, ctx.bits, ctx.group_size)
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+quant_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class QuantLinear(nn.Module):
+    """``y = x · dequant(W)ᵀ + b`` with W as packed codes; takes the place of an nn.Linear of the same size.
+
+    Buffers: packed int32 ``[N, ceil(K*bits/32)]``, scales ``[N, G]`` (keep their dtype through ``.to(dtype)``), zeros
+    uint8 ``[N, G]`` or None when symmetric. Inputs ``[..., K]`` in fp32, fp16 or bf16; outputs in the same dtype.
+    Gradients reach the input and the bias, never the codes.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 4,
+        group_size: int = 128,
+        sym: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if bits not in SUPPORTED_BITS:
+            raise ConfigError(f"bits={bits}: use one of {', '.join(map(str, SUPPORTED_BITS))}.")
+        if group_size != -1 and group_size < 1:
+            raise ConfigError(f"group_size={group_size}: use a positive number, or -1 for the whole row.")
+        dtype = dtype or torch.get_default_dtype()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.sym = bits, group_size, sym
+        groups = group_count(in_features, group_size)
+        self.register_buffer(
+            "packed", torch.zeros(out_features, packed_words(in_features, bits), dtype=torch.int32, device=device)
+        )
+        self.register_buffer("scales", torch.ones(out_features, groups, dtype=dtype, device=device))
+        zeros = None if sym else torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
+        self.register_buffer("zeros", zeros)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, bits: int = 4, group_size: int = 128, sym: bool = False, clip: ClipSearch = "none"
+    ) -> QuantLinear:
+        """Round an nn.Linear's weight to nearest."""
+        config = QuantConfig(method="rtn", bits=bits, group_size=group_size, sym=sym, clip=clip)
+        weight = linear.weight.detach()
+        tensor = quantize_to_nearest(weight.float(), config, weight.dtype)
+        return cls.from_quantized(tensor, None if linear.bias is None else linear.bias.detach())
+
+    @classmethod
+    def from_quantized(cls, tensor: QuantizedTensor, bias: Tensor | None) -> QuantLinear:
+        """A layer that owns the packed form of ``tensor``; bias ``[N]`` or None is copied."""
+        rows, columns = tensor.shape
+        layer = cls(columns, rows, bias is not None, tensor.bits, tensor.group_size, tensor.symmetric, device="meta")
+        layer.packed = pack(tensor.codes, tensor.bits)
+        layer.scales = tensor.scales.clone()
+        layer.zeros = None if tensor.zeros is None else tensor.zeros.clone()
+        layer.bias = None if bias is None else nn.Parameter(bias.clone())
+        return layer
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as unpacked codes, scales and zeros."""
+        codes = unpack(self.packed, self.bits, self.in_features)
+        return QuantizedTensor(codes, self.scales, self.zeros, self.bits, self.group_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight ``[N, K]`` in the scales' dtype, made anew at each access."""
+        return self.quantized().dequantize(self.scales.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """An nn.Linear with the dequantized weight."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = quant_linear(rows, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        before = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != before.dtype:
+            # Codes were made for these exact scales: .half() and .to(dtype) must not round them again.
+            self.scales = before.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}"
+        )
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule of that dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def replace_linear(
+    model: nn.Module,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = ("lm_head",),
+    clip: ClipSearch = "none",
+) -> list[str]:
+    """Swap every nn.Linear of a model for a QuantLinear rounded to nearest, in place; returns their names.
+
+    include / exclude are regular expressions searched in the names; exclude wins. A model that is itself an nn.Linear
+    has no name to swap and is left alone.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    replaced = []
+    for name, module in list(model.named_modules()):
+        wanted = not include or any(re.search(pattern, name) for pattern in include)
+        if type(module) is not nn.Linear or not name or not wanted:
+            continue
+        if any(re.search(pattern, name) for pattern in exclude):
+            continue
+        set_submodule(model, name, QuantLinear.from_linear(module, bits, group_size, sym, clip).train(module.training))
+        replaced.append(name)
+    return replaced
+
+
+def restore_linear(model: nn.Module) -> list[str]:
+    """Swap every QuantLinear back for an nn.Linear with the dequantized weight, in place; returns their names."""
+    restored = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear) and name:
+            set_submodule(model, name, module.to_linear().train(module.training))
+            restored.append(name)
+    return restored

@@ -1,0 +1,306 @@
+"""Merging fine-tuned models: a merged model is just another weight source, computed one tensor at a time.
+
+Methods: task arithmetic (Ilharco et al. 2023), the weighted average (Wortsman et al. 2022) and TIES in three dialects
+(:mod:`epmq.ties`). Arithmetic is float32, or float64 where an input is, whatever the stored dtype: packages that merge
+bfloat16 models in bfloat16 differ from this by their rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from epmq import ties
+from epmq.errors import ConfigError, NumericalError, SourceError
+from epmq.merge_config import ZERO_WEIGHT, MergeConfig
+from epmq.sources import WeightSource, open_source, read_finite, require_same_layout
+
+Value = TypeVar("Value")
+
+
+class GlobalTrim(NamedTuple):
+    """What fusion_bench's TIES has to know of the whole model before it can merge one tensor of it."""
+
+    limits: dict[str, Tensor]
+    """By expert: the smallest magnitude that is kept, a 0-dim tensor."""
+    majority: int
+    """Sign of the sum of the elected signs over all entries: -1, 0 or 1."""
+
+
+class MergedSource:
+    """The merge of experts into one weight source; no tensor is computed before it is asked for.
+
+    At any moment at most one tensor of each model is held (TIES also holds the deltas of that one tensor). The
+    fusion_bench dialect of TIES trims over whole models: its first tensor is preceded by three passes over base and
+    experts (five where a tensor is float64), each with one tensor of each model in memory.
+
+    Names and dtypes are those of `base`; without a base (weighted_average only), of the first expert. Tensors that are
+    not float are copied if equal in all inputs. In the fusion_bench dialect their entries count in the trim all the
+    same, as zeros of the delta. What counts is what the sources list: a tied tensor under two names counts twice.
+
+    Raises ConfigError for settings that do not fit the experts, SourceError for experts whose layout differs.
+    """
+
+    def __init__(
+        self, base: WeightSource | None, experts: Mapping[str, WeightSource], settings: MergeConfig | None = None
+    ):
+        self.settings = settings or MergeConfig()
+        self.base = base
+        self.experts = dict(experts)
+        if not self.experts:
+            raise ConfigError("merge: there is no expert; give at least one by name.")
+        self._weights = self.settings.weight_of(self.experts)
+        # Every method but the average without base_weight reads the base.
+        self._inputs = list(self.experts.items())
+        if self.settings.method != "weighted_average" or self.settings.base_weight is not None:
+            if base is None:
+                used = self.settings.method if self.settings.base_weight is None else "base_weight"
+                raise ConfigError(f"merge: {used} needs a base; give one, or use weighted_average without base_weight.")
+            self._inputs.insert(0, ("base", base))
+        self._layout = self._inputs[0][1] if base is None else base
+        require_same_layout(self._layout, self.experts)
+        methods: dict[tuple[str, str | None], Callable[[str], Tensor]] = {
+            ("task_arithmetic", None): self._task_arithmetic,
+            ("weighted_average", None): self._weighted_average,
+            ("ties", "mergekit"): self._ties_mergekit,
+            ("ties", "peft"): self._ties_peft,
+            ("ties", "fusion_bench"): self._ties_fusion_bench,
+        }
+        self._merge_float = methods[self.settings.method, self.settings.dialect]
+        self._densities = self.settings.density_of(self.experts)
+        # fusion_bench flattens whole models, and one float64 tensor makes the whole vector float64.
+        self._all_wide = self.settings.dialect == "fusion_bench" and any(map(self._has_float64, self.keys()))
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.method} of {', '.join(self.experts)} over {self._layout.name}"
+
+    def keys(self) -> list[str]:
+        return self._layout.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._layout.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._layout.dtype(key)
+
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged tensor, cast once to the base's stored dtype, or to `dtype` if the tensor is float.
+
+        Raises SourceError for NaN, Inf or contradictions in the inputs, NumericalError if the result leaves the range
+        of the dtype, ConfigError if `dtype` is not float.
+        """
+        merged = self.tensor_fp32(key)
+        if not merged.is_floating_point():
+            return merged
+        target = dtype or self.dtype(key)
+        if not target.is_floating_point:
+            raise ConfigError(f"merge: {target} cannot hold tensor {key!r}; ask for a float dtype.")
+        result = merged.to(target)
+        if not bool(torch.isfinite(result).all()):
+            raise NumericalError(
+                f"merged tensor {key!r} leaves the range of {target}; ask for a wider dtype or merge with less scaling."
+            )
+        return result
+
+    def tensor_fp32(self, key: str) -> Tensor:
+        """The merged tensor before the cast: float32, or float64 if an input is; a tensor that is not float as it is.
+
+        Raises as :meth:`tensor` does.
+        """
+        if not self._is_float(key):
+            return self._equal_in_all(key)
+        merged = self._merge_float(key)
+        if not bool(torch.isfinite(merged).all()):
+            raise NumericalError(f"merged tensor {key!r} leaves the range of {merged.dtype}; merge with less scaling.")
+        return merged
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _is_float(self, key: str) -> bool:
+        """Whether a tensor is merged (float in all inputs) or copied (float in none)."""
+        dtypes = {label: source.dtype(key) for label, source in self._inputs}
+        floats = {dtype.is_floating_point for dtype in dtypes.values()}
+        if len(floats) > 1:
+            seen = ", ".join(f"{label}: {dtype}" for label, dtype in dtypes.items())
+            raise SourceError(f"tensor {key!r} is float in some inputs and not in others ({seen}).")
+        return floats.pop()
+
+    def _equal_in_all(self, key: str) -> Tensor:
+        (first_label, first), *others = self._inputs
+        tensor = first.tensor(key)
+        for label, source in others:
+            other = source.tensor(key).to(tensor.device)
+            if other.dtype != tensor.dtype or not torch.equal(tensor, other):
+                raise SourceError(
+                    f"tensor {key!r} ({tensor.dtype}) differs between {first_label} ({first.name}) and {label}"
+                    f" ({source.name}); tensors that are not float are copied, so make them equal."
+                )
+        # A source in memory hands out its own tensor; what this method returns belongs to the caller.
+        return tensor.clone()
+
+    def _read(self, source: WeightSource, key: str, like: Tensor | None = None) -> Tensor:
+        """One float tensor in the work dtype, on the device of `like`. May be the source's own: never written to."""
+        tensor = read_finite(source, key)
+        return tensor.to(self._work_dtype(key)) if like is None else tensor.to(like)
+
+    def _read_base(self, key: str) -> Tensor:
+        return self._read(_filled(self.base), key)
+
+    def _deltas(self, key: str, base: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Expert minus base, one expert at a time; the caller may write to what it is given."""
+        for label, source in self.experts.items():
+            yield label, self._read(source, key, base) - base
+
+    def _trimmed(self, key: str, base: Tensor, trim: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """The trimmed deltas of all experts, [T, *shape]."""
+        stack = base.new_empty((len(self.experts), *base.shape))
+        for row, (label, delta) in enumerate(self._deltas(key, base)):
+            stack[row] = trim(label, delta)
+        return stack
+
+    def _work_dtype(self, key: str) -> torch.dtype:
+        return torch.float64 if self._all_wide or self._has_float64(key) else torch.float32
+
+    def _has_float64(self, key: str) -> bool:
+        return any(source.dtype(key) == torch.float64 for _, source in self._inputs)
+
+    # -- methods: one float tensor, in the work dtype -----------------------------------------------------------------
+
+    def _task_arithmetic(self, key: str) -> Tensor:
+        base = self._read_base(key)
+        mixed = torch.zeros_like(base)
+        for label, delta in self._deltas(key, base):
+            mixed.add_(delta, alpha=self._weights[label])
+        total = sum(self._weights.values())
+        # As mergekit: weights that cancel are not divided by.
+        if self.settings.normalize and abs(total) >= ZERO_WEIGHT:
+            mixed.div_(total)
+        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+
+    def _weighted_average(self, key: str) -> Tensor:
+        weights = list(self._weights.values())
+        if self.settings.base_weight is not None:
+            weights.insert(0, self.settings.base_weight)
+        first = self._read(self._inputs[0][1], key)
+        average = first * weights[0]
+        del first
+        for (_, source), weight in zip(self._inputs[1:], weights[1:], strict=True):
+            average.add_(self._read(source, key, average), alpha=weight)
+        return average.div_(sum(weights)) if self.settings.normalize else average
+
+    def _ties_mergekit(self, key: str) -> Tensor:
+        def trim(label: str, delta: Tensor) -> Tensor:
+            return ties.trim_mergekit(delta, self._densities[label], _filled(self.settings.rescale))
+
+        base = self._read_base(key)
+        stack = self._trimmed(key, base, trim)
+        mixed = ties.merge_mergekit(stack, list(self._weights.values()), _filled(self.settings.normalize))
+        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+
+    def _ties_peft(self, key: str) -> Tensor:
+        base = self._read_base(key)
+        stack = self._trimmed(key, base, lambda label, delta: ties.trim_peft(delta, self._densities[label]))
+        return base + ties.merge_peft(stack, list(self._weights.values()), _filled(self.settings.election))
+
+    def _ties_fusion_bench(self, key: str) -> Tensor:
+        whole = self._global_trim
+        base = self._read_base(key)
+        stack = self._trimmed_globally(key, base, whole.limits)
+        mixed = ties.merge_fusion_bench(stack, whole.majority, _filled(self.settings.merge_func))
+        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+
+    # -- what fusion_bench's trim needs of the whole model ------------------------------------------------------------
+
+    def _trimmed_globally(self, key: str, base: Tensor, limits: Mapping[str, Tensor]) -> Tensor:
+        return self._trimmed(key, base, lambda label, delta: ties.trim_fusion_bench(delta, limits[label]))
+
+    @cached_property
+    def _global_trim(self) -> GlobalTrim:
+        limits = self._global_limits()
+        majority = 0
+        for key in filter(self._is_float, self.keys()):
+            stack = self._trimmed_globally(key, self._read_base(key), limits)
+            # Counted as integers: a float sum over billions of entries would lose single ones.
+            majority += int(ties.elected_sign(stack).to(torch.int8).sum())
+        return GlobalTrim(limits, (majority > 0) - (majority < 0))
+
+    def _global_limits(self) -> dict[str, Tensor]:
+        entries = sum(math.prod(self.shape(key)) for key in self.keys())
+        dtype = torch.float64 if self._all_wide else torch.float32
+        searches = {
+            label: ties.StreamedMagnitude(ties.kept_rank(entries, density), dtype)
+            for label, density in self._densities.items()
+        }
+        while not all(search.done for search in searches.values()):
+            for key in self.keys():
+                if not self._is_float(key):
+                    # Equal in all inputs, or :meth:`tensor` refuses it: no difference, but as many entries.
+                    for search in searches.values():
+                        search.count(torch.zeros(self.shape(key)))
+                    continue
+                for label, delta in self._deltas(key, self._read_base(key)):
+                    searches[label].count(delta)
+            for search in searches.values():
+                search.next_digit()
+        return {label: search.value for label, search in searches.items()}
+
+
+@overload
+def merge(base: nn.Module, experts: Mapping[str, Any], method: str = ..., **settings: Any) -> nn.Module: ...
+@overload
+def merge(base: Any, experts: Mapping[str, Any], method: str = ..., **settings: Any) -> MergedSource: ...
+def merge(
+    base: Any, experts: Mapping[str, Any], method: str = "task_arithmetic", **settings: Any
+) -> nn.Module | MergedSource:
+    """Merge experts given as modules, state dicts, safetensors files or folders, or sources.
+
+    Args:
+        base: the model the experts were fine-tuned from; None is enough for a weighted average that leaves it out.
+        experts: name -> expert.
+        method, settings: see :class:`epmq.merge_config.MergeConfig`.
+
+    Returns:
+        For a module as base a new module of the same kind, with the base's dtypes and devices; base and experts stay as
+        they are. Otherwise a :class:`MergedSource`, from which nothing is read yet.
+
+    Raises:
+        ConfigError: settings that are unknown, out of range or of no use to the method.
+        SourceError: experts whose tensors differ in name or shape, or hold NaN or Inf.
+        NumericalError: a merged tensor outside the range of its dtype.
+    """
+    config = MergeConfig.read({"method": method, **settings})
+    if not isinstance(experts, Mapping):
+        raise ConfigError(f"merge: experts must map a name to each expert, got a {type(experts).__name__}.")
+    sources = {str(label): open_source(expert) for label, expert in experts.items()}
+    merged = MergedSource(None if base is None else open_source(base, "base"), sources, config)
+    return _as_module(base, merged) if isinstance(base, nn.Module) else merged
+
+
+def _as_module(base: nn.Module, merged: MergedSource) -> nn.Module:
+    module = copy.deepcopy(base)
+    key_at: dict[tuple[int, torch.Size], str] = {}
+    with torch.no_grad():
+        for key, target in module.state_dict().items():
+            tensor = merged.tensor(key).to(target.device)
+            # Tied parameters are one storage under several names, and the last name written would win silently.
+            first = key_at.setdefault((target.data_ptr(), target.shape), key) if target.numel() else key
+            if first != key and not torch.equal(target, tensor):
+                raise SourceError(
+                    f"tensors {first!r} and {key!r} are one tied parameter in the base, but their merged values differ;"
+                    f" tie them in every expert, or untie them in the base."
+                )
+            target.copy_(tensor)
+    return module
+
+
+def _filled(value: Value | None) -> Value:
+    """A setting that MergeConfig has filled in for the method, or a base that the method has been given."""
+    assert value is not None
+    return value

@@ -1,0 +1,57 @@
+"""Refit of norm layers: one scale and shift per channel that bring a norm's outputs near the experts'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RIDGE = 0.1
+
+
+class NormStatistics:
+    """Per-channel moments of a norm's deployed outputs z and the experts' outputs y, weighted by task."""
+
+    def __init__(self, channels: int):
+        self.weight = 0.0
+        self.z = torch.zeros(channels)
+        self.y = torch.zeros(channels)
+        self.zz = torch.zeros(channels)
+        self.zy = torch.zeros(channels)
+
+    def add(self, z: Tensor, y: Tensor, row_weights: Tensor) -> None:
+        """Add rows ``[M, K]`` with weights ``[M]``."""
+        r = row_weights.unsqueeze(1)
+        self.weight += float(row_weights.sum())
+        self.z += (z * r).sum(0)
+        self.y += (y * r).sum(0)
+        self.zz += (z * z * r).sum(0)
+        self.zy += (z * y * r).sum(0)
+
+    def fold(self, task: NormStatistics) -> None:
+        """Add a task's moments, every task with the same total weight."""
+        self.weight += 1.0
+        for name in ("z", "y", "zz", "zy"):
+            getattr(self, name).add_(getattr(task, name), alpha=1.0 / task.weight)
+
+    def correction(self, with_shift: bool) -> tuple[Tensor, Tensor]:
+        """Scale a and shift c ``[K]`` minimising Σ (a z + c - y)² + ridge · Σ z² (a - 1)² per channel."""
+        s = self.weight
+        if with_shift:
+            covariance = self.zy - self.z * self.y / s
+            variance = self.zz - self.z * self.z / s
+        else:
+            covariance, variance = self.zy, self.zz
+        ridge = RIDGE * variance + torch.finfo(variance.dtype).tiny
+        scale = (covariance + ridge) / (variance + ridge)
+        shift = (self.y - scale * self.z) / s if with_shift else torch.zeros_like(scale)
+        return scale, shift
+
+
+@torch.no_grad()
+def correct(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Fold an affine correction of a norm's outputs into its weight and bias, which become new parameters."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(norm, "bias", None)
+    norm.weight = nn.Parameter(weight * scale, requires_grad=False)
+    if bias is not None:
+        norm.bias = nn.Parameter(bias * scale + shift, requires_grad=False)

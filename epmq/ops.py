@@ -1,0 +1,113 @@
+"""The table that chooses an implementation for each numeric operation, before the call.
+
+Each operation exists once in :mod:`epmq.reference`; faster forms are registered here under the same name and
+signature. The choice is made from device, dtype and shape, never by catching an exception.
+``EPMQ_BACKEND=reference|cpp|cuda|triton`` asks for one backend; an operation that has no such form for the tensors
+at hand runs as reference, which is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from epmq import extension, reference
+from epmq.errors import ConfigError
+
+log = logging.getLogger("epmq")
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One form of an operation: where it may run, and whether it is preferred there."""
+
+    backend: str
+    function: Callable[..., Any]
+    accepts: Callable[..., bool]
+
+
+_TABLE: dict[str, list[Implementation]] = {}
+_told: set[tuple[str, str]] = set()
+
+
+def register(
+    op: str, backend: str, function: Callable[..., Any], accepts: Callable[..., bool] = lambda *a, **k: True
+) -> None:
+    """Add an implementation; later registrations are preferred over earlier ones where both accept the call."""
+    _TABLE.setdefault(op, []).insert(0, Implementation(backend, function, accepts))
+
+
+def operations() -> list[str]:
+    """Names of all operations."""
+    return sorted(_TABLE)
+
+
+def implementations(op: str) -> list[Implementation]:
+    """All registered forms of ``op``, preferred first; the reference is last."""
+    return list(_TABLE[op])
+
+
+def wanted_backend() -> str | None:
+    """The backend asked for by ``EPMQ_BACKEND``, or None."""
+    wanted = os.environ.get("EPMQ_BACKEND") or None
+    if wanted is not None and wanted not in BACKENDS:
+        raise ConfigError(f"EPMQ_BACKEND={wanted!r} is not a backend; use one of {', '.join(BACKENDS)}.")
+    return wanted
+
+
+def choose(op: str, *args: Any, **kwargs: Any) -> Implementation:
+    """The implementation that will run this call."""
+    wanted = wanted_backend()
+    for candidate in _TABLE[op]:
+        if (wanted is None or candidate.backend == wanted) and candidate.accepts(*args, **kwargs):
+            return candidate
+    if wanted is not None and (op, wanted) not in _told:
+        _told.add((op, wanted))
+        log.warning("%s has no %s form for these tensors: the reference runs instead.", op, wanted)
+    return _TABLE[op][-1]
+
+
+def _call(op: str, *args: Any, **kwargs: Any) -> Any:
+    return choose(op, *args, **kwargs).function(*args, **kwargs)
+
+
+register("accumulate", "reference", reference.accumulate)
+register("gptq_sweep", "reference", reference.gptq_sweep)
+register("dequant_matmul", "reference", reference.dequant_matmul)
+extension.offer(register)
+
+
+def accumulate(
+    x: Tensor,
+    hessian: Tensor,
+    sum_x: Tensor,
+    target: Tensor | None = None,
+    cross: Tensor | None = None,
+    sum_target: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> None:
+    """See :func:`epmq.reference.accumulate`."""
+    _call("accumulate", x, hessian, sum_x, target, cross, sum_target, row_weights)
+
+
+def gptq_sweep(
+    weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int
+) -> Tensor:
+    """See :func:`epmq.reference.gptq_sweep`."""
+    codes: Tensor = _call("gptq_sweep", weight, unit_upper, scales, zeros, group_of, bits)
+    return codes
+
+
+def dequant_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """See :func:`epmq.reference.dequant_matmul`."""
+    y: Tensor = _call("dequant_matmul", x, packed, scales, zeros, bias, bits, group_size)
+    return y

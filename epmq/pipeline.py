@@ -1,0 +1,167 @@
+"""The stages of one quantization: closed form and rounding block by block; or closed form, distillation, rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.blocks import find_blocks
+from epmq.config import QuantConfig
+from epmq.distill import distill
+from epmq.engine import Engine, Sink
+from epmq.linear import QuantLinear, set_submodule
+from epmq.quantized import QuantizedTensor
+from epmq.skeleton import fill
+from epmq.sources import DictSource, WeightSource
+from epmq.streams import make_streams
+
+Progress = Callable[[str, int, int], None]
+Calibration = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+class ModuleSink:
+    """Builds the quantized model in memory."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[str, QuantizedTensor | Tensor, Tensor | None]] = []
+
+    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        self.pending.append((name, tensor, bias))
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        # What was not touched is still the source's own tensor.
+        self.pending.append((name, tensor.clone(), None))
+
+    def assemble(self, model: nn.Module, source: WeightSource) -> nn.Module:
+        """Fill ``model`` (its weights may be meta), in place; what was not handed out is read from ``source``."""
+        tensors: dict[str, Tensor] = {}
+        quantized: dict[str, QuantLinear] = {}
+        for name, value, bias in self.pending:
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            else:
+                quantized[name] = QuantLinear.from_quantized(value, bias)
+        for name in quantized:
+            set_submodule(model, name, nn.Identity())
+        fill(model, "", _Overlay(tensors, source), None)
+        for name, layer in quantized.items():
+            set_submodule(model, name, layer)
+        return model
+
+
+class _Overlay:
+    """A source that answers from finished tensors first."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], below: WeightSource):
+        self.tensors, self.below = tensors, below
+
+    @property
+    def name(self) -> str:
+        return self.below.name
+
+    def keys(self) -> list[str]:
+        return list({*self.tensors, *self.below.keys()})
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape) if key in self.tensors else self.below.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].dtype if key in self.tensors else self.below.dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key] if key in self.tensors else self.below.tensor(key).clone()
+
+
+def run(
+    skeleton: nn.Module,
+    merged: WeightSource,
+    base: WeightSource | None,
+    experts: Mapping[str, WeightSource],
+    calibration: Calibration,
+    config: QuantConfig,
+    sink: Sink,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantize ``merged`` and hand finished block tensors to ``sink``; returns what the report is made of.
+
+    skeleton: the model on the meta device; it is whole again afterwards. Without distillation, memory grows with one
+    block; with it, the whole model and one expert are held in fp32.
+    """
+    if config.distill is None:
+        return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress)
+    first = config.model_copy(update={"bits": None, "distill": None, "diagnostics": False})
+    closed = ModuleSink()
+    found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress)
+    model = closed.assemble(copy.deepcopy(skeleton), merged).float()
+    del closed
+    addresses = find_blocks(model)
+    tuned = addresses[len(addresses) - max(1, round(config.distill.last_blocks * len(addresses))) :]
+
+    def open_expert(task: str) -> nn.Module:
+        expert = copy.deepcopy(skeleton)
+        fill(expert, "", experts[task], torch.float32)
+        return expert
+
+    stage = distill(
+        model,
+        [model.get_submodule(address.name) for address in tuned],
+        open_expert,
+        make_streams(calibration),
+        config.distill,
+        progress,
+    )
+    target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
+    stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}
+    if config.bits is None:
+        blocks = tuple(f"{address.name}." for address in addresses)
+        for key in target.keys():
+            if key.startswith(blocks):
+                sink.tensor(key, target.tensor(key))
+        return {**found, "stages": stages}
+    last = config.model_copy(update={"rho": 1.0, "distill": None})
+    same = dict.fromkeys(experts, target)
+    return {**_one_pass(skeleton, target, None, same, calibration, last, sink, progress), "stages": stages}
+
+
+def _one_pass(
+    skeleton: nn.Module,
+    merged: WeightSource,
+    base: WeightSource | None,
+    experts: Mapping[str, WeightSource],
+    calibration: Calibration,
+    config: QuantConfig,
+    sink: Sink,
+    progress: Progress,
+) -> dict[str, Any]:
+    engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress)
+    try:
+        return engine.run()
+    finally:
+        engine.runner.restore()
+
+
+class _Stored:
+    """Tensors of one source in the dtypes of another."""
+
+    def __init__(self, values: WeightSource, dtypes: WeightSource):
+        self.values, self.dtypes = values, dtypes
+
+    @property
+    def name(self) -> str:
+        return self.values.name
+
+    def keys(self) -> list[str]:
+        return self.values.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.values.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.dtypes.dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        return self.values.tensor(key).to(self.dtype(key))

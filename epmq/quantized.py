@@ -1,0 +1,100 @@
+"""QuantizedTensor: integer codes with scales and zeros, and their packed form.
+
+Packed form: codes are unsigned ``bits``-wide fields in a little-endian bit stream along the input dimension, one
+row of int32 words per output row (element ``i`` occupies bits ``i * bits .. (i + 1) * bits``, low bits first; the
+tail of the last word is zero). This is the layout of compressed-tensors' ``weight_packed``, dense for every width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+def packed_words(in_features: int, bits: int) -> int:
+    """Number of int32 words that hold ``in_features`` codes of ``bits`` bits."""
+    return -(-in_features * bits // WORD_BITS)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of groups along the input dimension; ``group_size`` -1 is one group for the whole row."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def column_groups(in_features: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """int32 ``[K]``: the group of each column; the last group may be short."""
+    if group_size == -1:
+        return torch.zeros(in_features, dtype=torch.int32, device=device)
+    return torch.div(torch.arange(in_features, device=device), group_size, rounding_mode="floor").to(torch.int32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes ``[N, K]`` into int32 ``[N, ceil(K * bits / 32)]``."""
+    rows, columns = codes.shape
+    words = packed_words(columns, bits)
+    if WORD_BITS % bits == 0:
+        per_word = WORD_BITS // bits
+        padded = torch.zeros(rows, words * per_word, dtype=torch.int64, device=codes.device)
+        padded[:, :columns] = codes
+        shifts = torch.arange(per_word, device=codes.device) * bits
+        packed = (padded.view(rows, words, per_word) << shifts).sum(-1)
+    else:
+        stream = torch.zeros(rows, words * WORD_BITS, dtype=torch.int64, device=codes.device)
+        planes = (codes.to(torch.int64).unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
+        stream[:, : columns * bits] = planes.reshape(rows, columns * bits)
+        packed = (stream.view(rows, words, WORD_BITS) << torch.arange(WORD_BITS, device=codes.device)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Inverse of :func:`pack`: uint8 codes ``[N, K]``."""
+    rows = packed.shape[0]
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed.device)
+        codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        narrow: Tensor = codes.flatten(1)[:, :in_features].to(torch.uint8)
+        return narrow
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : in_features * bits]
+    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
+    return (stream.view(rows, in_features, bits) << places).sum(-1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight ``[N, K]`` on a grid: ``W = (codes - zeros) * scales``, groups along ``K``.
+
+    codes: uint8 ``[N, K]`` in ``[0, 2^bits - 1]``. scales: ``[N, G]`` fp32, fp16 or bf16. zeros: uint8 ``[N, G]``,
+    or None for a symmetric grid, whose zero point is ``2^(bits-1)``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zeros is None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``[N, K]`` in ``dtype``, computed in fp32."""
+        return dequantize(self.codes, self.scales, self.zeros, self.bits, self.group_size).to(dtype)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """fp32 ``[N, K]`` from codes ``[N, K]``, scales ``[N, G]`` and zeros ``[N, G]`` (None: symmetric)."""
+    columns = codes.shape[1]
+    groups = column_groups(columns, group_size, codes.device).long()
+    centred = codes.float() - (2 ** (bits - 1) if zeros is None else zeros.float()[:, groups])
+    return centred * scales.float()[:, groups]

@@ -1,0 +1,117 @@
+"""Recipes: a YAML file that names base, experts, merge, calibration files and quantization settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from epmq.config import PRESETS, QuantConfig
+from epmq.errors import ConfigError
+from epmq.merge_config import MergeConfig
+from epmq.settings import Settings, nearest
+
+
+class CalibrationSettings(Settings):
+    """tasks: {task: jsonl file}. Texts are tokenised with the base's tokenizer and cut at ``max_length`` tokens.
+
+    examples: texts per task, the first of the file, or drawn from all of it when ``seed`` is given.
+    """
+
+    tasks: dict[str, Path]
+    text_key: str = "text"
+    examples: int = Field(default=256, ge=1)
+    max_length: int = Field(default=512, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    seed: int | None = None
+
+
+class TaskFiles(Settings):
+    """data: jsonl of {text, label}. head: safetensors with the classifier's weight and bias."""
+
+    data: Path
+    head: Path
+
+
+class EvaluationSettings(Settings):
+    """What ``epmq eval`` scores: {task: {data, head}}; features are the mean over tokens or the first token's."""
+
+    tasks: dict[str, TaskFiles]
+    pooling: Literal["mean", "first"] = "mean"
+    max_length: int = Field(default=512, ge=1)
+    text_key: str = "text"
+
+
+class Recipe(Settings):
+    """A whole job. Paths are relative to the recipe's folder.
+
+    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint.
+    """
+
+    base: Path
+    experts: dict[str, Path] = Field(default_factory=dict)
+    merge: MergeConfig | None = None
+    merged: Path | None = None
+    calibration: CalibrationSettings | None = None
+    quantization: QuantConfig = QuantConfig()
+    evaluation: EvaluationSettings | None = None
+    shard_bytes: int = Field(default=512 * 2**20, ge=1)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; every file it names must exist.
+
+    Raises ConfigError with one sentence that names the recipe, the key, and the nearest known key where one is unknown.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as base: and experts:.")
+    recipe = Recipe.parse({**content, **_with_preset(content, path)}, str(path))
+    if recipe.merge is not None and recipe.merged is not None:
+        raise ConfigError(f"{path}: give either merge or merged, not both.")
+    return _resolved(recipe, path.parent, path)
+
+
+def _with_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The quantization section with its preset, if it names one, written out."""
+    section = content.get("quantization")
+    if not isinstance(section, dict) or "preset" not in section:
+        return {}
+    section = dict(section)
+    name = section.pop("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"{path}: quantization.preset: unknown preset {name!r}; {nearest(str(name), list(PRESETS))}")
+    return {"quantization": {**PRESETS[name], **section}}
+
+
+def _resolved(recipe: Recipe, folder: Path, path: Path) -> Recipe:
+    def place(key: str, value: Path) -> Path:
+        found = folder / value
+        if not found.exists():
+            raise ConfigError(f"{path}: {key}: there is no {found}.")
+        return found
+
+    changes: dict[str, Any] = {"base": place("base", recipe.base)}
+    changes["experts"] = {task: place(f"experts.{task}", value) for task, value in recipe.experts.items()}
+    if recipe.merged is not None:
+        changes["merged"] = place("merged", recipe.merged)
+    if recipe.calibration is not None:
+        tasks = {task: place(f"calibration.tasks.{task}", v) for task, v in recipe.calibration.tasks.items()}
+        changes["calibration"] = recipe.calibration.model_copy(update={"tasks": tasks})
+    if recipe.evaluation is not None:
+        entries = {}
+        for task, entry in recipe.evaluation.tasks.items():
+            at = f"evaluation.tasks.{task}"
+            entries[task] = entry.model_copy(
+                update={"data": place(f"{at}.data", entry.data), "head": place(f"{at}.head", entry.head)}
+            )
+        changes["evaluation"] = recipe.evaluation.model_copy(update={"tasks": entries})
+    return recipe.model_copy(update=changes)

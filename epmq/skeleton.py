@@ -1,0 +1,76 @@
+"""A model without weights, and its parts filled from a weight source when they are needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from epmq.errors import SourceError
+from epmq.sources import WeightSource, read_finite
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and persistent buffers hold no memory; ties, and buffers outside the state, are kept."""
+    stored = set(module.state_dict(keep_vars=True))
+    memo: dict[int, object] = {}
+    for _, parameter in module.named_parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for name, buffer in module.named_buffers():
+        if name in stored:
+            memo[id(buffer)] = buffer.detach().to("meta")
+    duplicate: nn.Module = copy.deepcopy(module, memo)
+    return duplicate.eval()
+
+
+def stored_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names in the module's state dict with their (possibly meta) tensors, each alias of a tied tensor included."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def fill(module: nn.Module, prefix: str, source: WeightSource, dtype: torch.dtype | None) -> None:
+    """Give every stored tensor of ``module`` its value ``source[prefix + name]``, floats cast to ``dtype`` (None: as
+    stored). Tied tensors are read once, under whichever of their names the source has.
+
+    Raises SourceError when a tensor is absent under all its names, has another shape, or holds NaN or Inf.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in stored_names(module):
+        aliases.setdefault(id(tensor), []).append(name)
+    present = set(source.keys())
+    for names in aliases.values():
+        found = next((name for name in names if prefix + name in present), None)
+        if found is None:
+            raise SourceError(f"{source.name}: tensor {prefix + names[0]!r}, which the model needs, is missing.")
+        value = read_finite(source, prefix + found)
+        target = _get(module, found)
+        if value.shape != target.shape:
+            raise SourceError(
+                f"{source.name}: tensor {prefix + found!r} has shape {list(value.shape)},"
+                f" the model expects {list(target.shape)}."
+            )
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        # A block may write into its buffers, and a source in memory hands out its own tensors.
+        replacement: Tensor = value.clone()
+        if isinstance(target, nn.Parameter):
+            replacement = nn.Parameter(value, requires_grad=False)
+        for name in names:
+            _set(module, name, replacement)
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(parent), leaf)
+    return tensor
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor

@@ -1,0 +1,99 @@
+"""The target weight of eq. (2) and the triangular factor that the sweep shares with it: one Cholesky, no inverse."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq.config import DAMP_LIMIT
+from epmq.errors import NumericalError
+from epmq.statistics import Folded
+
+log = logging.getLogger("epmq")
+
+FIRST_ESCALATION = 1e-3
+ANCHOR_GRID: tuple[float, ...] = tuple(10.0 ** (exponent / 4) for exponent in range(-12, 5))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H' = R Rᵀ with R upper triangular, columns in sweep order.
+
+    root: R ``[K, K]``. unit_upper: M = R diag(R)⁻¹ ``[K, K]``. damp: relative damping that was needed in the end.
+    """
+
+    root: Tensor
+    unit_upper: Tensor
+    damp: float
+
+
+def mean_diagonal(hessian: Tensor) -> float:
+    """tr(H) / K."""
+    mean: float = hessian.diagonal().mean().item()
+    return mean
+
+
+def factorize(hessian: Tensor, added: float, damp: float, where: str) -> Factor:
+    """Factor ``hessian + (added + damp) * mean_diagonal * I``; damping escalates tenfold up to 1.0 when it must.
+
+    hessian: ``[K, K]`` symmetric, columns in sweep order, destroyed. added: the anchor's lambda, relative. Each
+    escalation is logged. A Hessian of zeros counts as a multiple of the identity. Raises NumericalError past 1.0.
+    """
+    scale = mean_diagonal(hessian)
+    if not scale > 0.0:
+        # No input at all: any positive multiple of the identity leaves the anchor, rounded to nearest.
+        hessian.diagonal().fill_(1.0)
+        scale = 1.0
+    hessian.diagonal().add_(added * scale)
+    # A column no input ever excited has a zero row: any positive diagonal keeps the anchor's weight there.
+    hessian.diagonal()[hessian.diagonal() == 0.0] = scale
+    diagonal = hessian.diagonal().clone()
+    while True:
+        hessian.diagonal().copy_(diagonal + damp * scale)
+        # J H J = L Lᵀ, R = J L J
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            break
+        stronger = max(FIRST_ESCALATION, 10.0 * damp)
+        if stronger > DAMP_LIMIT * 1.0001:
+            raise NumericalError(
+                f"{where}: the Hessian is not positive definite even with damping {damp:g}; check the calibration"
+                " inputs of this layer for extreme values."
+            )
+        log.warning("%s: Hessian not positive definite with damping %g, raised to %g.", where, damp, stronger)
+        damp = stronger
+    root = lower.flip(0, 1)
+    return Factor(root, root / root.diagonal(), damp)
+
+
+def solve_right(pull: Tensor, factor: Factor) -> Tensor:
+    """``pull · (R Rᵀ)⁻¹`` for ``[N, K]``: the step from the anchor to the target W* of eq. (2)."""
+    half = torch.linalg.solve_triangular(factor.root.T, pull, upper=False, left=False)
+    step: Tensor = torch.linalg.solve_triangular(factor.root, half, upper=True, left=False)
+    return step
+
+
+def choose_anchor(fit: Folded, held: Folded) -> float:
+    """Relative lambda with the least error on held-out rows, from one eigendecomposition of the fitted Hessian.
+
+    Both problems are relative to the same anchor (centred or not). With H = U diag(e) Uᵀ and V = E U the step is
+    V diag(1/(e+λ)) Uᵀ; its held-out error is a quadratic form in d = 1/(e+λ), so a grid costs K² per value.
+    """
+    scale = mean_diagonal(fit.hessian)
+    if not scale > 0.0:
+        return ANCHOR_GRID[-1]
+    values, vectors = torch.linalg.eigh(fit.hessian)
+    projected = fit.pull @ vectors
+    quadratic = (projected.T @ projected) * (vectors.T @ held.hessian @ vectors)
+    linear = (projected * (held.pull @ vectors)).sum(0)
+    best: float = ANCHOR_GRID[-1]
+    best_error = float("inf")
+    for relative in ANCHOR_GRID:
+        d = 1.0 / (values.clamp_min(0.0) + relative * scale)
+        error = float(d @ quadratic @ d - 2.0 * (linear @ d))
+        if error < best_error:
+            best, best_error = relative, error
+    return best

@@ -1,0 +1,256 @@
+"""Weight sources: names, shapes and dtypes of a model's tensors, read one tensor at a time.
+
+A source is a safetensors file, a folder of them (sharded or not), a module or a state dict in memory, or anything
+else with the same four methods, such as :class:`epmq.merge.MergedSource`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from epmq.errors import SourceError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class WeightSource(Protocol):
+    """What every room that reads weights knows about them."""
+
+    @property
+    def name(self) -> str:
+        """How messages call this source: its path or a word."""
+        ...
+
+    def keys(self) -> list[str]:
+        """Tensor names, in a fixed order."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor as stored; the caller owns it."""
+        ...
+
+
+class FileSource:
+    """A safetensors file, or a folder that holds ``model.safetensors`` or shards with an index.
+
+    Raises SourceError for a missing, truncated or contradictory file, naming it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file_of = self._find_files()
+        self._shape: dict[str, tuple[int, ...]] = {}
+        self._dtype: dict[str, torch.dtype] = {}
+        for file in self.files:
+            self._read_header(file)
+        for key, file in self._file_of.items():
+            if key not in self._shape:
+                raise SourceError(f"{file}: the index promises tensor {key!r}, which the file does not hold.")
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._file_of.values()))
+
+    def keys(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        self._must_have(key)
+        return self._shape[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        self._must_have(key)
+        return self._dtype[key]
+
+    def tensor(self, key: str) -> Tensor:
+        self._must_have(key)
+        # Opened anew and copied: a mapping kept open would count every page ever read as resident.
+        try:
+            with safe_open(self._file_of[key], framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{self._file_of[key]}: tensor {key!r} cannot be read ({error}).") from error
+        return tensor
+
+    def _must_have(self, key: str) -> None:
+        if key not in self._file_of:
+            raise SourceError(f"{self.path}: there is no tensor {key!r}.")
+
+    def _find_files(self) -> dict[str, Path]:
+        if not self.path.exists():
+            raise SourceError(f"{self.path}: there is no such file or folder.")
+        if self.path.is_file():
+            return self._keys_of(self.path)
+        index = self.path / INDEX_NAME
+        if index.is_file():
+            return self._read_index(index)
+        single = self.path / SINGLE_NAME
+        if single.is_file():
+            return self._keys_of(single)
+        found = sorted(self.path.glob("*.safetensors"))
+        if len(found) == 1:
+            return self._keys_of(found[0])
+        raise SourceError(
+            f"{self.path}: expected {SINGLE_NAME} or {INDEX_NAME} there, found {len(found)} other safetensors files."
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            pairs = [(str(key), str(file)) for key, file in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SourceError(f"{index}: not a shard index with a weight_map ({error!r}).") from error
+        files = {}
+        for key, file in pairs:
+            if Path(file).name != file:
+                raise SourceError(f"{index}: shard name {file!r} leaves the folder; use a plain file name.")
+            if not (self.path / file).is_file():
+                raise SourceError(f"{index}: shard {file!r} is missing from the folder.")
+            files[key] = self.path / file
+        return files
+
+    @staticmethod
+    def _keys_of(file: Path) -> dict[str, Path]:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{file}: not a complete safetensors file ({error}).") from error
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():
+                    if self._file_of.get(key) != file:
+                        continue
+                    view = handle.get_slice(key)
+                    stored = view.get_dtype()
+                    if stored not in SAFETENSORS_DTYPES:
+                        raise SourceError(f"{file}: tensor {key!r} has dtype {stored}, which is not supported.")
+                    self._shape[key] = tuple(view.get_shape())
+                    self._dtype[key] = SAFETENSORS_DTYPES[stored]
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{file}: not a complete safetensors file ({error}).") from error
+
+
+class DictSource:
+    """Tensors in memory under their names; ``tensor`` returns the stored tensor itself, so do not write to it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str = "state dict"):
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise SourceError(f"{name}: entry {key!r} is a {type(tensor).__name__}, expected a tensor.")
+        self._tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensor(key).shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensor(key).dtype
+
+    def tensor(self, key: str) -> Tensor:
+        if key not in self._tensors:
+            raise SourceError(f"{self._name}: there is no tensor {key!r}.")
+        return self._tensors[key]
+
+
+def open_source(what: Any, name: str | None = None) -> WeightSource:
+    """A source from a path, a module, a state dict, or a source (returned as it is)."""
+    if isinstance(what, (str, Path)):
+        return FileSource(what)
+    if isinstance(what, nn.Module):
+        return DictSource(what.state_dict(), name or type(what).__name__)
+    if isinstance(what, Mapping):
+        return DictSource(what, name or "state dict")
+    if all(hasattr(what, method) for method in ("name", "keys", "shape", "dtype", "tensor")):
+        source: WeightSource = what
+        return source
+    raise SourceError(f"{name or 'weights'}: expected a path, a module or a state dict, got {type(what).__name__}.")
+
+
+def require_same_layout(reference: WeightSource, others: Mapping[str, WeightSource]) -> None:
+    """Refuse experts whose tensor names or shapes differ from the base's.
+
+    Raises SourceError naming the first tensor at fault and the source it comes from.
+    """
+    expected = set(reference.keys())
+    for label, source in others.items():
+        present = set(source.keys())
+        if missing := sorted(expected - present):
+            raise SourceError(
+                f"expert {label!r} ({source.name}) lacks tensor {missing[0]!r}"
+                f"{_and_more(missing)}, which {reference.name} has."
+            )
+        if extra := sorted(present - expected):
+            raise SourceError(
+                f"expert {label!r} ({source.name}) has an extra tensor {extra[0]!r}"
+                f"{_and_more(extra)}, which {reference.name} lacks."
+            )
+        for key in reference.keys():
+            if source.shape(key) != reference.shape(key):
+                raise SourceError(
+                    f"expert {label!r} ({source.name}): tensor {key!r} has shape {list(source.shape(key))},"
+                    f" expected {list(reference.shape(key))} as in {reference.name}."
+                )
+
+
+def read_finite(source: WeightSource, key: str) -> Tensor:
+    """The tensor, refused with SourceError when a float entry is NaN or Inf."""
+    tensor = source.tensor(key)
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise SourceError(f"{source.name}: tensor {key!r} holds NaN or Inf; repair or replace that checkpoint.")
+    return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or Inf; one pass, without a mask of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def total_bytes(source: WeightSource) -> int:
+    """Size of all tensors of a source, in bytes."""
+    return sum(math.prod(source.shape(key)) * source.dtype(key).itemsize for key in source.keys())
+
+
+def iterate(source: WeightSource) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a source in its order, one at a time, each checked for NaN and Inf."""
+    for key in source.keys():
+        yield key, read_finite(source, key)
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

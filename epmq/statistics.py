@@ -1,0 +1,182 @@
+"""Second and first moments of a group of linears' inputs: per task, then folded over tasks relative to the anchor.
+
+Everything here is a sum over rows, so it adds over batches, tasks and processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from epmq import ops
+from epmq.errors import CalibrationError, NumericalError
+from epmq.reference import symmetrize
+
+SAMPLE_ROWS = 256
+
+
+class TaskStatistics:
+    """Moments of one task's rows at one group of linears.
+
+    x are the rows the deployed model feeds to the group, ``target`` the rows inside the expert (None when alpha is 0).
+    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. cross: ``[K, K]`` Σ r x̃ xᵀ. sum_x, sum_target: ``[K]``.
+    weight: Σ r. A thin sample of rows is kept for reporting errors.
+    """
+
+    def __init__(self, columns: int, with_target: bool, dtype: torch.dtype = torch.float32):
+        self.hessian = torch.zeros(columns, columns, dtype=dtype)
+        self.sum_x = torch.zeros(columns, dtype=dtype)
+        self.cross = torch.zeros(columns, columns, dtype=dtype) if with_target else None
+        self.sum_target = torch.zeros(columns, dtype=dtype) if with_target else None
+        self.weight = 0.0
+        self.sample_x: list[Tensor] = []
+        self.sample_target: list[Tensor] = []
+
+    def add(self, x: Tensor, target: Tensor | None, row_weights: Tensor | None, sample: int = 0) -> None:
+        """Add rows ``[M, K]``; ``row_weights`` fp32 ``[M]``; keep about ``sample`` of them for the report."""
+        ops.accumulate(x, self.hessian, self.sum_x, target, self.cross, self.sum_target, row_weights)
+        self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
+        if sample:
+            kept = torch.arange(x.shape[0]) if row_weights is None else torch.nonzero(row_weights).flatten()
+            kept = kept[:: max(1, len(kept) // sample)][:sample]
+            self.sample_x.append(x[kept].float())
+            if target is not None:
+                self.sample_target.append(target[kept].float())
+
+    def join(self, other: TaskStatistics) -> None:
+        """Add another part of the same task's rows; the sample stays as it is."""
+        self.hessian += other.hessian
+        self.sum_x += other.sum_x
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        if self.sum_target is not None and other.sum_target is not None:
+            self.sum_target += other.sum_target
+        self.weight += other.weight
+
+    def sampled(self, expert: Expert, alpha: float) -> Sample:
+        """The sampled rows and what the expert makes of them."""
+        x = torch.cat(self.sample_x)
+        wanted = torch.lerp(x, torch.cat(self.sample_target), alpha) if self.sample_target else x
+        return Sample(x, wanted @ expert.weight.T + expert.bias)
+
+    def check(self, task: str, where: str) -> None:
+        """Refuse statistics without rows, or with NaN or Inf in them."""
+        if self.weight <= 0:
+            raise CalibrationError(f"task {task!r} has no calibration rows at {where}: all positions are masked out.")
+        if not bool(torch.isfinite(self.sum_x).all() and torch.isfinite(self.hessian.diagonal()).all()):
+            raise NumericalError(f"{where}: an activation of task {task!r} is NaN or Inf on its calibration inputs.")
+        if self.sum_target is not None and not bool(torch.isfinite(self.sum_target).all()):
+            raise NumericalError(f"{where}: an activation inside expert {task!r} is NaN or Inf.")
+
+
+@dataclass
+class Expert:
+    """One expert's weights at a group of linears, rows stacked: weight ``[N, K]``, bias ``[N]`` (zeros if none)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few of a task's rows: x ``[M, K]`` as deployed, y ``[M, N]`` the targets at alpha."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Folded:
+    """What is left of all tasks: the least-squares problem around the anchor.
+
+    hessian: ``[K, K]`` H = Σ w_t X_t X_tᵀ, full. pull: ``[N, K]`` E = C - A H, the pull of the experts' targets away
+    from the anchor's own outputs. sum_x: ``[K]`` Σ w_t X_t 1. sum_pull: ``[N]``, the targets' summed distance from the
+    anchor's outputs. weight: s = Σ w_t n_t.
+    """
+
+    hessian: Tensor
+    pull: Tensor
+    sum_x: Tensor
+    sum_pull: Tensor
+    weight: float = 0.0
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Folded:
+        return cls(
+            torch.zeros(columns, columns, dtype=dtype),
+            torch.zeros(rows, columns, dtype=dtype),
+            torch.zeros(columns, dtype=dtype),
+            torch.zeros(rows, dtype=dtype),
+        )
+
+    def fold(
+        self,
+        task: TaskStatistics,
+        expert: Expert,
+        anchor: Expert,
+        alpha: float,
+        weighting: Literal["tokens", "hessian_norm"],
+        gamma: float = 1.0,
+    ) -> None:
+        """Add one task's problem. The statistics may be dropped afterwards.
+
+        Written as differences from the anchor, so that an expert equal to it pulls by exactly zero.
+        """
+        hessian = symmetrize(task.hessian)
+        w = task_weight(hessian, task.weight, weighting)
+        if alpha > 0.0 and task.cross is not None and task.sum_target is not None:
+            self.pull.addmm_(expert.weight, task.cross - hessian, alpha=w * alpha)
+            self.sum_pull.add_(expert.weight @ (task.sum_target - task.sum_x), alpha=w * alpha)
+        if gamma != 1.0:
+            diagonal = hessian.diagonal().clone()
+            hessian.mul_(gamma).diagonal().copy_(diagonal)
+        towards = expert.weight - anchor.weight
+        offset = expert.bias - anchor.bias
+        self.hessian.add_(hessian, alpha=w)
+        self.pull.addmm_(towards, hessian, alpha=w)
+        self.pull.addr_(offset, task.sum_x, alpha=w)
+        self.sum_x.add_(task.sum_x, alpha=w)
+        self.sum_pull.add_(towards @ task.sum_x + offset * task.weight, alpha=w)
+        self.weight += w * task.weight
+
+    def fold_inputs(self, task: TaskStatistics, weighting: Literal["tokens", "hessian_norm"]) -> None:
+        """Add one task's inputs only: the target stays the anchor (plain GPTQ)."""
+        hessian = symmetrize(task.hessian)
+        w = task_weight(hessian, task.weight, weighting)
+        self.hessian.add_(hessian, alpha=w)
+        self.sum_x.add_(task.sum_x, alpha=w)
+        self.weight += w * task.weight
+
+    def centred(self) -> Folded:
+        """The problem with weighted means taken out of inputs and targets; sums are kept for the bias."""
+        mean_x, mean_pull = self.sum_x / self.weight, self.sum_pull / self.weight
+        hessian = torch.addr(self.hessian, mean_x, mean_x, alpha=-self.weight)
+        # A column that never varies leaves rounding noise behind, which must not pass for a tiny variance.
+        constant = hessian.diagonal() <= 8 * torch.finfo(hessian.dtype).eps * self.hessian.diagonal()
+        hessian[constant, :] = 0.0
+        hessian[:, constant] = 0.0
+        pull = torch.addr(self.pull, mean_pull, mean_x, alpha=-self.weight)
+        pull[:, constant] = 0.0
+        return Folded(hessian, pull, self.sum_x, self.sum_pull, self.weight)
+
+    def bias(self, anchor: Expert, weight: Tensor) -> Tensor:
+        """The bias ``[N]`` that centres the outputs of ``weight`` on the targets' mean: ȳ - Q x̄."""
+        mean_x, mean_pull = self.sum_x / self.weight, self.sum_pull / self.weight
+        return anchor.bias + mean_pull + (anchor.weight - weight) @ mean_x
+
+
+def task_weight(hessian: Tensor, rows: float, weighting: Literal["tokens", "hessian_norm"]) -> float:
+    """1/n_t, or 1/‖H_t‖_F (then every task's Hessian has unit norm; FeatCal, arXiv 2605.13030)."""
+    if weighting == "tokens":
+        return 1.0 / rows
+    norm = float(torch.linalg.matrix_norm(hessian))
+    return 1.0 / norm if norm > 0 else 1.0 / rows
+
+
+def output_error(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> float:
+    """Relative squared output error ``‖Q x + b - y‖² / ‖y‖²`` on rows x ``[M, K]`` with targets y ``[M, N]``."""
+    error = x @ weight.T + bias - y
+    return float(error.square().sum() / y.square().sum().clamp_min(torch.finfo(y.dtype).tiny))

@@ -1,0 +1,367 @@
+"""What people get wrong, each with one sentence that names the place and a way out; nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Done, Job, in_process, make_job
+from conftest import ToyJob
+from torch import nn
+
+from epmq import QuantConfig, preset, quantize
+from epmq.errors import CalibrationError, ConfigError, EpmqError, NumericalError, SourceError
+
+pytest.importorskip("transformers")
+
+QUERY = "encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job on disk that every test copies."""
+    folder = tmp_path_factory.mktemp("made") / "job"
+    job = make_job(folder)
+    (folder / "recipe.json").write_text(json.dumps(job.recipe))
+    return folder
+
+
+@pytest.fixture
+def job(made: Path, tmp_path: Path) -> Job:
+    shutil.copytree(made, tmp_path / "job")
+    return Job(tmp_path / "job", json.loads((made / "recipe.json").read_text()))
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a verb on the job's recipe; checks that a refusal is one sentence and leaves nothing."""
+
+    def call(verb: str = "quantize", out: Path = tmp_path / "out") -> Done:
+        done = in_process(capsys, verb, job.write(), "--out", out)
+        if done.code:
+            assert done.code == 2
+            assert done.out == ""
+            assert done.err.startswith("epmq: ")
+            assert done.err.count("\n") == 1
+            assert not list(tmp_path.glob(".*partial*"))
+        return done
+
+    return call
+
+
+def expect(done: Done, *parts: str) -> None:
+    assert done.code == 2, done
+    for part in parts:
+        assert part in done.err, done.err
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("bsae",), "x", "unknown key 'bsae'; did you mean 'base'?"),
+        (("quantization", "group_sise"), 16, "unknown key 'quantization.group_sise'; did you mean 'group_size'?"),
+        (("calibration", "max_lenght"), 16, "unknown key 'calibration.max_lenght'; did you mean 'max_length'?"),
+        (("quantization", "distill"), {"stepz": 3}, "unknown key 'quantization.distill.stepz'; did you mean 'steps'?"),
+        (("merge", "scalling"), 0.3, "scalling"),
+        (("evaluation", "zzzzz"), 1, "unknown key 'evaluation.zzzzz'; known are max_length, pooling, tasks, text_key."),
+        (("quantization", "bits"), 5, "quantization.bits: use one of 2, 3, 4, 8"),
+        (("quantization", "bits"), "four", "quantization.bits"),
+        (("quantization", "group_size"), 0, "quantization.group_size: use a positive number"),
+        (("quantization", "sym"), "perhaps", "quantization.sym"),
+        (("quantization", "alpha"), 1.5, "quantization.alpha"),
+        (("quantization", "anchor"), "automatic", "quantization.anchor"),
+        (("quantization", "anchor"), -1, "quantization.anchor"),
+        (("quantization", "anchor"), float("nan"), "quantization.anchor"),
+        (("quantization", "method"), "awq", "quantization.method"),
+        (("quantization", "damp"), 2.0, "quantization.damp"),
+        (("quantization", "include"), ["("], "not a regular expression"),
+        (("quantization", "preset"), "bset", "unknown preset 'bset'; did you mean 'best'?"),
+        (("quantization", "preset"), ["best"], "unknown preset ['best']"),
+        (("quantization",), 4, "quantization"),
+        (("quantization", "static_groups"), False, "act_order needs static_groups"),
+        (("merge", "method"), "tise", "tise"),
+        (("merge",), {"method": "ties"}, "dialect"),
+        (("experts",), ["experts/reviews"], "experts"),
+        (("experts", "reviews"), 3, "experts.reviews"),
+        (("calibration", "examples"), 0, "calibration.examples"),
+        (("calibration", "examples"), "many", "calibration.examples"),
+        (("calibration", "tasks"), None, "calibration.tasks"),
+        (("base",), None, "base"),
+        (("base",), "nowhere", "base: there is no"),
+        (("experts", "reviews"), "experts/gone", "experts.reviews: there is no"),
+        (("calibration", "tasks", "reviews"), "gone.jsonl", "calibration.tasks.reviews: there is no"),
+        (("evaluation", "tasks", "reviews", "head"), "gone", "evaluation.tasks.reviews.head: there is no"),
+        (("merged",), "gone", "merged: there is no"),
+        (("merged",), "base", "give either merge or merged, not both"),
+        (("shard_bytes",), -1, "shard_bytes"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_recipe_that_cannot_be_used(path: tuple[str, ...], value: Any, message: str, job: Job, run: Run) -> None:
+    section = job.recipe
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    if value == "gone":
+        job.recipe.pop("merge")
+    expect(run(), "recipe.yaml", message)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "[1, 2]", "a: [", "\x00", "3", "{1: 2}", "&a [*a]"])
+def test_a_file_that_is_no_recipe(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    done = in_process(capsys, "quantize", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "recipe.yaml" in done.err
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "gone.yaml", tmp_path):
+        expect(in_process(capsys, "merge", path, "--out", tmp_path / "out"), f"{path}: the recipe cannot be read")
+
+
+def test_a_verb_that_needs_another_section(job: Job, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for section in ("experts", "calibration", "evaluation"):
+        del job.recipe[section]
+    expect(run("merge"), "merging needs experts")
+    expect(run("quantize"), "needs calibration")
+    expect(in_process(capsys, "eval", job.folder / "base", "--recipe", job.write()), "no evaluation: section")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bitz": 4}, "unknown key 'bitz'; did you mean 'bits'"),
+        ({"bits": 6}, "use one of 2, 3, 4, 8"),
+        ({"bits": None, "method": "gptq"}, "leaves nothing to do"),
+        ({"distill": {}, "method": "gptq"}, "distill belongs to method epmq"),
+        ({"bias_refit": True, "gamma": 0.9}, "bias_refit"),
+        ({"rho": -1}, "rho"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"anchor": float("inf")}, "anchor"),
+        ({"exclude": "head"}, "exclude"),
+    ],
+)
+def test_a_config_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(**changes)
+
+
+def test_an_unknown_preset_in_python() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'paper'"):
+        preset("papper")
+
+
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_expert_of_another_shape(verb: str, job: Job, run: Run) -> None:
+    job.change_expert("intents", **{QUERY: torch.ones(32, 31)})
+    expect(run(verb), "expert 'intents'", QUERY, "has shape [32, 31]", "expected [32, 32]")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_expert_without_a_tensor(verb: str, job: Job, run: Run) -> None:
+    job.change_expert("intents", **{QUERY: None})
+    expect(run(verb), "expert 'intents'", f"lacks tensor '{QUERY}'")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_expert_with_an_extra_tensor(verb: str, job: Job, run: Run) -> None:
+    job.change_expert("intents", **{"adapter.weight": torch.ones(3)})
+    expect(run(verb), "expert 'intents'", "has an extra tensor 'adapter.weight'")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_expert_that_is_not_finite(verb: str, value: float, job: Job, run: Run) -> None:
+    bad = job.tensor("intents", QUERY)
+    bad[3, 4] = value
+    job.change_expert("intents", **{QUERY: bad})
+    expect(run(verb), "experts/intents", f"tensor '{QUERY}' holds NaN or Inf")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_expert_that_is_truncated(verb: str, job: Job, run: Run) -> None:
+    path = job.expert("reviews")
+    path.write_bytes(path.read_bytes()[:5000])
+    expect(run(verb), "experts/reviews/model.safetensors: not a complete safetensors file")
+
+
+def test_a_base_without_configuration_or_tokenizer(job: Job, run: Run) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (job.folder / "base" / name).unlink()
+        expect(run(), str(job.folder / "base"), name.removesuffix(".json"))
+
+
+def test_a_base_of_an_unknown_kind(job: Job, run: Run) -> None:
+    (job.folder / "base" / "config.json").write_text('{"model_type": "nonesuch"}')
+    expect(run(), "transformers cannot read config.json")
+
+
+def test_experts_of_modules_in_memory(toy_job: ToyJob) -> None:
+    config = QuantConfig(group_size=16)
+
+    def refused(error: type[EpmqError], message: str, **experts: Any) -> None:
+        with pytest.raises(error, match=message):
+            quantize(toy_job.merged, {**toy_job.experts, **experts}, toy_job.calibration, config)
+
+    state = toy_job.experts["task1"].state_dict()
+    name = "blocks.1.up.weight"
+    refused(SourceError, f"expert 'task1'.*'{name}' has shape", task1={**state, name: torch.ones(3, 3)})
+    refused(SourceError, "expert 'task1'.*lacks tensor", task1={k: v for k, v in state.items() if k != name})
+    refused(SourceError, "expert 'task1'.*extra tensor 'more'", task1={**state, "more": torch.ones(1)})
+    for value in (float("nan"), float("inf")):
+        bad = state[name].clone()
+        bad[0, 0] = value
+        refused(SourceError, f"expert 'task1': tensor '{name}' holds NaN or Inf", task1={**state, name: bad})
+    refused(SourceError, "expert 'task1': expected a path", task1=3)
+    refused(SourceError, "there is no such file", task1="/nowhere/at/all")
+    with torch.no_grad():
+        toy_job.merged.get_parameter(name)[0, 0] = float("nan")
+    refused(SourceError, f"merged model: tensor '{name}' holds NaN or Inf")
+
+
+# -- calibration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_calibration_file(content: str, job: Job, run: Run) -> None:
+    (job.folder / "reviews.jsonl").write_text(content)
+    expect(run(), "reviews.jsonl: holds no calibration text")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "reviews.jsonl, line 2: not JSON"),
+        ("[1]", "reviews.jsonl, line 2: expected a JSON object, got list"),
+        ('{"txt": "a"}', "reviews.jsonl, object 2: it has no text under the key 'text'"),
+        ('{"text": 3}', "reviews.jsonl, object 2: it has no text under the key 'text'"),
+        ("[" * 99999, "reviews.jsonl, line 2: not JSON"),
+    ],
+    ids=["words", "list", "other key", "number", "deep"],
+)
+def test_a_calibration_line_that_is_no_text(line: str, message: str, job: Job, run: Run) -> None:
+    (job.folder / "reviews.jsonl").write_text(f'{{"text": "w1 w2"}}\n{line}\n')
+    expect(run(), message)
+
+
+def test_a_task_without_expert_and_an_expert_without_task(job: Job, run: Run) -> None:
+    tasks = job.recipe["calibration"]["tasks"]
+    tasks["extra"] = "reviews.jsonl"
+    expect(run(), "task 'extra' has calibration data but no expert")
+    del tasks["extra"], tasks["reviews"]
+    expect(run(), "expert 'reviews' has no calibration data under that task name")
+    del tasks["intents"]
+    expect(run(), "the calibration data names no task")
+
+
+def test_calibration_of_modules_in_memory(toy_job: ToyJob) -> None:
+    config = QuantConfig(group_size=16)
+
+    def refused(error: type[EpmqError], message: str, calibration: Any) -> None:
+        with pytest.raises(error, match=message):
+            quantize(toy_job.merged, toy_job.experts, calibration, config)
+
+    whole = toy_job.calibration
+    refused(CalibrationError, "names no task", {})
+    refused(CalibrationError, "task 'task1': its calibration set is empty", {**whole, "task1": []})
+    refused(CalibrationError, "task 'more' has calibration data but no expert", {**whole, "more": whole["task0"]})
+    refused(
+        CalibrationError, "expert 'task2' has no calibration data", {t: b for t, b in whole.items() if t != "task2"}
+    )
+    nothing = [{"input_ids": torch.zeros(0, 4, dtype=torch.int64)}]
+    refused(CalibrationError, "task 'task1' has no calibration rows", {**whole, "task1": nothing})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_an_activation_that_is_not_finite(alpha: float, value: float, toy_job: ToyJob) -> None:
+    class Spoiled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x > 1.5, torch.full_like(x, value), x)
+
+    for model in (toy_job.merged, *toy_job.experts.values()):
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.norm = nn.Sequential(block.norm, Spoiled())
+    config = QuantConfig(group_size=16, alpha=alpha)
+    with pytest.raises(NumericalError, match=r"blocks\.0\.query: an activation of task 'task0' is NaN or Inf"):
+        quantize(toy_job.merged, toy_job.experts, toy_job.calibration, config)
+
+
+def test_an_activation_that_is_not_finite_inside_an_expert(toy_job: ToyJob) -> None:
+    with torch.no_grad():
+        toy_job.experts["task1"].get_parameter("blocks.0.norm.weight").mul_(1e38)
+    with pytest.raises(NumericalError, match=r"blocks\.0\.query: an activation inside expert 'task1' is NaN or Inf"):
+        quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig(group_size=16))
+
+
+def test_a_weight_that_makes_the_target_overflow(toy_job: ToyJob) -> None:
+    with torch.no_grad():
+        toy_job.experts["task1"].get_parameter("blocks.0.down.weight").mul_(1e38)
+    with pytest.raises(NumericalError, match=r"blocks\.0\.down: the quantized weights are not finite"):
+        quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig(group_size=16))
+
+
+# -- output folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_output_folder_that_is_not_empty(verb: str, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    expect(run(verb), f"{out}: the output folder is not empty")
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_an_output_folder_below_a_file(verb: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    expect(run(verb, tmp_path / "file" / "out"), "the output folder cannot be made")
+    expect(run(verb, tmp_path / "file"), "there is a file of that name")
+
+
+def test_the_output_folder_is_looked_at_before_any_work(job: Job, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    job.expert("reviews").write_bytes(b"broken")
+    expect(run("quantize", tmp_path / "file" / "out"), "the output folder cannot be made")
+
+
+def test_a_json_file_that_cannot_be_written(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    done = in_process(
+        capsys, "eval", job.folder / "base", "--recipe", job.write(), "--json", tmp_path / "file" / "row.json"
+    )
+    assert done.code == 2
+    assert "row.json: the file cannot be written" in done.err
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_of_things_that_cannot_be_scored(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(folder: Path) -> Done:
+        return in_process(capsys, "eval", folder, "--recipe", job.write())
+
+    expect(evaluate(tmp_path / "nowhere"), "there is no such file or folder")
+    expect(evaluate(job.folder / "experts" / "reviews"), "config.json")
+    (job.folder / "reviews.jsonl").write_text('{"text": "w1", "label": "good"}\n')
+    expect(evaluate(job.folder / "base"), "reviews.jsonl, object 1: it has no whole number under the key 'label'")
+    (job.folder / "reviews.jsonl").write_text("")
+    expect(evaluate(job.folder / "base"), "reviews.jsonl: holds no example")

@@ -1,0 +1,176 @@
+"""The command line, end to end on a model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import TASKS, Job, environment, in_new_process, in_process, make_job
+from safetensors.torch import load_file
+
+import epmq
+from epmq import QuantLinear
+from epmq.jobs import load_any
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return make_job(tmp_path / "job")
+
+
+def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = job.write()
+    merged, quantized = tmp_path / "merged", tmp_path / "deep" / "quantized"
+
+    done = in_process(capsys, "merge", recipe, "--out", merged)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"merged model in {merged}\n"
+    base = load_file(job.folder / "base" / "model.safetensors")
+    ours = load_file(merged / "model.safetensors")
+    assert ours.keys() == base.keys()
+    for name, tensor in base.items():
+        deltas = sum((job.tensor(task, name) - tensor for task in TASKS), torch.zeros(()))
+        assert torch.allclose(ours[name], tensor + 0.4 * deltas, atol=1e-6)
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in merged.iterdir()}
+
+    done = in_new_process("quantize", recipe, "--out", quantized)
+    assert (done.code, done.err) == (0, "")
+    assert "peak memory" in done.out
+    assert f"quantized model and report.json in {quantized}" in done.out
+    for task in TASKS:
+        assert f"{task}: mean output error against the expert: merged " in done.out
+    assert {path.name for path in quantized.iterdir()} == {
+        "config.json", "epmq.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    report = json.loads((quantized / "report.json").read_text())
+    assert len(report["layers"]) == 2 * 6
+    model = epmq.load(quantized)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 2 * 6
+
+    rows = {}
+    for folder in (merged, quantized, job.folder / "base"):
+        target = tmp_path / "rows" / f"{folder.name}.json"
+        done = in_process(capsys, "eval", folder, "--recipe", recipe, "--json", target)
+        assert (done.code, done.err) == (0, "")
+        assert all(task in done.out for task in TASKS)
+        rows[folder.name] = json.loads(target.read_text())
+        assert rows[folder.name]["method"] == folder.name
+        assert 0.0 <= rows[folder.name]["average"] <= 100.0
+
+
+def test_quantizing_a_recipe_is_quantizing_its_merge_in_memory(job: Job, tmp_path: Path) -> None:
+    from epmq.jobs import calibration_of, merge_to_folder, quantize_to_folder
+    from epmq.recipe import read_recipe
+
+    recipe = read_recipe(job.write())
+    report = quantize_to_folder(recipe, tmp_path / "out")
+    merge_to_folder(recipe, tmp_path / "merged")
+    merged = load_any(tmp_path / "merged")
+    in_memory = epmq.quantize(merged, recipe.experts, calibration_of(recipe), recipe.quantization)
+    loaded = epmq.load(tmp_path / "out")
+    assert loaded.state_dict().keys() == in_memory.model.state_dict().keys()
+    for name, tensor in in_memory.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert report["average_error"] == in_memory.report["average_error"]
+    # And the same from the merged model's own folder.
+    job.recipe = {**job.recipe, "merged": "../merged"}
+    del job.recipe["merge"]
+    quantize_to_folder(read_recipe(job.write()), tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_presets_and_distillation_from_a_recipe(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.recipe["quantization"] = {"preset": "best", "group_size": 16, "distill": {"steps": 3, "copies": 1}}
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stages"]["distill"]["steps"] == 3
+    epmq.load(tmp_path / "out")
+
+
+def test_rounding_to_nearest_needs_no_calibration(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del job.recipe["calibration"]
+    job.recipe["quantization"] = {"method": "rtn", "group_size": 16}
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    epmq.load(tmp_path / "out")
+
+
+def test_env_tells_versions_and_implementations(capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_process(capsys, "env")
+    assert (done.code, done.err) == (0, "")
+    lines = dict(line.split(": ", 1) for line in done.out.splitlines())
+    assert lines["epmq"] == epmq.__version__
+    assert lines["torch"] == torch.__version__
+    for op in ("accumulate", "gptq_sweep", "dequant_matmul"):
+        assert "reference" in lines[op]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["merge", "--help"], ["eval", "--help"]])
+def test_help_is_given(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_process(capsys, *arguments)
+    assert (done.code, done.err) == (0, "")
+    assert "Usage:" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantise"], "No such command 'quantise'"),
+        (["quantize", "recipe.yaml"], "Missing option '--out'"),
+        (["quantize", "--out", "out"], "Missing argument 'RECIPE'"),
+    ],
+)
+def test_misuse_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_process(capsys, *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def heed_interrupts() -> None:
+    """A job started in the background of a shell inherits that SIGINT is ignored; a person's does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", blocks=60, examples=200)
+    job.recipe["calibration"].update(examples=200)
+    out = tmp_path / "results" / "out"
+    command = [sys.executable, "-m", "epmq", "quantize", str(job.write()), "--out", str(out)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=heed_interrupts,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        written: list[Path] = []
+        while not written and time.monotonic() < deadline and process.poll() is None:
+            # In the middle: tensors of the first block are on disk, under a temporary name.
+            written = [p for p in out.parent.glob(".out.partial-*/*") if p.stat().st_size > 0]
+            time.sleep(0.01)
+        assert written, "the run ended before it could be interrupted"
+        os.kill(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, stderr
+    assert stderr.strip() == "epmq: interrupted; nothing half-written was left."
+    assert stdout == ""
+    assert list(out.parent.iterdir()) == []

@@ -1,0 +1,76 @@
+"""Settings of a merge: what is refused, in which words, and what is filled in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from epmq.errors import ConfigError
+from epmq.merge_config import MergeConfig
+
+MK = {"method": "ties", "dialect": "mergekit"}
+PEFT = {"method": "ties", "dialect": "peft"}
+FB = {"method": "ties", "dialect": "fusion_bench"}
+AVG = {"method": "weighted_average"}
+
+
+def w(a: float, b: float) -> dict[str, float]:
+    return {"A": a, "B": b}
+
+
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"method": "slerp"}, "method 'slerp' is not known; use task_arithmetic, weighted_average or ties"),
+    ({"method": "ties"}, "ties needs a dialect"),
+    ({"method": "ties", "dialect": "paper"}, "dialect 'paper' is not known; use mergekit, peft or fusion_bench"),
+    ({"dialect": "peft"}, "dialect belongs to method ties"),
+    ({"densty": 0.5}, "no merge setting 'densty'; did you mean 'density'"),
+    ({"density": 0.5}, "density has no meaning for task_arithmetic"),
+    (AVG | {"scaling": 0.5}, "scaling has no meaning for weighted_average"),
+    (PEFT, "ties in the peft dialect has no default density"),
+    (PEFT | {"density": 0.5, "scaling": 0.3}, "scaling has no meaning for ties in the peft dialect"),
+    (PEFT | {"density": w(0.5, 0.5)}, "density by expert name exists only in the mergekit dialect, not in peft"),
+    (FB | {"weights": w(1, 1)}, "weights has no meaning for ties in the fusion_bench dialect"),
+    (MK | {"merge_func": "sum"}, "merge_func has no meaning for ties in the mergekit dialect"),
+    (MK | {"density": 50.0}, "density is the fraction of entries kept, between 0 and 1; got 50"),
+    (MK | {"density": {"A": 0.5, "B": -1.0}}, "between 0 and 1; got -1"),
+    (FB | {"density": 1.0}, "cannot keep everything; got 1"),
+    (FB | {"density": 100.0}, "cannot keep everything; got 100"),
+    (FB | {"density": -0.5}, "got -0.5"),
+    ({"scaling": "0.3"}, "scaling: Input should be a valid number, got '0.3'"),
+    ({"scaling": float("nan")}, "scaling: Input should be a finite number"),
+    ({"weights": {"A": True, "B": 1.0}}, "weights.A: Input should be a valid number"),
+    ({"weights": {}}, "weights is empty"),
+    ({"weights": {"A": 1.0}}, "weights lacks expert 'B'"),
+    ({"weights": w(1, 1) | {"BB": 1.0}}, "weights names 'BB', which is no expert; did you mean 'B'"),
+    (MK | {"density": {"A": 0.5}}, "density lacks expert 'B'"),
+    (AVG | {"weights": w(0, 0)}, "the weights sum to 0"),
+    (AVG | {"weights": w(1, -1)}, "the weights sum to 0"),
+    (AVG | {"base_weight": -2.0}, "the weights sum to 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD_SETTINGS, ids=[case[1] for case in BAD_SETTINGS])
+def test_settings_that_cannot_be_used(settings: dict[str, Any], sentence: str) -> None:
+    def use() -> None:
+        config = MergeConfig.read(settings)
+        config.weight_of("AB")
+        config.density_of("AB")
+
+    with pytest.raises(ConfigError) as caught:
+        use()
+    message = str(caught.value)
+    assert message.startswith("merge: ")
+    assert sentence in message
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+def test_config_is_frozen_and_shows_what_was_used() -> None:
+    config = MergeConfig.read({"method": "ties", "dialect": "mergekit"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.__setattr__("scaling", 2.0)
+    dumped = config.model_dump()
+    assert (dumped["density"], dumped["scaling"], dumped["normalize"]) == (1.0, 1.0, True)
+    assert MergeConfig.model_validate(dumped) == config
+    assert MergeConfig() == MergeConfig(method="task_arithmetic", scaling=0.3, normalize=False)

@@ -1,0 +1,400 @@
+"""Every registered form of every operation against the definition in float64.
+
+EPMQ_CPU=plain and EPMQ_CPU=avx2 run the same tests through the other instruction sets (``make test-levels``).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close, product_bound
+from torch import Tensor
+
+from epmq import extension, ops, reference
+from epmq.quantized import column_groups, dequantize, group_count, pack, packed_words
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
+
+
+def forms(op: str) -> list[Any]:
+    """The registered implementations of an operation that this machine can run, by backend."""
+    found = [form for form in ops.implementations(op) if form.backend != "cuda" or torch.cuda.is_available()]
+    return [pytest.param(form, id=form.backend) for form in found]
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + 1))
+
+
+# ---- accumulate ------------------------------------------------------------------------------------------------------
+
+
+def moments(columns: int, targets: int | None) -> list[Tensor | None]:
+    """Running sums that are not zero at the start: hessian, sum_x, cross, sum_target."""
+    hessian = seeded(columns, columns)
+    sums: list[Tensor | None] = [hessian @ hessian.T, seeded(columns)]
+    return sums + ([None, None] if targets is None else [seeded(targets, columns), seeded(targets)])
+
+
+def run_accumulate(function: Any, x: Tensor, target: Tensor | None, sums: list[Tensor | None], rows: Any) -> None:
+    hessian, sum_x, cross, sum_target = sums
+    function(x, hessian, sum_x, target, cross, sum_target, rows)
+
+
+def check_accumulate(form: Any, x: Tensor, target: Tensor | None, rows: Tensor | None) -> None:
+    """Both moments of one call against float64."""
+    device = "cuda" if form.backend in ("cuda", "triton") else "cpu"
+    before = moments(x.shape[1], None if target is None else target.shape[1])
+    actual = [None if t is None else t.clone().to(device) for t in before]
+    run_accumulate(form.function, x.to(device), None if target is None else target.to(device), actual,
+                   None if rows is None else rows.to(device))  # fmt: skip
+    exact = [None if t is None else t.double() for t in before]
+    size = [None if t is None else t.double().abs() for t in before]
+    wide, wide_target = x.double(), None if target is None else target.double()
+    run_accumulate(reference.accumulate, wide, wide_target, exact, rows)
+    run_accumulate(reference.accumulate, wide.abs(), None if wide_target is None else wide_target.abs(), size,
+                   None if rows is None else rows.abs())  # fmt: skip
+    for name, found, wanted, magnitude in zip(("hessian", "sum_x", "cross", "sum_target"), actual, exact, size,
+                                              strict=True):  # fmt: skip
+        if found is None or wanted is None or magnitude is None:
+            continue
+        found = found.cpu()
+        if name == "hessian":
+            found, wanted = found.tril(), wanted.tril()
+        assert_close(found, wanted, product_bound(magnitude, x.shape[0] + 2), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weights", ["ones", "mask", "weighted"])
+@pytest.mark.parametrize(
+    "shape", [(300, 64, 40), (1, 24, 8), (0, 16, 8), (257, 100, None), (70, 129, 131), (513, 33, 5), (5, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("form", forms("accumulate"))
+def test_accumulate(form: Any, shape: tuple[int, int, int | None], weights: str, dtype: torch.dtype) -> None:
+    count, columns, targets = shape
+    x = seeded(count, columns).to(dtype)
+    target = None if targets is None else seeded(count, targets).to(dtype)
+    rows = None
+    if weights != "ones":
+        rows = (torch.arange(count) % 3 != 1).float()
+        if weights == "weighted":
+            rows = rows * torch.linspace(0.5, 2.0, count)
+    check_accumulate(form, x, target, rows)
+
+
+@pytest.mark.parametrize("form", forms("accumulate"))
+def test_accumulate_reads_strided_rows_and_columns(form: Any) -> None:
+    base = seeded(90, 200)
+    check_accumulate(form, base[::2, 10:70], base[::2, 100:150], None)
+    check_accumulate(form, base.T[:100, ::3], None, None)
+
+
+@pytest.mark.parametrize("form", forms("accumulate"))
+def test_accumulate_ignores_what_masked_rows_hold(form: Any) -> None:
+    x = seeded(40, 30)
+    rows = torch.ones(40)
+    rows[7] = rows[31] = 0
+    x[7], x[31, 3] = float("nan"), float("inf")
+    check_accumulate(form, x, x[:, :10].clone(), rows)
+
+
+@pytest.mark.parametrize("form", forms("accumulate"))
+def test_accumulate_keeps_denormals_and_non_finite_numbers(form: Any) -> None:
+    check_accumulate(form, torch.full((9, 20), 1e-41), None, None)
+    x = seeded(20, 10)
+    x[3, 2], x[5, 4] = float("inf"), float("nan")
+    check_accumulate(form, x, None, None)
+
+
+# ---- gptq_sweep ------------------------------------------------------------------------------------------------------
+
+
+def sweep_problem(rows: int, columns: int, group: int, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
+    """Weight, unit upper factor, scales, zeros and groups of a problem with correlated inputs."""
+    x = seeded(2 * columns + 8, columns) @ (torch.eye(columns) + 0.2 * seeded(columns, columns) / columns**0.5)
+    hessian = x.T @ x
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    weight = seeded(rows, columns)
+    groups = group_count(columns, group)
+    levels = 2**bits - 1
+    scales = 5.0 / levels * (1 + 0.1 * torch.rand(rows, groups))
+    zeros = torch.full((rows, groups), 2.0 ** (bits - 1))
+    if not symmetric:
+        zeros = (zeros + torch.arange(groups) % 3 - 1).clamp(0, levels)
+    return weight, upper / upper.diagonal(), scales, zeros, column_groups(columns, group)
+
+
+def pre_rounding(
+    codes: Tensor, weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In float64, what each code was rounded from given the codes before it, and the bound on its fp32 error."""
+    groups = group_of.long()
+    grid, origin = scales.double()[:, groups], zeros.double()[:, groups]
+    strict = unit_upper.double().triu(1)
+    deviation = weight.double() - (codes.double() - origin) * grid
+    adjusted = weight.double() + deviation @ strict
+    size = weight.double().abs() + deviation.abs() @ strict.abs()
+    # K products, and a few roundings around the division by the scale.
+    bound = product_bound(size, weight.shape[1] + 8) / grid
+    return adjusted / grid + origin, bound + 4 * 2.0**-24 * (adjusted / grid).abs()
+
+
+SWEEPS = [(64, 256, 128), (30, 200, 32), (1, 130, -1), (49, 127, 48), (25, 384, 64), (3, 1, -1), (7, 5, 2)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SWEEPS, ids=str)
+@pytest.mark.parametrize("form", forms("gptq_sweep"))
+def test_gptq_sweep(form: Any, shape: tuple[int, int, int], bits: int, symmetric: bool) -> None:
+    """Each code is the rounding of its float64 value, except within the fp32 error of a tie."""
+    problem = sweep_problem(*shape, bits, symmetric)
+    codes = form.function(*problem, bits)
+    assert codes.dtype == torch.uint8 and codes.shape == problem[0].shape
+    value, bound = pre_rounding(codes, *problem)
+    top = 2**bits - 1
+    excess = ((value - codes.double()).abs() - 0.5 - bound).clamp(min=0)
+    inside = (codes > 0) & (codes < top)
+    below = (codes == 0) & (value > 0.5 + bound)
+    above = (codes == top) & (value < top - 0.5 - bound)
+    wrong = (inside & (excess > 0)) | below | above
+    assert not wrong.any(), f"{int(wrong.sum())} codes are not the nearest; first at {wrong.nonzero()[0].tolist()}"
+
+
+@pytest.mark.parametrize("form", forms("gptq_sweep"))
+def test_gptq_sweep_is_the_same_for_any_number_of_threads_and_rows(form: Any) -> None:
+    weight, upper, scales, zeros, groups = sweep_problem(200, 300, 64, 4, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = form.function(weight, upper, scales, zeros, groups, 4)
+        torch.set_num_threads(2)
+        two = form.function(weight, upper, scales, zeros, groups, 4)
+    finally:
+        torch.set_num_threads(threads)
+    if form.backend == "reference":
+        assert (one != two).float().mean() < 1e-3
+        return
+    assert torch.equal(one, two)
+    part = form.function(weight[37:90], upper, scales[37:90], zeros[37:90], groups, 4)
+    assert torch.equal(part, one[37:90])
+
+
+@pytest.mark.parametrize("form", forms("gptq_sweep"))
+def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
+    weight, upper, scales, zeros, groups = sweep_problem(30, 140, 64, 4, True)
+    assert form.function(weight[:0], upper, scales[:0], zeros[:0], groups, 4).shape == (0, 140)
+    clean = form.function(weight, upper, scales, zeros, groups, 4)
+    weight[5, 60] = float("nan")
+    dirty = form.function(weight, upper, scales, zeros, groups, 4)
+    others = torch.arange(30) != 5
+    assert torch.equal(dirty[others], clean[others]) and torch.equal(dirty[5, :60], clean[5, :60])
+    assert torch.equal(dirty, reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
+
+
+# ---- dequant_matmul --------------------------------------------------------------------------------------------------
+
+
+def matmul_problem(rows: int, columns: int, group: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Any]:
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    groups = group_count(columns, group)
+    scales = 0.01 + 0.1 * torch.rand(rows, groups, generator=generator)
+    zeros = torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8, generator=generator)
+    return codes, scales, None if symmetric else zeros
+
+
+def check_matmul(
+    form: Any,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    packed = pack(codes, bits)
+    y: Tensor = form.function(x, packed, scales, zeros, bias, bits, group)
+    assert y.dtype == x.dtype
+    weight = dequantize(codes, scales, zeros, bits, group).double()
+    offset = torch.zeros(codes.shape[0]).double() if bias is None else bias.double()
+    exact = x.double() @ weight.T + offset
+    bound = product_bound(x.double().abs() @ weight.abs().T + offset.abs(), x.shape[1] + 2)
+    assert_close(y, exact, bound, "y")
+    return y
+
+
+MATMULS = [
+    (64, 256, 128),
+    (67, 200, 32),
+    (5, 96, -1),
+    (30, 1000, 64),
+    (33, 130, 48),
+    (1, 1, -1),
+    (50, 513, 96),
+    (9, 31, 7),
+]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 33, 70])
+@pytest.mark.parametrize("shape", MATMULS, ids=str)
+@pytest.mark.parametrize("form", forms("dequant_matmul"))
+def test_dequant_matmul(form: Any, shape: tuple[int, int, int], rows: int, bits: int, symmetric: bool) -> None:
+    codes, scales, zeros = matmul_problem(*shape, bits, symmetric)
+    check_matmul(form, seeded(rows, shape[1]), codes, scales, zeros, seeded(shape[0]), bits, shape[2])
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES.values(), ids=[f"scales-{name}" for name in DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("form", forms("dequant_matmul"))
+def test_dequant_matmul_of_every_dtype(form: Any, rows: int, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    codes, scales, zeros = matmul_problem(40, 360, 32, 4, False)
+    x, bias = seeded(rows, 360).to(dtype), seeded(40).to(dtype)
+    check_matmul(form, x, codes, scales.to(scale_dtype), zeros, bias, 4, 32)
+
+
+@pytest.mark.parametrize("form", forms("dequant_matmul"))
+def test_dequant_matmul_of_strided_denormal_and_non_finite_activations(form: Any) -> None:
+    codes, scales, zeros = matmul_problem(20, 128, 64, 4, False)
+    check_matmul(form, seeded(12, 400)[::3, 100:228], codes, scales, zeros, None, 4, 64)
+    check_matmul(form, seeded(256, 6).T[:, ::2], codes, scales, zeros, None, 4, 64)
+    check_matmul(form, torch.full((3, 128), 1e-41), codes, scales, zeros, None, 4, 64)
+    x = seeded(4, 128)
+    x[1, 5], x[2, 9] = float("nan"), float("-inf")
+    y = form.function(x, pack(codes, 4), scales, zeros, None, 4, 64)
+    wanted = reference.dequant_matmul(x, pack(codes, 4), scales, zeros, None, 4, 64)
+    assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.isinf(), wanted.isinf())
+    assert torch.equal(y[y.isinf()], wanted[wanted.isinf()])
+
+
+@compiled
+@pytest.mark.parametrize("bits, group", [(4, 128), (4, 32), (4, -1), (4, 48), (3, 64), (8, 128), (2, -1)])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int, group: int) -> None:
+    function = torch.ops.epmq_native.dequant_matmul
+    columns = 1184  # three passes, the last one short
+    codes, scales, zeros = matmul_problem(107, columns, group, bits, False)
+    packed = pack(codes, bits)
+    x = seeded(150, columns)
+    whole = function(x, packed, scales, zeros, None, bits, group)
+    for first, last in [(0, 1), (7, 8), (3, 5), (10, 13), (20, 24), (31, 64), (100, 150), (149, 150)]:
+        part = function(x[first:last], packed, scales, zeros, None, bits, group)
+        assert torch.equal(part, whole[first:last]), f"rows {first}..{last}"
+
+
+@compiled
+def test_matmul_is_the_same_for_any_number_of_threads() -> None:
+    codes, scales, _ = matmul_problem(500, 512, 128, 4, True)
+    threads = torch.get_num_threads()
+    for rows in (1, 3, 80):
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(
+                torch.ops.epmq_native.dequant_matmul(seeded(rows, 512), pack(codes, 4), scales, None, None, 4, 128)
+            )
+        torch.set_num_threads(threads)
+        assert torch.equal(*results)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_operators_pass_opcheck() -> None:
+    native = torch.ops.epmq_native
+    codes, scales, zeros = matmul_problem(20, 96, 32, 4, False)
+    packed = pack(codes, 4)
+    for x in (seeded(3, 96), seeded(3, 96).requires_grad_()):
+        torch.library.opcheck(native.dequant_matmul.default, (x, packed, scales, zeros, seeded(20), 4, 32))
+    torch.library.opcheck(native.gptq_sweep.default, (*sweep_problem(20, 60, 32, 4, True), 4))
+    target = seeded(9, 5)
+    hessian, sum_x, cross, sum_target = moments(16, 5)
+    torch.library.opcheck(
+        native.accumulate.default, (seeded(9, 16), hessian, sum_x, target, cross, sum_target, torch.ones(9))
+    )
+
+
+@compiled
+def test_matmul_has_the_gradient_of_the_dense_product() -> None:
+    codes, scales, zeros = matmul_problem(20, 96, 32, 4, False)
+    x, bias, pull = seeded(3, 96).requires_grad_(), seeded(20).requires_grad_(), seeded(3, 20)
+    y = torch.ops.epmq_native.dequant_matmul(x, pack(codes, 4), scales, zeros, bias, 4, 32)
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), pull)
+    weight = dequantize(codes, scales, zeros, 4, 32)
+    torch.testing.assert_close(grad_x, pull @ weight)
+    torch.testing.assert_close(grad_bias, pull.sum(0))
+
+
+@compiled
+def test_bad_arguments_are_refused_by_name() -> None:
+    native = torch.ops.epmq_native
+    codes, scales, zeros = matmul_problem(20, 96, 32, 4, False)
+    packed = pack(codes, 4)
+    for wanted, arguments in {
+        "packed": (seeded(3, 97), packed, scales, zeros, None, 4, 32),
+        "scales": (seeded(3, 96), packed, scales[:, :2], zeros, None, 4, 32),
+        "zeros": (seeded(3, 96), packed, scales, zeros.int(), None, 4, 32),
+        "bias": (seeded(3, 96), packed, scales, zeros, seeded(19), 4, 32),
+        "bits": (seeded(3, 96), packed, scales, zeros, None, 5, 32),
+    }.items():
+        with pytest.raises(ValueError, match=wanted):
+            native.dequant_matmul(*arguments)
+    weight, upper, scales, zeros, groups = sweep_problem(20, 60, 32, 4, True)
+    with pytest.raises(ValueError, match="group_of"):
+        native.gptq_sweep(weight, upper, scales, zeros, groups + 2, 4)
+    with pytest.raises(ValueError, match="hessian"):
+        native.accumulate(seeded(3, 4), torch.zeros(5, 5), torch.zeros(4))
+
+
+@compiled
+@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (40, 3)])
+def test_tiles_of_the_cuda_launch_cover_the_triangle_and_the_cross_covariance_once(
+    h_tiles: int, cross_tiles: int
+) -> None:
+    assert extension.module is not None
+    wanted = [(row, column, False) for row in range(h_tiles) for column in range(row + 1)]
+    wanted += [(row, column, True) for row in range(cross_tiles) for column in range(h_tiles)]
+    assert extension.module.statistics_tiles(h_tiles, cross_tiles) == wanted
+
+
+def test_the_packed_layout_is_a_little_endian_stream() -> None:
+    codes = torch.arange(40, dtype=torch.uint8).remainder(16).unsqueeze(0)
+    packed = pack(codes, 4)
+    assert packed.shape == (1, packed_words(40, 4))
+    assert packed.view(torch.uint8)[0, :4].tolist() == [0x10, 0x32, 0x54, 0x76]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_the_package_works_without_the_extension() -> None:
+    code = "from epmq import extension, ops; print(extension.module, len(ops.implementations('gptq_sweep')))"
+    result = run_python(code, EPMQ_EXTENSION="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "None 1"
+
+
+@compiled
+def test_an_unknown_instruction_set_is_refused() -> None:
+    result = run_python("from epmq import ops", EPMQ_CPU="sse9")
+    assert result.returncode != 0
+    assert "EPMQ_CPU=sse9 is not an instruction set of this build" in result.stderr
+
+
+@compiled
+@pytest.mark.parametrize("level", extension.module.cpu_levels() if extension.module else [])
+def test_each_instruction_set_of_this_cpu_can_be_chosen(level: str) -> None:
+    result = run_python("from epmq import extension; print(extension.build_report()['cpu_level'])", EPMQ_CPU=level)
+    assert result.stdout.strip() == level, result.stderr

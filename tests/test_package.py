@@ -1,0 +1,52 @@
+"""What is installed: the wheel holds every module, imports outside the checkout, and works without the extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+USE = """
+import sys, torch, epmq
+from epmq import extension
+assert extension.module is None
+assert "transformers" not in sys.modules and "triton" not in sys.modules
+model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+assert epmq.replace_linear(model, group_size=32) == ["0"]
+print(epmq.__file__, model(torch.ones(2, 64)).shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the pure-Python package, built with what is installed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EPMQ_EXTENSION": "0"})
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("epmq-*.whl"))
+
+
+def test_wheel_holds_every_module_and_no_test(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "epmq").rglob("*.py") if "kernels" not in path.parts}
+    modules |= {f"epmq/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert modules <= names
+    assert "epmq/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+
+
+def test_installed_package_imports_and_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    environment = {**os.environ, "PYTHONPATH": str(target), "EPMQ_EXTENSION": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(target)), done.stdout
