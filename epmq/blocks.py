@@ -56,9 +56,46 @@ class BlockCall:
 
 @dataclass
 class StreamState:
-    """What a batch carries from block to block: per block list, the latest output (its first item is the hidden)."""
+    """What a batch carries from block to block: per block list, the latest output (its first item is the hidden).
+
+    The arguments of the block that the batch stands before are kept until it advances, where nothing can change them.
+    """
 
     outputs: dict[str, Any] = field(default_factory=dict)
+    _kept: tuple[BlockAddress, BlockCall, list[tuple[Tensor, int]]] | None = field(default=None, init=False, repr=False)
+
+    def advance(self, list_name: str, output: Any) -> None:
+        """The batch has passed a block of that list."""
+        self.outputs[list_name] = output
+        self._kept = None
+
+    def keep(self, address: BlockAddress, call: BlockCall) -> None:
+        """Remember a block's arguments, unless they hold something that the block may change unnoticed."""
+        tensors = _plain_tensors((call.args, call.kwargs))
+        self._kept = None if tensors is None else (address, call, [(t, t._version) for t in tensors])
+
+    def kept(self, address: BlockAddress) -> BlockCall | None:
+        """What was kept for that block, if nothing has been written into it since."""
+        if self._kept is None or self._kept[0] != address or any(t._version != v for t, v in self._kept[2]):
+            return None
+        return self._kept[1]
+
+
+def _plain_tensors(value: Any) -> list[Tensor] | None:
+    """All tensors in nested tuples, lists and dicts of plain values; None when there is an object of another kind."""
+    if isinstance(value, Tensor):
+        return [value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return []
+    if not isinstance(value, (tuple, list, dict)):
+        return None
+    found: list[Tensor] = []
+    for item in value.values() if isinstance(value, dict) else value:
+        inner = _plain_tensors(item)
+        if inner is None:
+            return None
+        found += inner
+    return found
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -189,12 +226,19 @@ class BlockRunner:
     @torch.no_grad()
     def capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
         """The arguments block ``address`` receives for this batch, given the outputs kept in ``state``."""
+        call = state.kept(address)
+        if call is None:
+            call = self._capture(address, inputs, state)
+            state.keep(address, call)
+        # A copy, because a block may write into what it is given.
+        return call.with_hidden(call.hidden.clone())
+
+    def _capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
         self._wanted, self._state = self._position[address], state
         try:
             self.model(**inputs)
         except _Captured as captured:
-            # A copy, because a block may write into what it is given.
-            return captured.call.with_hidden(captured.call.hidden.clone())
+            return captured.call
         finally:
             self._wanted = None
         raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
@@ -250,6 +294,13 @@ def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], boo
     with observe(block, names, record):
         call.run(block)
     return [InputGroup(tuple(group)) for group in seen.values()]
+
+
+def narrows(block: nn.Module, group: InputGroup) -> bool:
+    """Whether a group gives fewer features than it reads: then an expert's outputs are the smaller thing to keep."""
+    linears: list[Any] = [block.get_submodule(name) for name in group.linears]
+    columns: int = linears[0].in_features
+    return sum(linear.out_features for linear in linears) < columns
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -15,10 +15,12 @@ from epmq.blocks import (
     BlockCall,
     BlockRunner,
     InputGroup,
+    StreamState,
     hidden_of,
     input_groups,
     input_of,
     is_norm,
+    narrows,
     running_order,
 )
 from epmq.config import QuantConfig
@@ -115,7 +117,9 @@ class Engine:
         for task, batches in self.streams.items():
             fill(self.runner.model, "", self.experts[task], torch.float32)
             for batch in batches:
-                batch.expert_hidden = self.runner.capture(address, batch.inputs, batch.deployed).hidden
+                # A state of its own: these arguments are the expert's.
+                apart = StreamState(batch.deployed.outputs)
+                batch.expert_hidden = self.runner.capture(address, batch.inputs, apart).hidden
         fill(self.runner.model, "", self.merged, torch.float32)
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
@@ -130,7 +134,7 @@ class Engine:
         outcomes: Deployed = {}
         if self.streams:
             steps = self._steps(address, block)
-            captures = self._inside_experts(address, steps) if self.uses_features else {}
+            captures = self._inside_experts(address, block, steps) if self.uses_features else {}
             for step in steps:
                 if isinstance(step, InputGroup):
                     outcomes.update(self._group(address, block, step, captures))
@@ -169,18 +173,27 @@ class Engine:
         norms = [name for name, module in block.named_modules() if is_norm(module)]
         return [first.get(name, name) for name in running_order(block, call(), norms + list(first))]
 
-    def _inside_experts(self, address: BlockAddress, steps: list[InputGroup | str]) -> dict[str, list[Seen]]:
-        """One run of each expert's block: what its groups read and its norms give, per batch."""
+    def _inside_experts(
+        self, address: BlockAddress, block: nn.Module, steps: list[InputGroup | str]
+    ) -> dict[str, list[Seen]]:
+        """One run of each expert's block: what its groups read (or give) and its norms give, per batch."""
         captures: dict[str, list[Seen]] = {}
-        firsts = [step.first for step in steps if isinstance(step, InputGroup)]
-        norms = [step for step in steps if isinstance(step, str)]
+        read: list[str] = []
+        given: list[str] = []
+        for step in steps:
+            if isinstance(step, str):
+                given.append(step)
+            elif narrows(block, step):
+                given += step.linears
+            else:
+                read.append(step.first)
         for task, batches in self.streams.items():
             expert_block = self._load(address, self.experts[task])
             captures[task] = []
             for batch in batches:
                 assert batch.expert_hidden is not None
                 call = self.runner.capture(address, batch.inputs, batch.deployed).with_hidden(batch.expert_hidden)
-                batch.expert_hidden, seen = run_inside(expert_block, call, firsts, norms)
+                batch.expert_hidden, seen = run_inside(expert_block, call, read, given)
                 captures[task].append(seen)
         return captures
 
@@ -202,7 +215,7 @@ class Engine:
             split = (Folded.empty(rows, columns), Folded.empty(rows, columns))
         for task, batches in self.streams.items():
             expert = read_stack(self.experts[task], address, group) if self.experts else merged
-            fitted, held = self._task_statistics(task, batches, address, block, group, captures, automatic)
+            fitted, held = self._task_statistics(task, batches, address, block, group, expert, captures, automatic)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
                     into.fold(part, expert, anchor, config.alpha, config.task_weights, config.gamma)
@@ -238,13 +251,17 @@ class Engine:
         address: BlockAddress,
         block: nn.Module,
         group: InputGroup,
+        expert: Expert,
         captures: dict[str, list[Seen]],
         automatic: bool,
     ) -> tuple[TaskStatistics, TaskStatistics | None]:
-        columns: int = getattr(block.get_submodule(group.first), "in_features")  # noqa: B009 (typed as Tensor | Module)
-        with_target = self.uses_features and self.config.alpha > 0
-        fitted = TaskStatistics(columns, with_target)
-        held = TaskStatistics(columns, with_target) if automatic else None
+        outputs_of, columns = expert.weight.shape
+        of_outputs = narrows(block, group)
+        targets = None
+        if self.uses_features and self.config.alpha > 0:
+            targets = outputs_of if of_outputs else columns
+        fitted = TaskStatistics(columns, targets, of_outputs)
+        held = TaskStatistics(columns, targets, of_outputs) if automatic else None
         sample = max(1, SAMPLE_ROWS // len(batches))
         for number, batch in enumerate(batches):
             call = self.runner.capture(address, batch.inputs, batch.deployed)
@@ -254,9 +271,11 @@ class Engine:
             if not matched:
                 self.notes.append(f"{address.name}.{group.first}: reads no row per position; all its rows count alike.")
             target = None
-            if with_target:
-                inside = captures[task][number][group.first]
+            if targets is not None:
+                seen = captures[task][number]
+                inside = torch.cat([seen[name] for name in group.linears], -1) if of_outputs else seen[group.first]
                 target = inside.reshape(-1, inside.shape[-1])
+                target = target - expert.bias if of_outputs else target
             if held is None:
                 fitted.add(rows, target, weights, sample)
             else:
@@ -320,7 +339,7 @@ class Engine:
                     output = call.run(block)
                 if not all_finite(hidden_of(output)):
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
-                batch.deployed.outputs[address.list_name] = output
+                batch.deployed.advance(address.list_name, output)
 
     def _hidden_errors(self, address: BlockAddress) -> dict[str, float]:
         errors = {}

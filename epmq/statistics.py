@@ -21,16 +21,18 @@ SAMPLE_ROWS = 256
 class TaskStatistics:
     """Moments of one task's rows at one group of linears.
 
-    x are the rows the deployed model feeds to the group, ``target`` the rows inside the expert (None when alpha is 0).
-    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. cross: ``[K, K]`` Σ r x̃ xᵀ. sum_x, sum_target: ``[K]``.
-    weight: Σ r. A thin sample of rows is kept for reporting errors.
+    x are the rows the deployed model feeds to the group, ``target`` the rows inside the expert: what its group reads
+    (P = K features), or, where that is less, what its linears make of it (P = N outputs, without their bias).
+    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. cross: ``[P, K]`` Σ r x̃ xᵀ. sum_x: ``[K]``, sum_target: ``[P]``.
+    weight: Σ r. A thin sample of rows is kept for reporting errors. targets is P, or None when alpha is 0.
     """
 
-    def __init__(self, columns: int, with_target: bool, dtype: torch.dtype = torch.float32):
+    def __init__(self, columns: int, targets: int | None, of_outputs: bool = False, dtype: torch.dtype = torch.float32):
         self.hessian = torch.zeros(columns, columns, dtype=dtype)
         self.sum_x = torch.zeros(columns, dtype=dtype)
-        self.cross = torch.zeros(columns, columns, dtype=dtype) if with_target else None
-        self.sum_target = torch.zeros(columns, dtype=dtype) if with_target else None
+        self.cross = None if targets is None else torch.zeros(targets, columns, dtype=dtype)
+        self.sum_target = None if targets is None else torch.zeros(targets, dtype=dtype)
+        self.of_outputs = of_outputs
         self.weight = 0.0
         self.sample_x: list[Tensor] = []
         self.sample_target: list[Tensor] = []
@@ -59,8 +61,12 @@ class TaskStatistics:
     def sampled(self, expert: Expert, alpha: float) -> Sample:
         """The sampled rows and what the expert makes of them."""
         x = torch.cat(self.sample_x)
-        wanted = torch.lerp(x, torch.cat(self.sample_target), alpha) if self.sample_target else x
-        return Sample(x, wanted @ expert.weight.T + expert.bias)
+        if not self.sample_target:
+            return Sample(x, x @ expert.weight.T + expert.bias)
+        target = torch.cat(self.sample_target)
+        if self.of_outputs:
+            return Sample(x, torch.lerp(x @ expert.weight.T, target, alpha) + expert.bias)
+        return Sample(x, torch.lerp(x, target, alpha) @ expert.weight.T + expert.bias)
 
     def check(self, task: str, where: str) -> None:
         """Refuse statistics without rows, or with NaN or Inf in them."""
@@ -128,8 +134,12 @@ class Folded:
         hessian = symmetrize(task.hessian)
         w = task_weight(hessian, task.weight, weighting)
         if alpha > 0.0 and task.cross is not None and task.sum_target is not None:
-            self.pull.addmm_(expert.weight, task.cross - hessian, alpha=w * alpha)
-            self.sum_pull.add_(expert.weight @ (task.sum_target - task.sum_x), alpha=w * alpha)
+            if task.of_outputs:
+                self.pull.add_(task.cross - expert.weight @ hessian, alpha=w * alpha)
+                self.sum_pull.add_(task.sum_target - expert.weight @ task.sum_x, alpha=w * alpha)
+            else:
+                self.pull.addmm_(expert.weight, task.cross - hessian, alpha=w * alpha)
+                self.sum_pull.add_(expert.weight @ (task.sum_target - task.sum_x), alpha=w * alpha)
         if gamma != 1.0:
             diagonal = hessian.diagonal().clone()
             hessian.mul_(gamma).diagonal().copy_(diagonal)

@@ -25,15 +25,23 @@ def anchor_of(layer: Layer, rho: float = 1.0) -> Expert:
 
 
 def folded(
-    layer: Layer, alpha: float = 0.0, rho: float = 1.0, gamma: float = 1.0, part: slice = slice(None), batches: int = 2
+    layer: Layer,
+    alpha: float = 0.0,
+    rho: float = 1.0,
+    gamma: float = 1.0,
+    part: slice = slice(None),
+    batches: int = 2,
+    of_outputs: bool = False,
 ) -> Folded:
     """The layer's problem as the engine folds it: task by task, in batches, around the anchor."""
     rows, columns = layer.merged.shape
     into = Folded.empty(rows, columns, DOUBLE)
+    targets = None if alpha == 0 else rows if of_outputs else columns
     for task in layer.tasks:
-        statistics = TaskStatistics(columns, alpha > 0, DOUBLE)
+        statistics = TaskStatistics(columns, targets, of_outputs, DOUBLE)
         for x, inside in zip(task.x[part].chunk(batches), task.inside[part].chunk(batches), strict=True):
-            statistics.add(x, inside if alpha > 0 else None, None)
+            target = inside @ task.weight.T if of_outputs else inside
+            statistics.add(x, target if alpha > 0 else None, None)
         into.fold(statistics, Expert(task.weight, task.bias), anchor_of(layer, rho), alpha, "tokens", gamma)
     return into
 
@@ -58,6 +66,16 @@ def test_target_is_the_closed_form_of_the_data(rows: int, columns: int, alpha: f
     strength = 0.1 * mean_diagonal(layer.hessian())
     condition = float(torch.linalg.cond(layer.hessian()))
     assert_near(solved(layer, 0.1, alpha, rho), target_weight(layer, strength, rho, alpha), columns, condition)
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.4])
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_targets_may_be_given_as_the_experts_outputs(alpha: float, rho: float) -> None:
+    layer = make_layer(5, 9)
+    features, outputs = folded(layer, alpha, rho), folded(layer, alpha, rho, of_outputs=True)
+    assert_near(outputs.pull, features.pull, 9)
+    assert_near(outputs.sum_pull, features.sum_pull, 9)
+    assert torch.equal(outputs.hessian, features.hessian)
 
 
 @pytest.mark.parametrize("rho", [1.0, 0.7])
@@ -94,7 +112,7 @@ def test_hessian_norm_weighs_tasks_by_their_energy() -> None:
     plain, loud = (Folded.empty(4, 8, DOUBLE) for _ in range(2))
     for task in layer.tasks:
         for into, factor in ((plain, 1.0), (loud, 10.0)):
-            statistics = TaskStatistics(8, False, DOUBLE)
+            statistics = TaskStatistics(8, None, dtype=DOUBLE)
             statistics.add(factor * task.x, None, None)
             into.fold(statistics, Expert(task.weight, layer.bias), anchor, 0.0, "hessian_norm")
     # Ten times louder inputs of a task change nothing: every task's Hessian has norm 1.

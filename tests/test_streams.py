@@ -126,7 +126,7 @@ def test_position_weights_matter(toy_job: ToyJob) -> None:
 def test_rows_weigh_in_the_moments_as_often_as_they_say() -> None:
     x, target = torch.randn(7, 4).double(), torch.randn(7, 4).double()
     weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 3.0, 1.0, 1.0])
-    ours, repeated = (TaskStatistics(4, True, torch.float64) for _ in range(2))
+    ours, repeated = (TaskStatistics(4, 4, dtype=torch.float64) for _ in range(2))
     spoiled = x.clone()
     spoiled[weights == 0] = float("nan")
     ours.add(spoiled, target, weights, sample=100)
