@@ -125,10 +125,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 comparison = (merge, Comparison(bench.merged(merge), bench.experts, bench.calibration, GROUP_SIZE))
             model = comparison[1].merged if method == "merged" else comparison[1].model(method, bits)
             scores = bench.score(model)
-        results["rows"].append(row(merge, method, bits, scores))
+        measured = row(merge, method, bits, scores)
+        results["rows"].append(measured)
         results["rows"].sort(key=lambda e: order(e, wanted_rows(list(MERGES), list(METHODS), sorted(GROUP_SIZE)[::-1])))
         seconds = time.perf_counter() - started
-        print(f"{merge} {method} {bits}: {results['rows'][-1]['average']:.2f} {scores} ({seconds:.0f} s)", flush=True)
+        print(f"{merge} {method} {bits}: {measured['average']:.2f} {scores} ({seconds:.0f} s)", flush=True)
         if args.json:
             write_text(args.json, json.dumps(results, indent=1))
     return results

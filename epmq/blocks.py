@@ -299,8 +299,9 @@ def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], boo
 def narrows(block: nn.Module, group: InputGroup) -> bool:
     """Whether a group gives fewer features than it reads: then an expert's outputs are the smaller thing to keep."""
     linears: list[Any] = [block.get_submodule(name) for name in group.linears]
+    rows: int = sum(linear.out_features for linear in linears)
     columns: int = linears[0].in_features
-    return sum(linear.out_features for linear in linears) < columns
+    return rows < columns
 
 
 def is_norm(module: nn.Module) -> bool:
