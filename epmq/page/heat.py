@@ -1,0 +1,209 @@
+"""Heat maps: one grid per task and list of blocks, a row per kind of linear, a column per block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from epmq.page.layout import Panel, panels
+from epmq.page.markup import Html, join, tag
+from epmq.page.numbers import STEPS, percent, step_of, thresholds
+from epmq.report import LayerRow, RunReport
+
+# Wider grids show squares instead of numbers; the numbers stay for screen readers and the line above the grids.
+NUMBERED_COLUMNS = 8
+LABELS = {"merged": "merged", "gptq": "GPTQ", "epmq": "E-PMQ", "regmean": "RegMean", "rtn": "rounded to nearest"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the heat map can show: the errors of one candidate in one stage, {(linear, task): error}."""
+
+    key: str
+    label: str
+    group: str
+    errors: Mapping[tuple[str, str], float]
+
+
+def label_of(method: str) -> str:
+    """A candidate's name as it is written."""
+    return LABELS.get(method, method)
+
+
+def views_of(report: RunReport) -> list[View]:
+    """All views of a report, the closed form's before the last pass's; the last one is the model that was written."""
+    closed = report.stages.closed_form
+    if closed is None:
+        return _stage("run", "", report.layers, {})
+    told = {"merged": "distilled, unrounded"}
+    first = _stage("closed", "Closed form, against the experts", closed.layers, {})
+    return first + _stage("run", "Rounding, against the distilled model", report.layers, told)
+
+
+def _stage(stage: str, group: str, layers: list[LayerRow], told: Mapping[str, str]) -> list[View]:
+    methods = dict.fromkeys(method for row in layers for errors in row.tasks.values() for method in errors)
+    return [
+        View(
+            f"{stage}-{number}",
+            told.get(method, label_of(method)),
+            group,
+            {(row.linear, task): e[method] for row in layers for task, e in row.tasks.items() if method in e},
+        )
+        for number, method in enumerate(methods)
+    ]
+
+
+def error_map(report: RunReport) -> Html | None:
+    """The switch, the line that tells about one cell, the legend, and a grid per task; None without any error."""
+    views = views_of(report)
+    if not views:
+        return None
+    shown = views[-1]
+    bounds = thresholds(error for view in views for error in view.errors.values())
+    tasks = list(dict.fromkeys(task for view in views for _, task in view.errors))
+    grids = panels([row.linear for row in report.layers], [row.block for row in report.blocks])
+    order: list[tuple[str, str]] = []
+    pieces = []
+    means: dict[str, list[str]] = {view.key: [] for view in views}
+    for task in tasks:
+        for panel in grids:
+            name = f"{task} · {panel.list_name}" if len(grids) > 1 else task
+            for view in views:
+                means[view.key].append(_mean(task, panel, view.errors))
+            pieces.append(_grid(name, task, panel, shown.errors, bounds, order))
+    data = {
+        "views": [[view.key, view.label] for view in views],
+        "cells": {view.key: [_cell_value(view.errors.get(place), bounds) for place in order] for view in views},
+        "means": means,
+    }
+    # "<" as an escape: nothing in the data can end the element.
+    told = Html(json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
+    return join(
+        tag(
+            "div",
+            _switch(views, shown),
+            legend(bounds, percent, " %"),
+            tag("p", "Choose a cell to read it: arrow keys move, a pointer points.", id="cell", aria_live="polite"),
+            class_="map-head",
+        ),
+        tag("div", *pieces, class_="grids", id="error-map"),
+        tag("script", told, type="application/json", id="errors"),
+    )
+
+
+def _switch(views: list[View], shown: View) -> Html:
+    groups = list(dict.fromkeys(view.group for view in views))
+    sets = []
+    for group in groups:
+        choices = [
+            tag(
+                "label",
+                tag("input", type="radio", name="view", value=view.key, checked=view is shown),
+                tag("span", view.label),
+            )
+            for view in views
+            if view.group == group
+        ]
+        sets.append(tag("fieldset", tag("legend", group or "Output error of"), *choices))
+    return tag("div", *sets, class_="switch")
+
+
+def _cell_value(value: float | None, bounds: list[float]) -> list[str | int] | None:
+    return None if value is None else [step_of(value, bounds), percent(value)]
+
+
+def _grid(
+    name: str,
+    task: str,
+    panel: Panel,
+    values: Mapping[tuple[str, str], float],
+    bounds: list[float],
+    order: list[tuple[str, str]],
+) -> Html:
+    """A table of one task; the place of every cell is appended to ``order``."""
+    rows = []
+    for kind in panel.kinds:
+        cells = []
+        for block in panel.blocks:
+            linear = panel.names.get((kind, block))
+            if linear is None or (linear, task) not in values:
+                cells.append(tag("td", class_="none"))
+                continue
+            order.append((linear, task))
+            value = values[linear, task]
+            first = len(order) == 1
+            cells.append(
+                tag(
+                    "td",
+                    tag("span", percent(value)),
+                    class_=f"q{step_of(value, bounds)}",
+                    tabindex=0 if first else -1,
+                    data_at=f"{linear} · {task}",
+                )
+            )
+        rows.append(tag("tr", tag("th", _breakable(kind), scope="row"), *cells))
+    return _table(name, _mean(task, panel, values), panel, rows)
+
+
+def _mean(task: str, panel: Panel, values: Mapping[tuple[str, str], float]) -> str:
+    here = [values[linear, task] for linear in panel.names.values() if (linear, task) in values]
+    return f"mean {percent(sum(here) / len(here))} %" if here else ""
+
+
+def _table(name: str, aside: str, panel: Panel, rows: list[Html]) -> Html:
+    dense = len(panel.blocks) > NUMBERED_COLUMNS
+    every = max(1, -(-len(panel.blocks) // 8)) if dense else 1
+    head = [
+        tag("th", tag("span", block), scope="col", class_=None if number % every == 0 else "skipped")
+        for number, block in enumerate(panel.blocks)
+    ]
+    return tag(
+        "table",
+        tag("caption", tag("b", name), tag("span", aside, class_="aside")),
+        tag("thead", tag("tr", tag("td", "block", class_="corner"), *head)),
+        tag("tbody", *rows),
+        class_="heat dense" if dense else "heat",
+        role="grid",
+    )
+
+
+def _breakable(name: str) -> Html:
+    """A dotted name that may break after its dots and underscores."""
+    return Html(str(join(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def legend(bounds: list[float], told: Callable[[float], str], unit: str) -> Html:
+    """The colours in order, with the values between them."""
+    if not bounds:
+        return tag("p", "All values are the same.", class_="legend")
+    parts = []
+    for step in range(STEPS):
+        text = told(bounds[step]) if step < len(bounds) else ""
+        parts.append(tag("span", tag("i", class_=f"q{step}"), tag("small", text)))
+    return tag("p", tag("span", f"Least to most{unit and ', in' + unit}", class_="legend-name"), *parts, class_="legend")
+
+
+def layer_map(report: RunReport, name: str, value: Callable[[LayerRow], float], marked: set[str]) -> Html:
+    """A grid per list of blocks of one number per linear; marked linears carry a triangle."""
+    rows = {row.linear: row for row in report.layers}
+    bounds = thresholds(value(row) for row in report.layers)
+    pieces = []
+    for panel in panels(rows, [row.block for row in report.blocks]):
+        lines = []
+        for kind in panel.kinds:
+            cells = []
+            for block in panel.blocks:
+                linear = panel.names.get((kind, block))
+                if linear is None:
+                    cells.append(tag("td", class_="none"))
+                    continue
+                number = value(rows[linear])
+                raised = tag("abbr", "▲", title="raised") if linear in marked else None
+                cells.append(
+                    tag("td", tag("span", f"{number:.3g}"), raised, class_=f"q{step_of(number, bounds)}", title=linear)
+                )
+            lines.append(tag("tr", tag("th", _breakable(kind), scope="row"), *cells))
+        pieces.append(_table(f"{name}{' · ' + panel.list_name if panel.list_name else ''}", "", panel, lines))
+    grids = [Html(str(piece).replace(' role="grid"', "")) for piece in pieces]
+    return join(legend(bounds, lambda number: f"{number:.2g}", ""), tag("div", *grids, class_="grids cool"))
