@@ -41,7 +41,7 @@ def quantize(recipe: Path, out: Path) -> None:
 
     report = quantize_to_folder(read_recipe(recipe), out)
     click.echo("\n".join(summary(report)))
-    click.echo(f"quantized model and report.json in {out}")
+    click.echo(f"quantized model, report.json and report.html in {out}")
 
 
 @app.command(name="eval", help="Score MODEL, a quantized or plain checkpoint folder, on a recipe's evaluation tasks.")
@@ -67,6 +67,16 @@ def demo(out: Path, seed: int) -> None:
     from epmq.demo import run_demo
 
     run_demo(out, seed)
+
+
+@app.command(
+    help="Make FOLDER/report.html from the report.json (and results.json) there: one page, to look at anywhere."
+)
+@click.argument("folder", type=FOLDER)
+def report(folder: Path) -> None:
+    from epmq.page.document import write_page
+
+    click.echo(f"report in {write_page(folder)}")
 
 
 @app.command(help="Tell versions, the machine, and which implementation of each operation is used.")

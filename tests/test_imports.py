@@ -11,13 +11,24 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
+    (
+        "errors",
+        "quantized",
+        "ties",
+        "norms",
+        "reuse",
+        "console",
+        "memory",
+        "page.markup",
+        "page.numbers",
+        "page.layout",
+    ),
     ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
     ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),
     ("merge", "statistics", "recipe", "report", "augment"),
-    ("solve", "distill"),
-    ("sweep",),
-    ("group", "linear"),
+    ("solve", "distill", "page.charts", "page.heat"),
+    ("sweep", "page.sections"),
+    ("group", "linear", "page.document"),
     ("stacks", "diagnose", "formats.native"),
     ("engine",),
     ("pipeline",),

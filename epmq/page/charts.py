@@ -100,7 +100,9 @@ def time_columns(blocks: Sequence[tuple[str, float]]) -> Html:
     return tag(
         "figure",
         tag("div", *columns, class_="columns", role="img", aria_label=told),
-        tag("figcaption", f"Time per block, from first to last; the slowest, {slowest[0]}, took {duration(slowest[1])}."),
+        tag(
+            "figcaption", f"Time per block, from first to last; the slowest, {slowest[0]}, took {duration(slowest[1])}."
+        ),
     )
 
 

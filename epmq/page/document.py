@@ -64,7 +64,12 @@ def document(report: RunReport, results: Results | None) -> Html:
             tag(
                 "body",
                 tag("a", "Skip to the report", href="#main", class_="skip"),
-                tag("header", tag("p", "epmq report", class_="kicker"), tag("h1", sections.headline(report))),
+                tag(
+                    "header",
+                    tag("p", "epmq report", class_="kicker"),
+                    tag("h1", sections.headline(report)),
+                    tag("p", sections.subline(report), class_="subline"),
+                ),
                 tag("nav", tag("ul", *links), aria_label="Sections"),
                 tag("main", sections.cards(report, results), *bodies, id="main", tabindex=-1),
                 tag("footer", tag("p", "Made by epmq from report.json", " and results.json" if results else "", ".")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from epmq.page.layout import Panel, panels
 from epmq.page.markup import Html, join, tag
-from epmq.page.numbers import STEPS, percent, step_of, thresholds
+from epmq.page.numbers import STEPS, Scale, percent
 from epmq.report import LayerRow, RunReport
 
 # Wider grids show squares instead of numbers; the numbers stay for screen readers and the line above the grids.
@@ -60,7 +60,7 @@ def error_map(report: RunReport) -> Html | None:
     if not views:
         return None
     shown = views[-1]
-    bounds = thresholds(error for view in views for error in view.errors.values())
+    scale = Scale(error for view in views for error in view.errors.values())
     tasks = list(dict.fromkeys(task for view in views for _, task in view.errors))
     grids = panels([row.linear for row in report.layers], [row.block for row in report.blocks])
     order: list[tuple[str, str]] = []
@@ -71,10 +71,10 @@ def error_map(report: RunReport) -> Html | None:
             name = f"{task} · {panel.list_name}" if len(grids) > 1 else task
             for view in views:
                 means[view.key].append(_mean(task, panel, view.errors))
-            pieces.append(_grid(name, task, panel, shown.errors, bounds, order))
+            pieces.append(_grid(name, task, panel, shown.errors, scale, order))
     data = {
         "views": [[view.key, view.label] for view in views],
-        "cells": {view.key: [_cell_value(view.errors.get(place), bounds) for place in order] for view in views},
+        "cells": {view.key: [_cell_value(view.errors.get(place), scale) for place in order] for view in views},
         "means": means,
     }
     # "<" as an escape: nothing in the data can end the element.
@@ -83,8 +83,13 @@ def error_map(report: RunReport) -> Html | None:
         tag(
             "div",
             _switch(views, shown),
-            legend(bounds, percent, " %"),
-            tag("p", "Choose a cell to read it: arrow keys move, a pointer points.", id="cell", aria_live="polite"),
+            legend(scale, percent, "Error in percent"),
+            tag(
+                "p",
+                "Choose a cell to read its values; arrow keys move from cell to cell.",
+                id="cell",
+                aria_live="polite",
+            ),
             class_="map-head",
         ),
         tag("div", *pieces, class_="grids", id="error-map"),
@@ -109,8 +114,8 @@ def _switch(views: list[View], shown: View) -> Html:
     return tag("div", *sets, class_="switch")
 
 
-def _cell_value(value: float | None, bounds: list[float]) -> list[str | int] | None:
-    return None if value is None else [step_of(value, bounds), percent(value)]
+def _cell_value(value: float | None, scale: Scale) -> list[str | int] | None:
+    return None if value is None else [scale.step(value), percent(value)]
 
 
 def _grid(
@@ -118,7 +123,7 @@ def _grid(
     task: str,
     panel: Panel,
     values: Mapping[tuple[str, str], float],
-    bounds: list[float],
+    scale: Scale,
     order: list[tuple[str, str]],
 ) -> Html:
     """A table of one task; the place of every cell is appended to ``order``."""
@@ -137,7 +142,7 @@ def _grid(
                 tag(
                     "td",
                     tag("span", percent(value)),
-                    class_=f"q{step_of(value, bounds)}",
+                    class_=f"q{scale.step(value)}",
                     tabindex=0 if first else -1,
                     data_at=f"{linear} · {task}",
                 )
@@ -169,25 +174,25 @@ def _table(name: str, aside: str, panel: Panel, rows: list[Html]) -> Html:
 
 
 def _breakable(name: str) -> Html:
-    """A dotted name that may break after its dots and underscores."""
-    return Html(str(join(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+    """A dotted name that may break after its dots."""
+    return Html(join(name).replace(".", ".<wbr>"))
 
 
-def legend(bounds: list[float], told: Callable[[float], str], unit: str) -> Html:
-    """The colours in order, with the values between them."""
-    if not bounds:
-        return tag("p", "All values are the same.", class_="legend")
-    parts = []
-    for step in range(STEPS):
-        text = told(bounds[step]) if step < len(bounds) else ""
-        parts.append(tag("span", tag("i", class_=f"q{step}"), tag("small", text)))
-    return tag("p", tag("span", f"Least to most{unit and ', in' + unit}", class_="legend-name"), *parts, class_="legend")
+def legend(scale: Scale, told: Callable[[float], str], name: str) -> Html:
+    """The colours in order: the values they stand for, or those between them."""
+    if scale.values is not None:
+        steps = [(scale.step(value), told(value)) for value in scale.values]
+    else:
+        steps = [(step, told(scale.bounds[step]) if step < len(scale.bounds) else "") for step in range(STEPS)]
+    parts = [tag("span", tag("i", class_=f"q{step}"), tag("small", text)) for step, text in steps]
+    kind = "legend exact" if scale.values is not None else "legend"
+    return tag("div", tag("p", name), tag("div", *parts), class_=kind)
 
 
 def layer_map(report: RunReport, name: str, value: Callable[[LayerRow], float], marked: set[str]) -> Html:
     """A grid per list of blocks of one number per linear; marked linears carry a triangle."""
     rows = {row.linear: row for row in report.layers}
-    bounds = thresholds(value(row) for row in report.layers)
+    scale = Scale((value(row) for row in report.layers), exact=True)
     pieces = []
     for panel in panels(rows, [row.block for row in report.blocks]):
         lines = []
@@ -201,9 +206,9 @@ def layer_map(report: RunReport, name: str, value: Callable[[LayerRow], float], 
                 number = value(rows[linear])
                 raised = tag("abbr", "▲", title="raised") if linear in marked else None
                 cells.append(
-                    tag("td", tag("span", f"{number:.3g}"), raised, class_=f"q{step_of(number, bounds)}", title=linear)
+                    tag("td", tag("span", f"{number:.3g}"), raised, class_=f"q{scale.step(number)}", title=linear)
                 )
             lines.append(tag("tr", tag("th", _breakable(kind), scope="row"), *cells))
         pieces.append(_table(f"{name}{' · ' + panel.list_name if panel.list_name else ''}", "", panel, lines))
-    grids = [Html(str(piece).replace(' role="grid"', "")) for piece in pieces]
-    return join(legend(bounds, lambda number: f"{number:.2g}", ""), tag("div", *grids, class_="grids cool"))
+    grids = [Html(piece.replace(' role="grid"', "")) for piece in pieces]
+    return join(legend(scale, lambda number: f"{number:.2g}", name), tag("div", *grids, class_="grids cool"))

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 
 STEPS = 8
+DECADES = 1e3
 
 
 def percent(share: float) -> str:
@@ -32,15 +33,23 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def thresholds(values: Iterable[float]) -> list[float]:
-    """The STEPS - 1 inner bounds of a logarithmic colour scale over the positive, finite values."""
-    used = [value for value in values if math.isfinite(value) and value > 0.0]
-    if not used:
-        return []
-    low, high = math.log(min(used)), math.log(max(used))
-    return [math.exp(low + (high - low) * step / STEPS) for step in range(1, STEPS)] if high > low else []
+class Scale:
+    """Colour steps for values: logarithmic over the last three decades, or one per value where there are few."""
 
+    def __init__(self, values: Iterable[float], exact: bool = False):
+        used = sorted({value for value in values if math.isfinite(value)})
+        self.values = used if exact and len(used) <= STEPS else None
+        positive = [value for value in used if value > 0.0]
+        self.bounds: list[float] = []
+        if self.values is None and positive:
+            high = math.log(positive[-1])
+            low = max(math.log(positive[0]), high - math.log(DECADES))
+            self.bounds = [math.exp(low + (high - low) * step / STEPS) for step in range(1, STEPS)]
 
-def step_of(value: float, bounds: list[float]) -> int:
-    """Where a value stands on the scale, 0 the least; what is not finite stands at the end."""
-    return bisect_right(bounds, value) if math.isfinite(value) else STEPS - 1
+    def step(self, value: float) -> int:
+        """0 is the least, STEPS - 1 the greatest; what is not finite stands at the end."""
+        if not math.isfinite(value):
+            return STEPS - 1
+        if self.values is not None:
+            return round((STEPS - 1) * self.values.index(value) / max(1, len(self.values) - 1))
+        return bisect_right(self.bounds, value)

@@ -15,17 +15,27 @@ from epmq.report import BlockRow, LayerRow, ResultRow, Results, RunReport
 
 
 def headline(report: RunReport) -> str:
-    """What was done, in one line."""
+    """What was done: method and bits."""
+    bits = report.settings.get("bits")
+    method = label_of(str(report.settings.get("method", "")))
+    return f"{method}{' with distillation' if report.settings.get('distill') else ''}, {_bits(bits)}"
+
+
+def subline(report: RunReport) -> str:
+    """The grid, the linears and the tasks."""
     settings = report.settings
-    bits, group = settings.get("bits"), settings.get("group_size")
-    parts = [label_of(str(settings.get("method", "")))]
-    if settings.get("distill"):
-        parts.append("with distillation")
-    parts.append("not rounded" if bits is None else f"{bits} bits")
-    if bits is not None:
+    parts = []
+    if settings.get("bits") is not None:
+        group = settings.get("group_size")
         parts.append("whole rows" if group == -1 else f"groups of {group}")
         parts.append("symmetric" if settings.get("sym") else "asymmetric")
-    return " · ".join(parts)
+    parts.append(f"{len(report.layers)} linears in {len(report.blocks)} blocks")
+    tasks = len(report.average_error)
+    return " · ".join([*parts, f"{tasks} task{'' if tasks == 1 else 's'}"] if tasks else parts)
+
+
+def _bits(bits: Any) -> str:
+    return "not rounded" if bits is None else f"{bits} bits"
 
 
 def cards(report: RunReport, results: Results | None) -> Html:
@@ -35,15 +45,14 @@ def cards(report: RunReport, results: Results | None) -> Html:
     if before and after:
         found.append(_card("Size", f"{before / after:.1f}× smaller", f"{size(before)} → {size(after)}"))
     found.append(_card("Time", duration(report.seconds), f"peak memory {size(report.peak_memory_bytes)}"))
-    linears = sum(1 for _ in report.layers)
-    told = f"{linears} linears in {len(report.blocks)} blocks"
     count = len(report.notes) + len(report.escalated)
+    told = "nothing was less exact than asked" if count == 0 else "see Notes"
     found.append(_card("Notes", "none" if count == 0 else str(count), told))
     return tag("dl", *found, class_="cards")
 
 
 def _card(name: str, value: str, told: str) -> Html:
-    return tag("div", tag("dt", name), tag("dd", tag("b", value), tag("span", told)))
+    return tag("div", tag("dt", name), tag("dd", tag("b", value), tag("span", told.replace(" %", "\u00a0%"))))
 
 
 def _accuracy_card(rows: Sequence[ResultRow]) -> Html | None:
@@ -65,7 +74,8 @@ def _error_card(report: RunReport) -> Html | None:
         return None
     method, error = means[-1]
     others = ", ".join(f"{_told_against(report, name)} {percent(value)} %" for name, value in means[:-1])
-    return _card("Mean output error", f"{percent(error)} %", others or label_of(method))
+    target = "the distilled model" if report.stages.closed_form is not None else "the experts"
+    return _card("Mean output error", f"{percent(error)} %", f"against {target}" + (f"; {others}" if others else ""))
 
 
 def _told_against(report: RunReport, method: str) -> str:
@@ -77,27 +87,30 @@ def accuracy(results: Results | None) -> Html | None:
     if results is None or not results.rows or not results.rows[0].tasks:
         return None
     rows = results.rows
+    merges = {row.merge for row in rows if row.merge is not None}
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    best = {task: max((row.tasks.get(task, -1.0) for row in rows if row.merge is not None), default=-1.0) for task in tasks}
+    columns: list[list[float | None]] = [[row.average for row in rows]]
+    columns += [[row.tasks.get(task) for row in rows] for task in tasks]
+    best = [
+        max((v for v, row in zip(c, rows, strict=True) if v is not None and row.merge), default=None) for c in columns
+    ]
     lines: list[list[str | Html]] = []
-    for row in rows:
-        cells: list[str | Html] = []
-        for task in tasks:
-            score = row.tasks.get(task)
-            text = "–" if score is None else f"{score:.1f}"
-            cells.append(tag("strong", text) if row.merge is not None and score == best[task] else text)
-        bits = "–" if row.bits is None else str(row.bits)
-        lines.append([method_name(row), bits, f"{row.average:.1f}", *cells])
-    caption = "Accuracy in percent. Bold: the best of the merged models on a task."
+    for place, row in enumerate(rows):
+        cells = [_score(column[place], top if row.merge else None) for column, top in zip(columns, best, strict=True)]
+        name = method_name(row) if len(merges) > 1 else row.method
+        lines.append([name, "–" if row.bits is None else str(row.bits), *cells])
+    merge = f" The merge is {merges.pop().replace('_', ' ')}." if len(merges) == 1 else ""
+    caption = f"Accuracy in percent.{merge} Bold: the best of the merged models."
     return join(
-        tag(
-            "p",
-            "The line runs from the worst task to the best, a ring is a task, the diamond their average. The table"
-            " below has the numbers.",
-        ),
+        tag("p", "A line runs from the worst task to the best; rings are tasks, the diamond is their average."),
         accuracy_strips(rows),
         table(caption, ["method", "bits", "average", *tasks], lines),
     )
+
+
+def _score(value: float | None, best: float | None) -> str | Html:
+    text = "–" if value is None else f"{value:.1f}"
+    return tag("strong", text) if value is not None and value == best else text
 
 
 def errors(report: RunReport) -> Html | None:
@@ -114,7 +127,7 @@ def errors(report: RunReport) -> Html | None:
             "p",
             "How far each linear's output is from its target, as the share of the target's energy that is error, in"
             " percent: a grid per task, a column per block, a row per linear. All grids and all choices share one"
-            f" scale. The model that was written is aimed at {target}.",
+            f" scale. The last pass is measured against {target}.",
         ),
         found,
         tag("h3", f"Largest errors of {last.label}"),
@@ -172,11 +185,13 @@ def _drift(blocks: Sequence[BlockRow]) -> Html | None:
     return join(
         tag(
             "p",
-            "Relative squared error of the hidden states behind each block, from the first block on the left to the last"
-            " on the right. One logarithmic scale for all tasks.",
+            "Relative squared error of the hidden states behind each block, from the first block on the left to the"
+            " last on the right. One logarithmic scale for all tasks.",
         ),
         tag("div", *(error_line(task, found, low, high) for task, found in series.items()), class_="sparks"),
-        folded("The numbers", table("Error of the hidden states behind each block, in percent", ["block", *tasks], rows)),
+        folded(
+            "The numbers", table("Error of the hidden states behind each block, in percent", ["block", *tasks], rows)
+        ),
     )
 
 
@@ -230,8 +245,16 @@ def settings(report: RunReport) -> Html:
         changed = key in usual and usual[key] != value and not (key == "distill" and value is None)
         mark: str | Html = tag("strong", "changed") if changed else ""
         rows.append((changed, [key, _shown(value), _shown(usual[key]) if key in usual else "–", mark]))
-    rows.sort(key=lambda row: not row[0])
-    return table("Settings of the run beside the defaults", ["setting", "value", "default", ""], [r for _, r in rows], 9)
+    if report.settings.get("distill"):
+        rows.insert(0, (True, ["distill", "yes", "none", tag("strong", "changed")]))
+    changed_rows = [row for changed, row in rows if changed]
+    head = ["setting", "value", "default", ""]
+    return join(
+        table("Settings that are not the defaults", head, changed_rows, 9)
+        if changed_rows
+        else tag("p", "All settings are the defaults."),
+        folded("All settings", table("Settings of the run beside the defaults", head, [row for _, row in rows], 9)),
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
