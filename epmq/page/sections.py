@@ -84,9 +84,9 @@ def _told_against(report: RunReport, method: str) -> str:
 
 def accuracy(results: Results | None) -> Html | None:
     """Every row of results.json as a picture and as a table."""
-    if results is None or not results.rows or not results.rows[0].tasks:
+    rows = [] if results is None else [row for row in results.rows if row.tasks]
+    if not rows:
         return None
-    rows = results.rows
     merges = {row.merge for row in rows if row.merge is not None}
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     columns: list[list[float | None]] = [[row.average for row in rows]]
