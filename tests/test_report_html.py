@@ -91,8 +91,9 @@ def test_text_stands_out_from_what_is_behind_it(browser: Browser, folder: Path, 
     browser.open(page(folder), theme)
     # Every step of both colour scales, whether this run has such a value or not.
     browser.run(
+        "const add = (html) => document.querySelector('main').insertAdjacentHTML('beforeend', html);"
         "for (const kind of ['', 'cool']) for (let q = 0; q < 8; q++)"
-        " document.querySelector('main').insertAdjacentHTML('beforeend', `<div class='${kind}'><span class='q${q}'>step ${q}</span></div>`);"
+        "  add(`<div class='${kind}'><span class='q${q}'>step ${q}</span></div>`);"
         "document.querySelectorAll('details').forEach((d) => (d.open = true));"
     )
     found = browser.run(CONTRASTS)
@@ -174,6 +175,8 @@ def test_the_switch_shows_each_candidate(browser: Browser, folder: Path) -> None
             else:
                 assert abs(float(text) - exact) <= (0.005 if exact < 1 else 0.05 if exact < 10 else 0.5) * 1.0001, place
         shown.add(json.dumps(cells))
+        legends = browser.driver.find_elements("css selector", ".map-head .legend")
+        assert [legend.is_displayed() for legend in legends] == [layers is stages[0], layers is stages[-1]]
     assert len(shown) == 5
 
 

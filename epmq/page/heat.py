@@ -21,6 +21,7 @@ class View:
     """What the heat map can show: the errors of one candidate in one stage, {(linear, task): error}."""
 
     key: str
+    stage: str
     label: str
     group: str
     errors: Mapping[tuple[str, str], float]
@@ -32,7 +33,7 @@ def label_of(method: str) -> str:
 
 
 def views_of(report: RunReport) -> list[View]:
-    """All views of a report, the closed form's before the last pass's; the last one is the model that was written."""
+    """All views of a report, the closed form's before the last pass's."""
     closed = report.stages.closed_form
     if closed is None:
         return _stage("run", "", report.layers, {})
@@ -46,6 +47,7 @@ def _stage(stage: str, group: str, layers: list[LayerRow], told: Mapping[str, st
     return [
         View(
             f"{stage}-{number}",
+            stage,
             told.get(method, label_of(method)),
             group,
             {(row.linear, task): e[method] for row in layers for task, e in row.tasks.items() if method in e},
@@ -54,13 +56,22 @@ def _stage(stage: str, group: str, layers: list[LayerRow], told: Mapping[str, st
     ]
 
 
+def first_view(views: list[View]) -> View:
+    """The one shown at first: the result of the stage that is measured against the experts."""
+    return [view for view in views if view.stage == views[0].stage][-1]
+
+
 def error_map(report: RunReport) -> Html | None:
-    """The switch, the line that tells about one cell, the legend, and a grid per task; None without any error."""
+    """The switch, the legends, the line that tells about one cell, and a grid per task; None without any error.
+
+    Views of one stage share a colour scale; the stages have their own, for their errors are of other sizes.
+    """
     views = views_of(report)
     if not views:
         return None
-    shown = views[-1]
-    scale = Scale(error for view in views for error in view.errors.values())
+    shown = first_view(views)
+    stages = list(dict.fromkeys(view.stage for view in views))
+    scales = {s: Scale(e for view in views if view.stage == s for e in view.errors.values()) for s in stages}
     tasks = list(dict.fromkeys(task for view in views for _, task in view.errors))
     grids = panels([row.linear for row in report.layers], [row.block for row in report.blocks])
     order: list[tuple[str, str]] = []
@@ -71,27 +82,21 @@ def error_map(report: RunReport) -> Html | None:
             name = f"{task} · {panel.list_name}" if len(grids) > 1 else task
             for view in views:
                 means[view.key].append(_mean(task, panel, view.errors))
-            pieces.append(_grid(name, task, panel, shown.errors, scale, order))
+            pieces.append(_grid(name, task, panel, shown.errors, scales[shown.stage], order))
     data = {
-        "views": [[view.key, view.label] for view in views],
-        "cells": {view.key: [_cell_value(view.errors.get(place), scale) for place in order] for view in views},
+        "views": [[view.key, view.stage, view.label] for view in views],
+        "cells": {v.key: [_cell_value(v.errors.get(place), scales[v.stage]) for place in order] for v in views},
         "means": means,
     }
     # "<" as an escape: nothing in the data can end the element.
     told = Html(json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
+    legends = [
+        tag("div", legend(scale, percent, "Error in percent"), data_stage=stage, hidden=stage != shown.stage)
+        for stage, scale in scales.items()
+    ]
+    hint = "Choose a cell to read its values; arrow keys move from cell to cell."
     return join(
-        tag(
-            "div",
-            _switch(views, shown),
-            legend(scale, percent, "Error in percent"),
-            tag(
-                "p",
-                "Choose a cell to read its values; arrow keys move from cell to cell.",
-                id="cell",
-                aria_live="polite",
-            ),
-            class_="map-head",
-        ),
+        tag("div", _switch(views, shown), *legends, tag("p", hint, id="cell", aria_live="polite"), class_="map-head"),
         tag("div", *pieces, class_="grids", id="error-map"),
         tag("script", told, type="application/json", id="errors"),
     )

@@ -10,12 +10,14 @@
   let shown = document.querySelector('input[name="view"]:checked').value;
   let told = null;
 
+  const stageOf = (view) => data.views.find(([key]) => key === view)[1];
+
   const describe = (cell) => {
     told = cell;
     const index = place.get(cell);
     const parts = data.views
-      .filter(([key]) => key.split("-")[0] === shown.split("-")[0] && data.cells[key][index])
-      .map(([key, label]) => `${label} ${data.cells[key][index][1]} %`);
+      .filter(([key, stage]) => stage === stageOf(shown) && data.cells[key][index])
+      .map(([key, , label]) => `${label} ${data.cells[key][index][1]} %`);
     line.textContent = `${cell.dataset.at}: ${parts.join(", ")}`;
   };
 
@@ -29,6 +31,9 @@
     });
     map.querySelectorAll("caption .aside").forEach((aside, index) => {
       aside.textContent = data.means[view][index];
+    });
+    document.querySelectorAll(".map-head [data-stage]").forEach((legend) => {
+      legend.hidden = legend.dataset.stage !== stageOf(view);
     });
     if (told) describe(told);
   };

@@ -8,7 +8,7 @@ from typing import Any
 
 from epmq.config import DistillSettings, QuantConfig
 from epmq.page.charts import accuracy_strips, error_line, folded, method_name, size_bars, table, time_columns
-from epmq.page.heat import error_map, label_of, layer_map, views_of
+from epmq.page.heat import error_map, first_view, label_of, layer_map, views_of
 from epmq.page.markup import Html, join, tag
 from epmq.page.numbers import duration, percent, size
 from epmq.report import BlockRow, LayerRow, ResultRow, Results, RunReport
@@ -118,19 +118,18 @@ def errors(report: RunReport) -> Html | None:
     found = error_map(report)
     if found is None:
         return None
-    last = views_of(report)[-1]
-    worst = sorted(last.errors.items(), key=lambda entry: -entry[1] if math.isfinite(entry[1]) else -math.inf)[:5]
+    shown = first_view(views_of(report))
+    worst = sorted(shown.errors.items(), key=lambda entry: -entry[1] if math.isfinite(entry[1]) else -math.inf)[:5]
     items = [tag("li", tag("code", linear), f" on {task}: {percent(error)} %") for (linear, task), error in worst]
-    target = "the distilled model" if report.stages.closed_form is not None else "the expert"
+    stages = " Each stage has its own scale." if shown.group else ""
     return join(
         tag(
             "p",
             "How far each linear's output is from its target, as the share of the target's energy that is error, in"
-            " percent: a grid per task, a column per block, a row per linear. All grids and all choices share one"
-            f" scale. The last pass is measured against {target}.",
+            f" percent: a grid per task, a column per block, a row per linear. All grids share one scale.{stages}",
         ),
         found,
-        tag("h3", f"Largest errors of {last.label}"),
+        tag("h3", f"Largest errors of {shown.label}{f' ({shown.group.lower()})' if shown.group else ''}"),
         tag("ol", *items),
     )
 
