@@ -154,6 +154,21 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
     assert cell.get_attribute("data-at") == "blocks.0.query · intents"
 
 
+@pytest.mark.parametrize("width", [1100, 360])
+def test_the_cell_with_the_focus_is_not_covered(browser: Browser, folder: Path, width: int) -> None:
+    """The line that tells about it stays in view, and does not lie over it."""
+    browser.open(page(folder), width=width)
+    tab_to(browser, "td[data-at]")
+    for key in [Keys.ARROW_DOWN] * 14 + [Keys.ARROW_UP] * 14:
+        cell = browser.press(key)
+        top, bottom, line, height = browser.run(
+            "const cell = arguments[0].getBoundingClientRect(), line = document.getElementById('cell');"
+            "return [cell.top, cell.bottom, line.getBoundingClientRect().bottom, innerHeight];",
+            cell,
+        )
+        assert top >= line > 0 and bottom <= height, cell.get_attribute("data-at")
+
+
 def test_the_switch_shows_each_candidate(browser: Browser, folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     browser.open(page(folder))
