@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -18,29 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from registry import Call, Case, makers
+from registry import Case, makers
 
 from epmq import extension
+from epmq.bench import interleaved
 from epmq.report import processor_name
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-
-
-def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call; one round times each of them once."""
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(taken.values()))) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-        if len(next(iter(taken.values()))) >= 200:
-            break
-    return {name: 1e3 * statistics.median(times) for name, times in taken.items()}
 
 
 def limits(seconds: float) -> dict[str, float]:

@@ -41,21 +41,57 @@ def quantize(recipe: Path, out: Path) -> None:
 
     report = quantize_to_folder(read_recipe(recipe), out)
     click.echo("\n".join(summary(report)))
-    click.echo(f"quantized model and report.json in {out}")
+    click.echo(f"quantized model, report.json and report.html in {out}")
 
 
-@app.command(name="eval", help="Score MODEL, a quantized or plain checkpoint folder, on a recipe's evaluation tasks.")
+@app.command(name="eval")
 @click.argument("model", type=FOLDER)
-@click.option("--recipe", required=True, type=FOLDER, help="Recipe with an evaluation: section.")
-@click.option("--json", "json_file", type=FOLDER, help="Also write the row to this file.")
-def evaluate(model: Path, recipe: Path, json_file: Path | None) -> None:
-    from epmq.evaluate import markdown_table
+@click.option("--recipe", type=FOLDER, help="Recipe with an evaluation: section: accuracy per task.")
+@click.option("--text", type=FOLDER, help="Text file: perplexity of a causal language model on it.")
+@click.option("--window", type=int, help="Tokens read at once for --text.  [default: 2048, or what the model reads]")
+@click.option("--stride", type=int, help="Tokens from one window to the next.  [default: the window]")
+@click.option("--lm-eval", "tasks", help="Tasks of lm-eval, with commas between them (pip install 'epmq[lm-eval]').")
+@click.option("--include", type=FOLDER, help="Folder with lm-eval tasks of your own.")
+@click.option("--limit", type=click.IntRange(1), help="Only so many examples per task of lm-eval.")
+@click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
+def evaluate(
+    model: Path,
+    recipe: Path | None,
+    text: Path | None,
+    window: int | None,
+    stride: int | None,
+    tasks: str | None,
+    include: Path | None,
+    limit: int | None,
+    json_file: Path | None,
+) -> None:
+    """Score MODEL, a quantized or plain checkpoint folder, by one of --recipe, --text and --lm-eval."""
     from epmq.files import write_text
-    from epmq.jobs import evaluate_folder
-    from epmq.recipe import read_recipe
 
-    result = evaluate_folder(read_recipe(recipe), model)
-    click.echo(markdown_table([result]))
+    if sum(choice is not None for choice in (recipe, text, tasks)) != 1:
+        raise click.UsageError("give one of --recipe, --text and --lm-eval.")
+    if text is None and (window is not None or stride is not None):
+        raise click.UsageError("--window and --stride belong to --text.")
+    if tasks is None and (include is not None or limit is not None):
+        raise click.UsageError("--include and --limit belong to --lm-eval.")
+    if recipe is not None:
+        from epmq.evaluate import markdown_table
+        from epmq.jobs import evaluate_folder
+        from epmq.recipe import read_recipe
+
+        result = evaluate_folder(read_recipe(recipe), model)
+        click.echo(markdown_table([result]))
+    elif text is not None:
+        from epmq.language import text_perplexity
+
+        result = text_perplexity(model, text, window, stride)
+        told = "perplexity {perplexity:.4f} ({scored} of {tokens} tokens scored, window {window}, stride {stride})"
+        click.echo(told.format(**result))
+    else:
+        from epmq.harness import lines, run_tasks
+
+        result = run_tasks(model, [name.strip() for name in str(tasks).split(",")], include, limit)
+        click.echo("\n".join(lines(result)))
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1))
 
@@ -67,6 +103,60 @@ def demo(out: Path, seed: int) -> None:
     from epmq.demo import run_demo
 
     run_demo(out, seed)
+
+
+@app.command(
+    help="Make FOLDER/report.html from the report.json (and results.json) there: one page, to look at anywhere."
+)
+@click.argument("folder", type=FOLDER)
+def report(folder: Path) -> None:
+    from epmq.page.document import write_page
+
+    click.echo(f"report in {write_page(folder)}")
+
+
+@app.command(help="Continue a prompt with the causal language model in FOLDER; tokens per second go to stderr.")
+@click.argument("folder", type=FOLDER)
+@click.option("--prompt", required=True, help="The text to continue, used as it is.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="At most so many.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token, above draws.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the drawing.")
+def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    from epmq.language import generate_text
+
+    def write(piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    speed = generate_text(folder, prompt, write, max_new_tokens, temperature, seed)
+    click.echo("\n".join(speed.lines()), err=True)
+
+
+@app.command()
+@click.option("--shape", "shapes", default="4096x4096,11008x4096", show_default=True, help="OUTxIN, with commas.")
+@click.option("--tokens", default="1,16,256", show_default=True, help="Rows of the input, with commas.")
+@click.option("--bits", default=4, show_default=True)
+@click.option("--group-size", default=128, show_default=True)
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--seconds", default=1.0, show_default=True, help="Time for each line.")
+def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, device: str, seconds: float) -> None:
+    """Time QuantLinear beside the dense nn.Linear on this machine, interleaved. In a checkout, make bench times every
+    operation against its rivals."""
+    import torch
+
+    from epmq.bench import parse_counts, parse_shapes, time_layers
+    from epmq.report import machine
+
+    facts = machine()
+    click.echo(f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {device}, {dtype}")
+    click.echo("| out | in | tokens | quantized, ms | dense, ms | speed-up | weight, quantized / dense |")
+    click.echo("|---|---|---|---|---|---|---|")
+    wanted: torch.dtype = getattr(torch, dtype)
+    for row in time_layers(parse_shapes(shapes), parse_counts(tokens), bits, group_size, wanted, device, seconds):
+        click.echo(
+            f"| {row.rows} | {row.columns} | {row.tokens} | {row.quantized_ms:.3f} | {row.dense_ms:.3f}"
+            f" | {row.dense_ms / row.quantized_ms:.2f} | {row.quantized_bytes / row.dense_bytes:.3f} |"
+        )
 
 
 @app.command(help="Tell versions, the machine, and which implementation of each operation is used.")

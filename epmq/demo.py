@@ -22,6 +22,7 @@ from epmq.console import progress_bar
 from epmq.errors import ConfigError
 from epmq.evaluate import markdown_table, row
 from epmq.merge import merge
+from epmq.page.document import write_page
 from epmq.report import machine
 
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -153,8 +154,9 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
         (working / "report.json").write_text(json.dumps(result.report, indent=1))
         (working / "results.json").write_text(json.dumps(results, indent=1))
         draw(rows, working / "accuracy.png")
+        write_page(working)
     print(markdown_table(rows))
-    print(f"int4 checkpoint, report.json, results.json and accuracy.png in {out}")
+    print(f"int4 checkpoint, report.html, report.json, results.json and accuracy.png in {out}")
     return results
 
 

@@ -21,6 +21,7 @@ from epmq.formats.shards import ShardWriter
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
+from epmq.page.document import write_page
 from epmq.pipeline import run
 from epmq.recipe import Recipe
 from epmq.report import build_report, write_report
@@ -115,6 +116,7 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
         sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
         report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
         write_report(working, report)
+        write_page(working)
     return report
 
 

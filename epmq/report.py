@@ -1,4 +1,4 @@
-"""The report of a run: what was done, per layer and task, on which machine, with which versions."""
+"""The report of a run: what was done, per layer and task, on which machine, with which versions. Built, left, read."""
 
 from __future__ import annotations
 
@@ -6,15 +6,101 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from epmq import files
 from epmq.config import QuantConfig
+from epmq.errors import FormatError
 from epmq.memory import peak_memory_bytes
+from epmq.settings import explain
 
 REPORT_NAME = "report.json"
+RESULTS_NAME = "results.json"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Read(BaseModel):
+    """Part of a report file; keys it does not know are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class LayerRow(_Read):
+    """One linear: λ, damping, seconds, and per task the relative squared output error by the name of what made it."""
+
+    linear: str
+    shape: list[int]
+    anchor: float = Field(alias="lambda")
+    damp: float
+    escalated: bool
+    seconds: float
+    tasks: dict[str, dict[str, float]]
+
+
+class BlockRow(_Read):
+    """One block: seconds, and per task the relative squared error of the hidden states behind it."""
+
+    block: str
+    seconds: float
+    hidden_error: dict[str, float]
+
+
+class ClosedForm(_Read):
+    """What the first stage of a distilled run found; errors are against the experts."""
+
+    layers: list[LayerRow]
+    blocks: list[BlockRow]
+
+
+class Distilled(_Read):
+    """Losses at both ends, and the pairs of tasks that were shown to each other's experts."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    pairs: list[list[str]]
+
+
+class Stages(_Read):
+    """The stages in front of the last pass of a distilled run."""
+
+    closed_form: ClosedForm | None = None
+    distill: Distilled | None = None
+
+
+class RunReport(_Read):
+    """A report as :func:`read_report` gives it; see docs/method.md, "The report"."""
+
+    settings: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    sizes: dict[str, int] = Field(alias="bytes")
+    machine: dict[str, Any]
+    escalated: list[str]
+    average_error: dict[str, dict[str, float]]
+    layers: list[LayerRow]
+    blocks: list[BlockRow]
+    notes: list[str]
+    stages: Stages = Stages()
+
+
+class ResultRow(_Read):
+    """One row of a table of accuracies, in percent."""
+
+    merge: str | None
+    method: str
+    bits: int | None
+    average: float
+    tasks: dict[str, float]
+
+
+class Results(_Read):
+    """What ``epmq demo`` and the table scripts leave in results.json."""
+
+    rows: list[ResultRow]
 
 
 def machine() -> dict[str, Any]:
@@ -72,3 +158,27 @@ def average_errors(layers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Leave the report in a folder."""
     files.write_text(folder / REPORT_NAME, json.dumps(report, indent=1))
+
+
+def read_report(folder: str | Path) -> RunReport:
+    """The report of a folder. Raises FormatError naming the file, and the key where one is missing or wrong."""
+    return _read(Path(folder) / REPORT_NAME, RunReport)
+
+
+def read_results(folder: str | Path) -> Results | None:
+    """The table of accuracies beside a report, or None. Raises FormatError as :func:`read_report` does."""
+    path = Path(folder) / RESULTS_NAME
+    return _read(path, Results) if path.is_file() else None
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    try:
+        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: there is no such file; give a folder that epmq quantize or demo made.") from error
+    except OSError as error:
+        raise FormatError(f"{path}: the file cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise FormatError(f"{explain(error, model, str(path))[:-1]}; it is not a report of this version.") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON ({error}).") from error

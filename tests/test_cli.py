@@ -45,11 +45,12 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
     done = in_new_process("quantize", recipe, "--out", quantized)
     assert (done.code, done.err) == (0, "")
     assert "peak memory" in done.out
-    assert f"quantized model and report.json in {quantized}" in done.out
+    assert f"quantized model, report.json and report.html in {quantized}" in done.out
     for task in TASKS:
         assert f"{task}: mean output error against the expert: merged " in done.out
     assert {path.name for path in quantized.iterdir()} == {
-        "config.json", "epmq.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json"
+        "config.json", "epmq.json", "model.safetensors", "report.html", "report.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     report = json.loads((quantized / "report.json").read_text())
     assert len(report["layers"]) == 2 * 6

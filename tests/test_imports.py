@@ -11,26 +11,49 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
+    (
+        "errors",
+        "quantized",
+        "ties",
+        "norms",
+        "reuse",
+        "console",
+        "memory",
+        "page.markup",
+        "page.numbers",
+        "page.layout",
+    ),
     ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
-    ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),
+    (
+        "config",
+        "merge_config",
+        "ops",
+        "streams",
+        "skeleton",
+        "inside",
+        "huggingface",
+        "evaluate",
+        "formats.shards",
+        "perplexity",
+    ),
     ("merge", "statistics", "recipe", "report", "augment"),
-    ("solve", "distill"),
-    ("sweep",),
-    ("group", "linear"),
-    ("stacks", "diagnose", "formats.native"),
+    ("solve", "distill", "page.charts", "page.heat"),
+    ("sweep", "page.sections"),
+    ("group", "linear", "page.document"),
+    ("stacks", "diagnose", "formats.native", "bench"),
     ("engine",),
     ("pipeline",),
     ("api",),
     ("__init__",),
     ("jobs", "compare", "environment"),
-    ("demo",),
+    ("demo", "language"),
+    ("harness",),
     ("cli",),
     ("__main__",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What the ground may use of the outside; transformers, rich and the like are met further up.
-HEAVY = {"transformers", "sklearn", "matplotlib", "triton"}
+HEAVY = {"transformers", "sklearn", "matplotlib", "triton", "lm_eval"}
 
 
 def module_names() -> list[str]:
