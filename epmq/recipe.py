@@ -47,7 +47,8 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """A whole job. Paths are relative to the recipe's folder.
 
-    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint.
+    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. format: of the
+    quantized folder, see docs/formats.md.
     """
 
     base: Path
@@ -57,6 +58,7 @@ class Recipe(Settings):
     calibration: CalibrationSettings | None = None
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
+    format: Literal["compressed-tensors", "gptq", "native"] = "compressed-tensors"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
 
 
