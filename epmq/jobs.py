@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from epmq import files
@@ -22,12 +21,13 @@ from epmq.engine import stored_scale_dtype
 from epmq.errors import ConfigError, SourceError
 from epmq.evaluate import load_task, row, score
 from epmq.formats.kinds import format_of, open_writer
+from epmq.formats.packed import planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
 from epmq.pipeline import run
-from epmq.quantized import QuantizedTensor, group_count
+from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, write_report
 from epmq.skeleton import fill
@@ -134,16 +134,9 @@ def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConf
             name = f"{address.name}.{inner}"
             if config.bits is None or not isinstance(module, nn.Linear) or not config.selects(name):
                 continue
-            rows, columns = module.out_features, module.in_features
-            groups = group_count(columns, config.group_size)
             dtype = stored_scale_dtype(config, merged, name)
-            planned[name] = QuantizedTensor(
-                torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
-                torch.empty(rows, groups, dtype=dtype, device="meta"),
-                None if config.sym else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
-                config.bits,
-                config.group_size,
-            )
+            shape = (module.out_features, module.in_features)
+            planned[name] = planned_linear(shape, config.bits, config.group_size, config.sym, dtype)
     return planned
 
 

@@ -54,23 +54,37 @@ class CompressedTensorsWriter:
 
     model: an instance (its weights may be meta), which tells class and linears. dtype: of its other tensors.
     Groups must have equal sizes here: where the last one is short, all are split to the greatest common divisor of
-    group and row, with repeated scales and the same weights.
+    group and row, with repeated scales and the same weights. ``plan`` does the same across linears where transformers
+    must dequantize the file while loading, for which it knows one scheme per file.
     """
 
     def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES):
         self.folder, self.model, self.dtype = folder, model, dtype
         self.shards = ShardWriter(folder, shard_bytes)
         self._linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)]
+        self._planned: dict[str, Scheme] = {}
         self._schemes: dict[str, Scheme] = {}
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
-        """Raise FormatError for the first linear that cannot be stored."""
-        for name, tensor in linears.items():
-            self._scheme(name, tensor)
+        """Raise FormatError for the first linear that cannot be stored; settle one group size where one is needed."""
+        self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
+        schemes = set(self._planned.values())
+        if len(schemes) == 1 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
+            return
+        sizes = {
+            name: linears[name].shape[1] if scheme.group_size == -1 else scheme.group_size
+            for name, scheme in self._planned.items()
+        }
+        common = math.gcd(*sizes.values())
+        smallest = min(sizes, key=lambda name: sizes[name])
+        self._planned = {
+            name: scheme._replace(group_size=self._enough(common, smallest, linears[smallest]))
+            for name, scheme in self._planned.items()
+        }
 
     def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
         """Store linear ``name``."""
-        scheme = self._scheme(name, tensor)
+        scheme = self._planned.get(name) or self._scheme(name, tensor)
         self._schemes[name] = scheme
         rows, columns = tensor.shape
         scales, zeros = tensor.scales, tensor.zeros
@@ -96,14 +110,17 @@ class CompressedTensorsWriter:
         extend_config(self.folder, type(self.model).__name__, self.dtype, self._configuration())
 
     def limits(self) -> list[str]:
-        bits, sym = {scheme.bits for scheme in self._schemes.values()}, self._symmetric()
-        told = ["vLLM's packed kernels take 4 and 8 bits; not tried here."]
-        if not self._schemes:
-            return ["An ordinary checkpoint, nothing is quantized."]
-        if self._needs_dequantize():
-            told.insert(0, "transformers 5 dequantizes it while loading, as config.json asks (`dequantize`).")
+        schemes = set(self._schemes.values())
+        bits, sym = {scheme.bits for scheme in schemes}, all(scheme.sym for scheme in schemes)
+        if not schemes:
+            return ["An ordinary checkpoint: nothing is quantized."]
+        if not self._wants_dequantize(schemes):
+            told = ["transformers 5 keeps it packed until the first forward, which dequantizes the whole model."]
+        elif len(schemes) == 1:
+            told = ["transformers 5 dequantizes it while loading, as config.json asks (`dequantize`)."]
         else:
-            told.insert(0, "transformers 5 keeps it packed until the first forward, which dequantizes the whole model.")
+            told = ["transformers 5.23 refuses it: a mixture loads there if all of it is symmetric, and T5 never."]
+        told.append("vLLM's packed kernels take 4 and 8 bits; not tried here.")
         if not sym:
             told.append("Zero points need compressed-tensors 0.15 or newer.")
         if bits & {2, 3}:
@@ -119,12 +136,7 @@ class CompressedTensorsWriter:
         columns = tensor.shape[1]
         group = -1 if tensor.group_size >= columns else tensor.group_size
         if group != -1 and columns % group:
-            group = math.gcd(columns, group)
-            if group < LEAST_GROUP:
-                raise FormatError(
-                    f"linear {name!r}: {METHOD} needs groups of equal size, and {tensor.group_size} does not divide"
-                    f" {columns}; choose another group_size or format native."
-                )
+            group = self._enough(math.gcd(columns, group), name, tensor)
         if tensor.columns is not None:
             raise FormatError(f"linear {name!r}: {METHOD} has no permuted columns; use format native.")
         if name not in self._linears:
@@ -136,11 +148,17 @@ class CompressedTensorsWriter:
             )
         return Scheme(tensor.bits, group, tensor.symmetric)
 
-    def _symmetric(self) -> bool:
-        return all(scheme.sym for scheme in self._schemes.values())
+    @staticmethod
+    def _enough(group: int, name: str, tensor: QuantizedTensor) -> int:
+        if group < LEAST_GROUP:
+            raise FormatError(
+                f"linear {name!r}: {METHOD} needs groups of one size, and none of {LEAST_GROUP} or more columns fits"
+                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size or format native."
+            )
+        return group
 
-    def _needs_dequantize(self) -> bool:
-        return not self._symmetric() or type(self.model).__name__.startswith(NEEDS_WEIGHTS)
+    def _wants_dequantize(self, schemes: set[Scheme]) -> bool:
+        return not all(scheme.sym for scheme in schemes) or type(self.model).__name__.startswith(NEEDS_WEIGHTS)
 
     def _configuration(self) -> dict[str, Any]:
         names_of: dict[Scheme, list[str]] = {}
@@ -165,7 +183,8 @@ class CompressedTensorsWriter:
             "sparsity_config": {},
             "transform_config": {},
         }
-        if self._needs_dequantize():
+        if len(names_of) == 1 and self._wants_dequantize(set(names_of)):
+            # Of several schemes transformers would take the first for all, and load wrong weights in silence.
             configuration["dequantize"] = True
         return configuration
 

@@ -19,7 +19,7 @@ from epmq import files
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear, set_submodule
-from epmq.quantized import QuantizedTensor, column_groups
+from epmq.quantized import QuantizedTensor, column_groups, group_count
 from epmq.sources import INDEX_NAME, FileSource
 
 CONFIG_NAME = "config.json"
@@ -47,7 +47,7 @@ class Writer(Protocol):
     shards: ShardWriter
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
-        """Raise FormatError where the format cannot hold these linears (meta tensors will do), before any work."""
+        """Told all linears once, before the first (meta tensors will do): FormatError where they cannot be held."""
         ...
 
     def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
@@ -188,10 +188,32 @@ class PackedReader:
         return None if torch.equal(groups.to(torch.int32), natural) else order.to(torch.int32)
 
 
+def planned_linear(
+    shape: tuple[int, int], bits: int, group_size: int, sym: bool, scale_dtype: torch.dtype, permuted: bool = False
+) -> QuantizedTensor:
+    """What a linear ``[N, K]`` is going to be, on the meta device: for :meth:`Writer.plan`."""
+    groups = (shape[0], group_count(shape[1], group_size))
+    return QuantizedTensor(
+        torch.empty(shape, dtype=torch.uint8, device="meta"),
+        torch.empty(groups, dtype=scale_dtype, device="meta"),
+        None if sym else torch.empty(groups, dtype=torch.uint8, device="meta"),
+        bits,
+        group_size,
+        torch.empty(shape[1], dtype=torch.int32, device="meta") if permuted else None,
+    )
+
+
 def write_model(writer: Writer, model: nn.Module) -> None:
     """Store all of a model in memory: QuantLinears as codes, the rest as they are, tied tensors once."""
     seen: set[int] = set()
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    planned = {
+        name: planned_linear(
+            (m.out_features, m.in_features), m.bits, m.group_size, m.sym, m.scales.dtype, m.columns is not None
+        )
+        for name, m in quantized.items()
+    }
+    writer.plan(planned)
     for name, layer in quantized.items():
         writer.linear(name, layer.quantized(), layer.bias)
     inner = {f"{name}.{part}" for name in quantized for part in (*PARTS, "bias")}
