@@ -23,6 +23,7 @@ from epmq.formats.packed import (
     LinearFacts,
     PackedReader,
     extend_config,
+    is_causal_lm,
     open_shards,
     read_config,
     require_config,
@@ -36,8 +37,6 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 LAYOUT_VERSION = "0.20.0"
 # Below, scales would take more room than the codes.
 LEAST_GROUP = 8
-# transformers initialises these through the weight itself, which a packed linear lacks.
-NEEDS_WEIGHTS = ("T5", "MT5", "UMT5", "LongT5")
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
@@ -114,12 +113,17 @@ class CompressedTensorsWriter:
         bits, sym = {scheme.bits for scheme in schemes}, all(scheme.sym for scheme in schemes)
         if not schemes:
             return ["An ordinary checkpoint: nothing is quantized."]
-        if not self._wants_dequantize(schemes):
+        if not sym and len(schemes) > 1:
+            told = ["transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric."]
+        elif not self._wants_dequantize(schemes):
             told = ["transformers 5 keeps it packed until the first forward, which dequantizes the whole model."]
         elif len(schemes) == 1:
             told = ["transformers 5 dequantizes it while loading, as config.json asks (`dequantize`)."]
         else:
-            told = ["transformers 5.23 refuses it: a mixture loads there if all of it is symmetric, and T5 never."]
+            told = [
+                "transformers 5.23 loads a mixture, but not for families whose initialisation reads the weights (T5,"
+                " Whisper, SigLIP, ModernBERT)."
+            ]
         told.append("vLLM's packed kernels take 4 and 8 bits; not tried here.")
         if not sym:
             told.append("Zero points need compressed-tensors 0.15 or newer.")
@@ -128,7 +132,7 @@ class CompressedTensorsWriter:
                 f"{' and '.join(map(str, sorted(bits & {2, 3})))} bits need compressed-tensors 0.18 or newer; 0.15 and"
                 " 0.16 load RANDOM WEIGHTS from such a file without an error."
             )
-        if type(self.model).__name__.startswith(NEEDS_WEIGHTS):
+        if "T5" in type(self.model).__name__:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
         return [*told, "`epmq.load` runs it packed."]
 
@@ -158,7 +162,9 @@ class CompressedTensorsWriter:
         return group
 
     def _wants_dequantize(self, schemes: set[Scheme]) -> bool:
-        return not all(scheme.sym for scheme in schemes) or type(self.model).__name__.startswith(NEEDS_WEIGHTS)
+        """Packed zero points do not load otherwise (5.23), nor do T5, Whisper, SigLIP and ModernBERT, whose weights are
+        initialised by name. Symmetric language models, which other engines load too, get the plainest file."""
+        return not all(scheme.sym for scheme in schemes) or not is_causal_lm(self.model)
 
     def _configuration(self) -> dict[str, Any]:
         names_of: dict[Scheme, list[str]] = {}

@@ -23,6 +23,7 @@ from epmq.formats.packed import (
     LinearFacts,
     PackedReader,
     extend_config,
+    is_causal_lm,
     open_shards,
     read_config,
     require_config,
@@ -56,7 +57,7 @@ class GPTQWriter:
     """
 
     def __init__(self, folder: Path, model: nn.Module, shard_bytes: int = DEFAULT_SHARD_BYTES):
-        if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        if not is_causal_lm(model):
             raise FormatError(
                 f"{METHOD} files are for causal language models, which {type(model).__name__} is not;"
                 " use format compressed-tensors."

@@ -188,6 +188,11 @@ class PackedReader:
         return None if torch.equal(groups.to(torch.int32), natural) else order.to(torch.int32)
 
 
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a transformers model is a causal language model, by the names of its kind."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def planned_linear(
     shape: tuple[int, int], bits: int, group_size: int, sym: bool, scale_dtype: torch.dtype, permuted: bool = False
 ) -> QuantizedTensor:
