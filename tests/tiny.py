@@ -28,16 +28,19 @@ IDS = torch.arange(24).reshape(2, 12) + 1
 def tiny(kind: str) -> nn.Module:
     """A random model of a real class; widths are multiples of 32."""
     torch.manual_seed(0)
+    model: nn.Module
     if kind == "llama":
-        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-        return transformers.LlamaForCausalLM(config).eval()
-    if kind == "bert":
-        return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)).eval()
-    if kind == "t5":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    elif kind == "bert":
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    elif kind == "t5":
         t5 = transformers.T5Config(vocab_size=64, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4)
-        return transformers.T5ForConditionalGeneration(t5).eval()
-    clip = transformers.CLIPConfig(text_config=SIZES, vision_config=VISION, projection_dim=32)
-    return transformers.CLIPModel(clip).eval()
+        model = transformers.T5ForConditionalGeneration(t5)
+    else:
+        clip = transformers.CLIPConfig(text_config=SIZES, vision_config=VISION, projection_dim=32)
+        model = transformers.CLIPModel(clip)
+    model.eval()
+    return model
 
 
 def quantized(kind: str, bits: int, sym: bool, group_size: int, dtype: torch.dtype = torch.float32) -> nn.Module:

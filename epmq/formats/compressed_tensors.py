@@ -68,7 +68,7 @@ class CompressedTensorsWriter:
         """Raise FormatError for the first linear that cannot be stored; settle one group size where one is needed."""
         self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
         schemes = set(self._planned.values())
-        if len(schemes) == 1 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
+        if len(schemes) < 2 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
             return
         sizes = {
             name: linears[name].shape[1] if scheme.group_size == -1 else scheme.group_size
