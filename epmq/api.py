@@ -15,10 +15,10 @@ from torch import nn
 
 from epmq import files
 from epmq.card import write_card
-from epmq.config import QuantConfig
+from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
 from epmq.errors import FormatError
-from epmq.formats.kinds import Format, open_reader, open_writer
+from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
 from epmq.pipeline import ModuleSink, run

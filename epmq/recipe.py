@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from epmq.config import PRESETS, QuantConfig
+from epmq.config import PRESETS, Format, QuantConfig
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
 from epmq.settings import Settings, nearest
@@ -58,7 +58,7 @@ class Recipe(Settings):
     calibration: CalibrationSettings | None = None
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
-    format: Literal["compressed-tensors", "gptq", "native"] = "compressed-tensors"
+    format: Format = "compressed-tensors"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
 
 

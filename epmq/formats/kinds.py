@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
+from epmq.config import Format
 from epmq.errors import ConfigError, FormatError
 from epmq.formats import compressed_tensors, gptq
 from epmq.formats.compressed_tensors import CompressedTensorsReader, CompressedTensorsWriter
 from epmq.formats.gptq import GPTQReader, GPTQWriter, gptq_settings
 from epmq.formats.native import MANIFEST_NAME, NativeReader, NativeWriter
 from epmq.formats.packed import CONFIG_NAME, PackedReader, Writer, read_config
-
-Format = Literal["compressed-tensors", "gptq", "native"]
 
 
 def open_writer(format: Format, folder: Path, model: nn.Module, dtype: torch.dtype, shard_bytes: int) -> Writer:
