@@ -19,7 +19,7 @@ case $name in
   fusion_bench) packages=(fusion_bench==0.2.33) ;;
   llmcompressor) packages=(llmcompressor==0.14.0.1) ;;
   gptqmodel) packages=(gptqmodel==7.6.0 transformers==5.24.0) alone=(optimum==2.3.0) ;;
-  transformers4) packages=(transformers==4.57.6 compressed-tensors==0.15.0.1) ;;
+  transformers4) packages=(transformers==4.57.6 compressed-tensors==0.15.0.1 accelerate==1.15.0) ;;
   *)
     echo "$0: there is no peer '$name'; use mergekit, peft, fusion_bench, llmcompressor, gptqmodel or transformers4." >&2
     exit 2

@@ -127,11 +127,8 @@ class CompressedTensorsWriter:
         told.append("vLLM's packed kernels take 4 and 8 bits; not tried here.")
         if not sym:
             told.append("Zero points need compressed-tensors 0.15 or newer.")
-        if bits & {2, 3}:
-            told.append(
-                f"{' and '.join(map(str, sorted(bits & {2, 3})))} bits need compressed-tensors 0.18 or newer; 0.15 and"
-                " 0.16 load RANDOM WEIGHTS from such a file without an error."
-            )
+        if 3 in bits:
+            told.append("3 bits need compressed-tensors 0.18 or newer; before, their layout was another.")
         if "T5" in type(self.model).__name__:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
         return [*told, "`epmq.load` runs it packed."]

@@ -46,6 +46,8 @@ QUANTIZE_CONFIG_NAME = "quantize_config.json"
 # What version 1 takes from every zero point.
 OFFSETS = {"gptq": 1, "gptq_v2": 0}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# What torch's fused 4-bit CPU kernel takes.
+FUSED_GROUPS = (32, 64, 128, 256)
 STORED_SCALES = (torch.float16, torch.bfloat16)
 
 
@@ -120,8 +122,13 @@ class GPTQWriter:
 
     def limits(self) -> list[str]:
         assert self._settings is not None
-        bits, _, sym, _ = self._settings
+        bits, group_size, sym, _ = self._settings
         told = ["GPTQModel runs it (version 7.6 tried), and transformers with optimum and GPTQModel installed."]
+        if bits == 4 and group_size not in FUSED_GROUPS:
+            told.append(
+                "On a CPU the 4-bit kernel that both choose by themselves takes groups of 32, 64, 128 and 256 only;"
+                " load it in GPTQModel with `BACKEND.TORCH`."
+            )
         if not sym:
             told.append(
                 "It is a version 2 file (`gptq_v2`): loaders that know version 1 alone read weights one step off."
