@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MINILM8 ?= ../shared/minilm8
 UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
+LOADERS := build/loaders
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
@@ -64,12 +65,18 @@ minilm8: $(READY)  ## the table of eight real experts (about an hour on 2 cores)
 memory: $(READY)  ## peak memory by depth and number of experts
 	$(BIN)/python benchmarks/memory.py
 
-peers: $(READY)  ## compare merging and GPTQ with other packages, each in its own environment
-	for peer in mergekit peft fusion_bench llmcompressor gptqmodel; do \
+peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment
+	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4; do \
 	  test -x $(PEERS)/$$peer/bin/python || bash benchmarks/peers/setup.sh $$peer $(PEERS) || exit 1; done
 	for peer in mergekit peft fusion_bench; do \
 	  PYTHONPATH=. $(PEERS)/$$peer/bin/python benchmarks/peers/merge.py || exit 1; done
 	PYTHONPATH=. $(PEERS)/llmcompressor/bin/python benchmarks/peers/gptq.py
+	rm -rf $(LOADERS)
+	$(BIN)/python benchmarks/peers/loaders.py write $(LOADERS)
+	$(BIN)/python benchmarks/peers/loaders.py read $(LOADERS)
+	for peer in llmcompressor transformers4 gptqmodel; do \
+	  PYTHONPATH=. $(PEERS)/$$peer/bin/python benchmarks/peers/loaders.py read $(LOADERS) || exit 1; done
+	$(BIN)/python benchmarks/peers/loaders.py table $(LOADERS) docs/formats.md
 
 bench: $(READY)  ## tables of every operation against its rivals; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/run.py

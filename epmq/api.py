@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from epmq import files
-from epmq.config import QuantConfig
+from epmq.card import write_card
+from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
 from epmq.errors import FormatError
-from epmq.formats.native import NativeReader, NativeWriter, write_model
+from epmq.formats.kinds import open_reader, open_writer
+from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
 from epmq.pipeline import ModuleSink, run
 from epmq.report import build_report, write_report
 from epmq.skeleton import meta_copy
-from epmq.sources import open_source, total_bytes
+from epmq.sources import WeightSource, open_source, total_bytes
 
 
 @dataclass
@@ -68,45 +72,74 @@ def state_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def save(result: QuantResult | nn.Module, folder: str | Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
-    """Write a quantized model and its report to a new folder, whole or not at all.
+def save(
+    result: QuantResult | nn.Module,
+    folder: str | Path,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    format: Format | None = None,
+) -> None:
+    """Write a quantized model, its report and a model card to a new folder, whole or not at all.
 
-    A transformers model's configuration is written beside, so that :func:`load` can build it again.
+    format: ``compressed-tensors``, ``gptq`` (causal language models) or ``native`` (docs/formats.md); None is
+    compressed-tensors for transformers models and native for all others. A transformers model's configuration is
+    written beside, so that :func:`load` can build it again. Raises FormatError where the format cannot hold the model.
     """
     with files.new_folder(folder) as working:
-        write_result(result, working, shard_bytes)
+        write_result(result, working, shard_bytes, format)
 
 
-def write_result(result: QuantResult | nn.Module, folder: Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def write_result(
+    result: QuantResult | nn.Module,
+    folder: Path,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    format: Format | None = None,
+) -> None:
     """What :func:`save` writes, into a folder that is already a temporary one."""
     model = result.model if isinstance(result, QuantResult) else result
+    report = result.report if isinstance(result, QuantResult) else None
     folder.mkdir(exist_ok=True)
-    writer = NativeWriter(folder, shard_bytes)
-    write_model(writer, model)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
+    from_transformers = hasattr(config, "save_pretrained")
+    format = format or ("compressed-tensors" if from_transformers else "native")
+    writer = open_writer(format, folder, model, main_dtype(open_source(dict(model.named_parameters()))), shard_bytes)
+    write_model(writer, model)
+    if from_transformers:
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
-    writer.finish({"class": type(model).__name__})
-    if isinstance(result, QuantResult):
-        write_report(folder, result.report)
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        generation.save_pretrained(folder)
+    writer.finish()
+    write_card(folder, type(model).__name__, format, writer.limits(), report)
+    if report is not None:
+        write_report(folder, report)
+
+
+def main_dtype(source: WeightSource) -> torch.dtype:
+    """The floating-point dtype of most of a source's entries; float32 when it has none."""
+    sizes: dict[torch.dtype, int] = {torch.float32: 0}
+    for key in source.keys():
+        if (dtype := source.dtype(key)).is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(source.shape(key))
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The quantized model of a folder, bit-identical to the one saved; its weights stay packed.
+    """The quantized model of a folder, its weights packed; bit-identical to the one saved (docs/formats.md).
 
-    model: an instance of the original class (its weights are replaced; it may live on the meta device). May be left out
-    for transformers models, which are rebuilt from ``config.json``. Raises FormatError naming the file at fault.
+    Reads what :func:`save` writes, and compressed-tensors and GPTQ folders of other packages. model: an instance of the
+    original class (its weights are replaced; it may live on the meta device). May be left out for transformers models,
+    which are rebuilt from ``config.json``. Raises FormatError naming the file or tensor at fault.
     """
-    reader = NativeReader(folder)
+    reader = open_reader(folder)
     if model is None:
         if not (Path(folder) / "config.json").is_file():
             raise FormatError(
                 f"{folder}: holds no config.json of a transformers model; give an instance of"
-                f" {reader.manifest.get('class', 'the original class')} as model=."
+                f" {reader.model_class or 'the original class'} as model=."
             )
         from epmq.huggingface import skeleton_from_folder
 
-        model = skeleton_from_folder(folder, set(reader.source.keys()))
+        model = skeleton_from_folder(folder, set(reader.names()))
     return reader.into(model).eval()

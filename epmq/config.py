@@ -13,6 +13,8 @@ from epmq.settings import Settings, nearest
 
 DAMP_LIMIT = 1.0
 ClipSearch = Literal["auto", "none", "mse", "hessian"]
+# Of checkpoints, see docs/formats.md.
+Format = Literal["compressed-tensors", "gptq", "native"]
 
 
 class DistillSettings(Settings):

@@ -232,7 +232,7 @@ class Engine:
             split = (split[0].centred(), split[1].centred())
         strength = anchor_strength(config, *split)
         inputs = plain if config.gamma != 1.0 else problem
-        stored = self._scale_dtype(address, group)
+        stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
         outcome = quantize_group(problem, inputs, anchor, strength, config, refit, stored, where)
         if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
             raise NumericalError(f"{where}: the quantized weights are not finite.")
@@ -309,7 +309,7 @@ class Engine:
         group = InputGroup((name,))
         merged = stacked([linear])
         empty = Folded.empty(0, linear.in_features)
-        stored = self._scale_dtype(address, group)
+        stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
         outcome = quantize_group(empty, empty, merged, 0.0, self.config, False, stored, f"{address.name}.{name}")
         return deploy(group, [linear], outcome)
 
@@ -355,13 +355,6 @@ class Engine:
             errors[task] = error / max(energy, 1e-30)
         return errors
 
-    def _scale_dtype(self, address: BlockAddress, group: InputGroup) -> torch.dtype:
-        if self.config.scale_dtype != "auto":
-            dtype: torch.dtype = getattr(torch, self.config.scale_dtype)
-            return dtype
-        stored = self.merged.dtype(f"{address.name}.{group.first}.weight")
-        return torch.float32 if stored == torch.float64 else stored
-
     def _hand_out(
         self,
         address: BlockAddress,
@@ -384,3 +377,12 @@ class Engine:
             if name not in done:
                 key = f"{address.name}.{name}"
                 self.sink.tensor(key, tensor.to(self.merged.dtype(key)))
+
+
+def stored_scale_dtype(config: QuantConfig, merged: WeightSource, linear: str) -> torch.dtype:
+    """The dtype of a linear's scales: the setting, or the weight's own (float32 for float64)."""
+    if config.scale_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.scale_dtype)
+        return dtype
+    stored = merged.dtype(f"{linear}.weight")
+    return torch.float32 if stored == torch.float64 else stored

@@ -18,7 +18,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json",
-    "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
 
@@ -33,6 +34,9 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: transformers cannot read config.json ({str(error).splitlines()[0]}).") from error
+    if hasattr(config, "quantization_config"):
+        # It tells of the files; the skeleton is an ordinary model.
+        del config.quantization_config
     architecture = (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     with _parameters_on_meta():

@@ -11,18 +11,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq import files
-from epmq.api import load
+from epmq.api import load, main_dtype
+from epmq.blocks import find_blocks
+from epmq.card import write_card
+from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
+from epmq.engine import stored_scale_dtype
 from epmq.errors import ConfigError, SourceError
 from epmq.evaluate import load_task, row, score
-from epmq.formats.native import MANIFEST_NAME, NativeWriter
+from epmq.formats.kinds import format_of, open_writer
+from epmq.formats.packed import planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
 from epmq.page.document import write_page
 from epmq.pipeline import run
+from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, write_report
 from epmq.skeleton import fill
@@ -92,7 +98,8 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     sources = open_sources(recipe, skeleton)
     calibration = calibration_of(recipe)
     with files.new_folder(out) as working:
-        writer = NativeWriter(working, recipe.shard_bytes)
+        writer = open_writer(recipe.format, working, skeleton, main_dtype(sources.merged), recipe.shard_bytes)
+        writer.plan(planned_linears(skeleton, sources.merged, recipe.quantization))
         with progress_bar("quantizing") as progress:
             found = run(
                 skeleton,
@@ -111,13 +118,37 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
                 writer.tensor(key, sources.merged.tensor(key))
         for key in sources.dropped:
             found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
-        writer.finish({"class": type(skeleton).__name__})
         carry_files(recipe.base, working)
+        writer.finish()
         sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
         report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
         write_report(working, report)
         write_page(working)
+        write_card(working, type(skeleton).__name__, recipe.format, writer.limits(), report, made_from(recipe))
     return report
+
+
+def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConfig) -> dict[str, QuantizedTensor]:
+    """What the engine is going to hand out, without memory: a format may refuse it before the work."""
+    planned = {}
+    for address in find_blocks(skeleton):
+        for inner, module in skeleton.get_submodule(address.name).named_modules():
+            name = f"{address.name}.{inner}"
+            if config.bits is None or not isinstance(module, nn.Linear) or not config.selects(name):
+                continue
+            dtype = stored_scale_dtype(config, merged, name)
+            shape = (module.out_features, module.in_features)
+            planned[name] = planned_linear(shape, config.bits, config.group_size, config.sym, dtype)
+    return planned
+
+
+def made_from(recipe: Recipe) -> dict[str, Any]:
+    """Base, experts and merge for the model card; folders by their own names."""
+    merge = recipe.merge or MergeConfig()
+    told: dict[str, Any] = {"base": recipe.base.name}
+    told["experts"] = {task: path.name for task, path in recipe.experts.items()}
+    told["merge"] = recipe.merged.name if recipe.merged else merge.model_dump(mode="json", exclude_none=True)
+    return told
 
 
 def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
@@ -142,7 +173,7 @@ def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
 
 def load_any(folder: str | Path) -> nn.Module:
     """A quantized folder with its weights packed, or a plain checkpoint as a transformers model."""
-    if (Path(folder) / MANIFEST_NAME).is_file():
+    if format_of(folder) is not None:
         return load(folder)
     source = FileSource(folder)
     model = skeleton_from_folder(folder, set(source.keys()))

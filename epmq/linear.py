@@ -56,13 +56,15 @@ class QuantLinear(nn.Module):
     """``y = x · dequant(W)ᵀ + b`` with W as packed codes; takes the place of an nn.Linear of the same size.
 
     Buffers: packed int32 ``[N, ceil(K*bits/32)]``, scales ``[N, G]`` (keep their dtype through ``.to(dtype)``), zeros
-    uint8 ``[N, G]`` or None when symmetric. Inputs ``[..., K]`` in fp32, fp16 or bf16; outputs in the same dtype.
+    uint8 ``[N, G]`` or None when symmetric, columns int32 ``[K]`` or None (see :class:`epmq.quantized.QuantizedTensor`;
+    inputs are put into that order first). Inputs ``[..., K]`` in fp32, fp16 or bf16; outputs in the same dtype.
     Gradients reach the input and the bias, never the codes.
     """
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class QuantLinear(nn.Module):
         sym: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        permuted: bool = False,
     ):
         super().__init__()
         if bits not in SUPPORTED_BITS:
@@ -90,6 +93,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.ones(out_features, groups, dtype=dtype, device=device))
         zeros = None if sym else torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
         self.register_buffer("zeros", zeros)
+        order = torch.arange(in_features, dtype=torch.int32, device=device) if permuted else None
+        self.register_buffer("columns", order)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -110,13 +115,14 @@ class QuantLinear(nn.Module):
         layer.packed = pack(tensor.codes, tensor.bits)
         layer.scales = tensor.scales.clone()
         layer.zeros = None if tensor.zeros is None else tensor.zeros.clone()
+        layer.columns = None if tensor.columns is None else tensor.columns.clone()
         layer.bias = None if bias is None else nn.Parameter(bias.clone())
         return layer
 
     def quantized(self) -> QuantizedTensor:
         """The weight as unpacked codes, scales and zeros."""
         codes = unpack(self.packed, self.bits, self.in_features)
-        return QuantizedTensor(codes, self.scales, self.zeros, self.bits, self.group_size)
+        return QuantizedTensor(codes, self.scales, self.zeros, self.bits, self.group_size, self.columns)
 
     @property
     def weight(self) -> Tensor:
@@ -131,6 +137,8 @@ class QuantLinear(nn.Module):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.columns is not None:
+            x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
         y: Tensor = quant_linear(rows, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
         return y.view(*x.shape[:-1], self.out_features)

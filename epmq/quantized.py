@@ -70,7 +70,9 @@ class QuantizedTensor:
     """A weight ``[N, K]`` on a grid: ``W = (codes - zeros) * scales``, groups along ``K``.
 
     codes: uint8 ``[N, K]`` in ``[0, 2^bits - 1]``. scales: ``[N, G]`` fp32, fp16 or bf16. zeros: uint8 ``[N, G]``,
-    or None for a symmetric grid, whose zero point is ``2^(bits-1)``.
+    or None for a symmetric grid, whose zero point is ``2^(bits-1)``. columns: None, or int32 ``[K]``: code ``i`` of a
+    row belongs to input column ``columns[i]``, and groups are of neighbouring codes (activation order without static
+    groups, as other packages write it).
     """
 
     codes: Tensor
@@ -78,6 +80,7 @@ class QuantizedTensor:
     zeros: Tensor | None
     bits: int
     group_size: int
+    columns: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +92,8 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[N, K]`` in ``dtype``, computed in fp32."""
-        return dequantize(self.codes, self.scales, self.zeros, self.bits, self.group_size).to(dtype)
+        weight = dequantize(self.codes, self.scales, self.zeros, self.bits, self.group_size).to(dtype)
+        return weight if self.columns is None else weight[:, torch.argsort(self.columns)]
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from epmq.config import PRESETS, QuantConfig
+from epmq.config import PRESETS, Format, QuantConfig
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
 from epmq.settings import Settings, nearest
@@ -47,7 +47,8 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """A whole job. Paths are relative to the recipe's folder.
 
-    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint.
+    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. format: of the
+    quantized folder, see docs/formats.md.
     """
 
     base: Path
@@ -57,6 +58,7 @@ class Recipe(Settings):
     calibration: CalibrationSettings | None = None
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
+    format: Format = "compressed-tensors"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
 
 

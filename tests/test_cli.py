@@ -49,7 +49,7 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
     for task in TASKS:
         assert f"{task}: mean output error against the expert: merged " in done.out
     assert {path.name for path in quantized.iterdir()} == {
-        "config.json", "epmq.json", "model.safetensors", "report.html", "report.json", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "report.html", "report.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     report = json.loads((quantized / "report.json").read_text())

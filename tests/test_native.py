@@ -172,7 +172,7 @@ def test_folders_of_other_kinds_are_refused(tmp_path: Path, saved: Path) -> None
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file(ToyModel().state_dict(), plain / "model.safetensors")
-    assert refusal(plain) == f"{plain}: not an epmq checkpoint, epmq.json is missing."
+    assert f"{plain}: no quantized checkpoint epmq knows; there is no epmq.json" in refusal(plain)
 
 
 @pytest.mark.parametrize(
@@ -332,16 +332,17 @@ def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:
 
 
 def test_reader_gives_back_what_the_writer_was_told(tmp_path: Path) -> None:
-    writer = NativeWriter(tmp_path)
+    writer = NativeWriter(tmp_path, about={"class": "Thing", "note": [1, 2]})
     layer = QuantLinear.from_linear(nn.Linear(20, 3), bits=3, group_size=7)
     writer.linear("deep.layer", layer.quantized(), layer.bias)
     writer.tensor("other", torch.ones(2))
-    writer.finish({"class": "Thing", "note": [1, 2]})
+    writer.finish()
     reader = NativeReader(tmp_path)
     assert reader.manifest["class"] == "Thing"
     assert reader.manifest["note"] == [1, 2]
     assert vars(reader.linears["deep.layer"]) == {
-        "in_features": 20, "out_features": 3, "bits": 3, "group_size": 7, "sym": False, "bias": True
+        "in_features": 20, "out_features": 3, "bits": 3, "group_size": 7, "sym": False, "bias": True,
+        "permuted": False,
     }  # fmt: skip
     tensors = dict(reader.tensors())
     assert torch.equal(tensors["deep.layer.packed"], layer.packed)

@@ -1,0 +1,329 @@
+"""compressed-tensors' ``pack-quantized`` checkpoints, as llm-compressor writes and transformers and vLLM read them.
+
+A quantized linear ``m`` is stored as ``m.weight_packed`` (int32, our packed form as it is), ``m.weight_scale``
+``[N, G]``, ``m.weight_shape`` (int64) and, when asymmetric, ``m.weight_zero_point`` (int32, packed along the rows);
+what they mean stands in config.json. Read as well: ``m.weight_g_idx``, which releases before 0.19 wrote.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from epmq.errors import FormatError
+from epmq.formats.packed import (
+    CONFIG_NAME,
+    SCALE_DTYPES,
+    LinearFacts,
+    PackedReader,
+    extend_config,
+    is_causal_lm,
+    open_shards,
+    read_config,
+    require_config,
+)
+from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from epmq.linear import QuantLinear
+from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+# The release whose layout this is: since 0.18 the stream of 3-bit codes is dense.
+LAYOUT_VERSION = "0.20.0"
+# Below, scales would take more room than the codes.
+LEAST_GROUP = 8
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+
+class Scheme(NamedTuple):
+    """How one linear is quantized, in this format's terms."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+
+class CompressedTensorsWriter:
+    """The writer of this format, for a transformers model whose config.json is in the folder when it finishes.
+
+    model: an instance (its weights may be meta), which tells class and linears. dtype: of its other tensors.
+    Groups must have equal sizes here: where the last one is short, all are split to the greatest common divisor of
+    group and row, with repeated scales and the same weights. ``plan`` does the same across linears where transformers
+    must dequantize the file while loading, for which it knows one scheme per file.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES):
+        self.folder, self.model, self.dtype = folder, model, dtype
+        self.shards = ShardWriter(folder, shard_bytes)
+        self._linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)]
+        self._planned: dict[str, Scheme] = {}
+        self._schemes: dict[str, Scheme] = {}
+
+    def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
+        """Raise FormatError for the first linear that cannot be stored; settle one group size where one is needed."""
+        self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
+        schemes = set(self._planned.values())
+        if len(schemes) < 2 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
+            return
+        sizes = {
+            name: linears[name].shape[1] if scheme.group_size == -1 else scheme.group_size
+            for name, scheme in self._planned.items()
+        }
+        common = math.gcd(*sizes.values())
+        smallest = min(sizes, key=lambda name: sizes[name])
+        self._planned = {
+            name: scheme._replace(group_size=self._enough(common, smallest, linears[smallest]))
+            for name, scheme in self._planned.items()
+        }
+
+    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        """Store linear ``name``."""
+        scheme = self._planned.get(name) or self._scheme(name, tensor)
+        self._schemes[name] = scheme
+        rows, columns = tensor.shape
+        scales, zeros = tensor.scales, tensor.zeros
+        if scheme.group_size not in (-1, tensor.group_size):
+            group_of = column_groups(columns, tensor.group_size)[:: scheme.group_size].long()
+            scales, zeros = scales[:, group_of], None if zeros is None else zeros[:, group_of]
+        self.shards.add(f"{name}.weight_packed", pack(tensor.codes, tensor.bits))
+        self.shards.add(f"{name}.weight_scale", scales)
+        if zeros is not None:
+            self.shards.add(f"{name}.weight_zero_point", pack(zeros.T, tensor.bits).T)
+        self.shards.add(f"{name}.weight_shape", torch.tensor([rows, columns]))
+        if bias is not None:
+            self.shards.add(f"{name}.bias", bias)
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor as it is."""
+        self.shards.add(name, tensor)
+
+    def finish(self) -> None:
+        """Write the last shard, the index and ``quantization_config`` (none when nothing is quantized)."""
+        require_config(self.folder, METHOD)
+        self.shards.finish()
+        extend_config(self.folder, type(self.model).__name__, self.dtype, self._configuration())
+
+    def limits(self) -> list[str]:
+        schemes = set(self._schemes.values())
+        bits, sym = {scheme.bits for scheme in schemes}, all(scheme.sym for scheme in schemes)
+        if not schemes:
+            return ["An ordinary checkpoint: nothing is quantized."]
+        if not sym and len(schemes) > 1:
+            told = ["transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric."]
+        elif not self._wants_dequantize(schemes):
+            told = ["transformers 5 keeps it packed until the first forward, which dequantizes the whole model."]
+        elif len(schemes) == 1:
+            told = ["transformers 5 dequantizes it while loading, as config.json asks (`dequantize`)."]
+        else:
+            told = [
+                "transformers 5.23 loads a mixture, but not for families whose initialisation reads the weights (T5,"
+                " Whisper, SigLIP, ModernBERT)."
+            ]
+        told.append("vLLM's packed kernels take 4 and 8 bits; not tried here.")
+        if not sym:
+            told.append("Zero points need compressed-tensors 0.15 or newer.")
+        if 3 in bits:
+            told.append("3 bits need compressed-tensors 0.18 or newer; before, their layout was another.")
+        if "T5" in type(self.model).__name__:
+            told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
+        return [*told, "`epmq.load` runs it packed."]
+
+    def _scheme(self, name: str, tensor: QuantizedTensor) -> Scheme:
+        columns = tensor.shape[1]
+        group = -1 if tensor.group_size >= columns else tensor.group_size
+        if group != -1 and columns % group:
+            group = self._enough(math.gcd(columns, group), name, tensor)
+        if tensor.columns is not None:
+            raise FormatError(f"linear {name!r}: {METHOD} has no permuted columns; use format native.")
+        if name not in self._linears:
+            raise FormatError(f"{name!r} is not an nn.Linear, which is all that {METHOD} takes; use format native.")
+        if torch.promote_types(tensor.scales.dtype, self.dtype) != self.dtype:
+            raise FormatError(
+                f"linear {name!r}: loaders of {METHOD} would round its {_word(tensor.scales.dtype)} scales to the"
+                f" model's {_word(self.dtype)}; set scale_dtype to {_word(self.dtype)} or use format native."
+            )
+        return Scheme(tensor.bits, group, tensor.symmetric)
+
+    @staticmethod
+    def _enough(group: int, name: str, tensor: QuantizedTensor) -> int:
+        if group < LEAST_GROUP:
+            raise FormatError(
+                f"linear {name!r}: {METHOD} needs groups of one size, and none of {LEAST_GROUP} or more columns fits"
+                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size or format native."
+            )
+        return group
+
+    def _wants_dequantize(self, schemes: set[Scheme]) -> bool:
+        """Packed zero points do not load otherwise (5.23), nor do T5, Whisper, SigLIP and ModernBERT, whose weights are
+        initialised by name. Symmetric language models, which other engines load too, get the plainest file."""
+        return not all(scheme.sym for scheme in schemes) or not is_causal_lm(self.model)
+
+    def _configuration(self) -> dict[str, Any]:
+        names_of: dict[Scheme, list[str]] = {}
+        for name, scheme in self._schemes.items():
+            names_of.setdefault(scheme, []).append(name)
+        if not names_of:
+            return {}
+        groups = {
+            f"group_{number}": _group(scheme, names if len(names_of) > 1 else ["Linear"])
+            for number, (scheme, names) in enumerate(names_of.items())
+        }
+        configuration: dict[str, Any] = {
+            "quant_method": METHOD,
+            "format": FORMAT,
+            # Any other word makes transformers load random weights without an error.
+            "quantization_status": "compressed",
+            "version": LAYOUT_VERSION,
+            "config_groups": groups,
+            "ignore": [name for name in self._linears if name not in self._schemes],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+        if len(names_of) == 1 and self._wants_dequantize(set(names_of)):
+            # Of several schemes transformers would take the first for all, and load wrong weights in silence.
+            configuration["dequantize"] = True
+        return configuration
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    channel = scheme.group_size == -1
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.sym,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {
+        "targets": targets,
+        "format": FORMAT,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+
+
+class CompressedTensorsReader(PackedReader):
+    """A ``pack-quantized`` folder, checked; weights only, 2, 3, 4 or 8 bits, by group or row.
+
+    Raises FormatError naming file, key or tensor for what is foreign, truncated, or of another kind.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / CONFIG_NAME
+        self.source = open_shards(folder)
+        self.settings: dict[str, Any] = read_config(self.path)["quantization_config"]
+        self._refuse_other_kinds()
+        self.linears = {}
+        names = [key.removesuffix(".weight_packed") for key in self.source.keys() if key.endswith(".weight_packed")]
+        for name in names:
+            self.linears[name] = self._facts(name)
+        if not names:
+            raise FormatError(f"{folder}: {self.path.name} says {METHOD}, but there is no weight_packed tensor.")
+        self.plain = self.take_plain(PARTS)
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        facts = self.linears[name]
+        parts = {
+            "packed": self.source.tensor(f"{name}.weight_packed"),
+            "scales": self.source.tensor(f"{name}.weight_scale"),
+        }
+        if not facts.sym:
+            zeros = unpack(self.source.tensor(f"{name}.weight_zero_point").T, facts.bits, facts.out_features)
+            parts["zeros"] = zeros.T.contiguous()
+        if facts.permuted:
+            order = self.column_order(f"{name}.weight_g_idx", facts.group_size)
+            assert order is not None
+            codes = unpack(parts["packed"], facts.bits, facts.in_features)
+            parts.update(packed=pack(codes[:, order.long()], facts.bits), columns=order)
+        return parts
+
+    def _refuse_other_kinds(self) -> None:
+        if (status := self.settings.get("quantization_status")) != "compressed":
+            raise FormatError(f"{self.path}: quantization_status is {status!r}; epmq reads 'compressed' files.")
+        sparsity = self.settings.get("sparsity_config") or {}
+        if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+            raise FormatError(f"{self.path}: sparsity_config is {sparsity!r}, which epmq does not read.")
+        for key in ("transform_config", "kv_cache_scheme"):
+            if self.settings.get(key):
+                raise FormatError(f"{self.path}: {key} is set, which epmq does not read.")
+        if not isinstance(self.settings.get("config_groups"), dict):
+            raise FormatError(f"{self.path}: quantization_config has no config_groups.")
+
+    def _facts(self, name: str) -> LinearFacts:
+        scheme = self._scheme_of(name)
+        self.check_tensor(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+        rows, columns = self.source.tensor(f"{name}.weight_shape").tolist()
+        if min(rows, columns) < 1:
+            raise FormatError(f"{self.folder}: tensor '{name}.weight_shape' says {rows} x {columns}.")
+        groups = group_count(columns, scheme.group_size)
+        try:
+            self.check_tensor(f"{name}.weight_packed", (rows, packed_words(columns, scheme.bits)), (torch.int32,))
+        except FormatError as error:
+            old = " (3-bit files of compressed-tensors before 0.18 have another layout)" if scheme.bits == 3 else ""
+            raise FormatError(f"{str(error).removesuffix('.')}{old}.") from None
+        self.check_tensor(f"{name}.weight_scale", (rows, groups), SCALE_DTYPES)
+        if not scheme.sym:
+            zeros = (packed_words(rows, scheme.bits), groups)
+            self.check_tensor(f"{name}.weight_zero_point", zeros, (torch.int32,))
+        permuted = f"{name}.weight_g_idx" in self.source.keys()
+        if permuted:
+            self.check_tensor(f"{name}.weight_g_idx", (columns,), (torch.int32, torch.int64))
+            permuted = self.column_order(f"{name}.weight_g_idx", scheme.group_size) is not None
+        bias = f"{name}.bias" in self.source.keys()
+        return LinearFacts(columns, rows, scheme.bits, scheme.group_size, scheme.sym, bias, permuted)
+
+    def _scheme_of(self, name: str) -> Scheme:
+        """The scheme of the group that names this linear: by its name, by an expression, or by its class."""
+
+        def kind(target: str) -> int | None:
+            if target == name:
+                return 0
+            if target.startswith("re:"):
+                return 1 if re.match(target.removeprefix("re:"), name) else None
+            return 2 if target == "Linear" else None
+
+        found: list[tuple[int, str]] = []
+        for group, settings in self.settings["config_groups"].items():
+            try:
+                found += [(kind(target), group) for target in settings["targets"] if kind(target) is not None]  # type: ignore[misc]
+            except (TypeError, KeyError, AttributeError, re.error) as error:
+                raise FormatError(f"{self.path}: config_groups.{group} has no usable targets ({error!r}).") from error
+        if not found:
+            raise FormatError(f"{self.path}: no config group covers the quantized linear {name!r}.")
+        return self._scheme_in(min(found, key=lambda pair: pair[0])[1])
+
+    def _scheme_in(self, group: str) -> Scheme:
+        where = f"{self.path}: config_groups.{group}"
+        settings = self.settings["config_groups"][group]
+        kind = settings.get("format") or self.settings.get("format")
+        if kind != FORMAT:
+            raise FormatError(f"{where}: format {kind!r} is not {FORMAT!r}, the only one epmq reads.")
+        for other in ("input_activations", "output_activations"):
+            if settings.get(other) is not None:
+                raise FormatError(f"{where}: {other} are quantized as well, which epmq does not do.")
+        weights = settings.get("weights")
+        if not isinstance(weights, dict):
+            raise FormatError(f"{where}: weights is missing.")
+        bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+        if bits not in SUPPORTED_BITS or weights.get("type", "int") != "int":
+            raise FormatError(f"{where}: weights of {bits!r} bits, type {weights.get('type')!r}, are not read by epmq.")
+        if strategy == "channel" or (strategy == "group" and size == -1):
+            size = -1
+        elif strategy != "group" or not isinstance(size, int) or size < 1:
+            raise FormatError(f"{where}: strategy {strategy!r} with group_size {size!r} is not read by epmq.")
+        return Scheme(bits, size, bool(weights.get("symmetric", True)))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,370 @@
+"""compressed-tensors files: loaded by transformers, held to an independent reader, read back; broken ones refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from close import assert_close, product_bound
+from safetensors.torch import load_file
+from tiny import answers, copy_of, dequantized, edit_config, edit_json, edit_tensors, quantized, quantized_names, tiny
+from torch import Tensor, nn
+
+import epmq
+from epmq import QuantLinear, replace_linear
+from epmq.errors import FormatError
+from epmq.sources import FileSource
+
+LOADERS = {
+    "llama": transformers.AutoModelForCausalLM,
+    "bert": transformers.AutoModelForSequenceClassification,
+    "t5": transformers.AutoModelForSeq2SeqLM,
+    "clip": transformers.AutoModel,
+}
+
+
+def fields(words: Tensor, bits: int, count: int) -> Any:
+    """Unsigned ``bits``-wide fields of each row of int32 words, low bits first: written without this package."""
+    stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    return stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
+
+
+def independent_weight(tensors: dict[str, Tensor], name: str, weights: dict[str, Any]) -> Tensor:
+    """(u - z) s from the format's description."""
+    bits = weights["num_bits"]
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    codes = fields(tensors[f"{name}.weight_packed"], bits, columns)
+    scales = tensors[f"{name}.weight_scale"]
+    zeros = np.full(scales.shape, 2 ** (bits - 1))
+    if not weights["symmetric"]:
+        zeros = fields(tensors[f"{name}.weight_zero_point"].T, bits, rows).T
+    size = columns if weights["strategy"] == "channel" else weights["group_size"]
+    steps = torch.from_numpy(codes - zeros.repeat(size, axis=1)).float()
+    return (steps * scales.float().repeat_interleave(size, 1)).to(scales.dtype)
+
+
+def scheme_of(folder: Path, name: str) -> dict[str, Any]:
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    named = [group for group in groups if name in group["targets"]]
+    found: dict[str, Any] = (named or [group for group in groups if group["targets"] == ["Linear"]])[0]["weights"]
+    return found
+
+
+def load_with_transformers(kind: str, folder: Path) -> nn.Module:
+    model, info = LOADERS[kind].from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    source = FileSource(folder)
+    return {key: source.tensor(key) for key in source.keys()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("bits", "sym", "group_size"),
+    [
+        (4, True, 32), (4, True, -1), (8, True, 32), (8, True, -1),
+        (4, False, 32), (8, False, -1), (3, True, 32), (2, False, 64),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_transformers_loads_what_we_write(
+    kind: str, bits: int, sym: bool, group_size: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = quantized(kind, bits, sym, group_size, dtype)
+    epmq.save(model, tmp_path / "out", shard_bytes=20_000, format="compressed-tensors")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    theirs = load_with_transformers(kind, tmp_path / "out")
+    logits = answers(theirs)  # a symmetric language model is unpacked by its first forward
+    tensors = tensors_of(tmp_path / "out")
+    for name in quantized_names(model):
+        weight = theirs.get_parameter(f"{name}.weight")
+        assert weight.dtype == dtype
+        assert torch.equal(weight, independent_weight(tensors, name, scheme_of(tmp_path / "out", name))), name
+    wanted = answers(dequantized(epmq.load(tmp_path / "out")))
+    assert wanted.norm() > 0
+    assert (logits - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "clip"])
+@pytest.mark.parametrize(("bits", "sym", "group_size"), [(4, True, 32), (3, False, 32), (4, True, 48), (4, False, 64)])
+def test_our_loader_gives_back_every_bit(kind: str, bits: int, sym: bool, group_size: int, tmp_path: Path) -> None:
+    model = quantized(kind, bits, sym, group_size)
+    epmq.save(model, tmp_path / "out")
+    ours = epmq.load(tmp_path / "out")
+    assert quantized_names(ours) == quantized_names(model)
+    for name in quantized_names(model):
+        found, wanted = ours.get_submodule(name), model.get_submodule(name)
+        assert isinstance(found, QuantLinear)
+        assert isinstance(wanted, QuantLinear)
+        assert torch.equal(found.packed, wanted.packed)
+        assert torch.equal(found.weight, wanted.weight)
+    assert torch.equal(answers(ours), answers(model))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_families_that_transformers_must_unpack(kind: str, sym: bool, tmp_path: Path) -> None:
+    model = quantized(kind, 4, sym, 64)
+    epmq.save(model, tmp_path / "out")
+    theirs = load_with_transformers(kind, tmp_path / "out")
+    for name in quantized_names(model):
+        wanted = model.get_submodule(name).weight
+        assert torch.equal(theirs.get_parameter(f"{name}.weight"), wanted), name  # type: ignore[arg-type]
+    wanted_logits = answers(dequantized(model))
+    assert (answers(theirs) - wanted_logits).norm() <= 0.01 * wanted_logits.norm()
+
+
+def test_zero_points_need_the_dequantize_key(tmp_path: Path) -> None:
+    epmq.save(quantized("llama", 4, False, 32), tmp_path / "out")
+    load_with_transformers("llama", tmp_path / "out")
+    edit_config(tmp_path / "out", lambda config: config.pop("dequantize"))
+    with pytest.raises(RuntimeError):
+        load_with_transformers("llama", tmp_path / "out")
+
+
+def test_the_plainest_file(tmp_path: Path) -> None:
+    epmq.save(quantized("llama", 4, True, 32), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = config["quantization_config"]
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "float32"
+    assert settings["ignore"] == ["lm_head"]
+    assert settings["quantization_status"] == "compressed"
+    assert "dequantize" not in settings
+    assert [group["targets"] for group in settings["config_groups"].values()] == [["Linear"]]
+    tensors = tensors_of(tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj"
+    assert {key: (t.dtype, list(t.shape)) for key, t in tensors.items() if key.startswith(name)} == {
+        f"{name}.weight_packed": (torch.int32, [64, 12]),
+        f"{name}.weight_scale": (torch.float32, [64, 3]),
+        f"{name}.weight_shape": (torch.int64, [2]),
+    }
+
+
+def mixture(sym: bool) -> nn.Module:
+    model = tiny("llama")
+    replace_linear(model, 8, 32, sym, include=["down_proj"])
+    replace_linear(model, 4, 32, sym)
+    return model
+
+
+def test_linears_of_different_bits_get_their_own_groups(tmp_path: Path) -> None:
+    model = mixture(sym=True)
+    epmq.save(model, tmp_path / "out")
+    theirs = load_with_transformers("llama", tmp_path / "out")
+    answers(theirs)
+    for name in quantized_names(model):
+        assert torch.equal(theirs.get_parameter(f"{name}.weight"), model.get_submodule(name).weight), name  # type: ignore[arg-type]
+    assert torch.equal(answers(epmq.load(tmp_path / "out")), answers(model))
+
+
+def test_an_asymmetric_mixture_is_refused_by_transformers_and_never_loaded_wrong(tmp_path: Path) -> None:
+    model = mixture(sym=False)
+    epmq.save(model, tmp_path / "out")
+    assert "transformers 5.23 refuses it" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(RuntimeError):
+        load_with_transformers("llama", tmp_path / "out")
+    assert torch.equal(answers(epmq.load(tmp_path / "out")), answers(model))
+
+
+def test_permuted_columns_as_older_files_have_them(tmp_path: Path) -> None:
+    model = quantized("llama", 4, False, 32)
+    epmq.save(model, tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"
+    groups = (torch.arange(96) // 32)[torch.randperm(96)].int()
+    edit_tensors(tmp_path / "out", {f"{name}.weight_g_idx": groups})
+    layer = epmq.load(tmp_path / "out").get_submodule(name)
+    assert isinstance(layer, QuantLinear)
+    tensors = tensors_of(tmp_path / "out")
+    codes = torch.from_numpy(fields(tensors[f"{name}.weight_packed"], 4, 96))
+    zeros = torch.from_numpy(fields(tensors[f"{name}.weight_zero_point"].T, 4, 64).T.copy())
+    weight = (codes - zeros[:, groups]) * tensors[f"{name}.weight_scale"][:, groups]
+    assert torch.equal(layer.weight, weight)
+    x = torch.randn(5, 96)
+    bound = product_bound(x.abs().double() @ weight.abs().double().T, 96)
+    assert_close(layer(x), x.double() @ weight.double().T, bound, "permuted")
+    # Natively the order is kept; here it has no place.
+    epmq.save(epmq.load(tmp_path / "out"), tmp_path / "native", format="native")
+    assert torch.equal(epmq.load(tmp_path / "native").get_submodule(name).weight, weight)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="has no permuted columns; use format native"):
+        epmq.save(epmq.load(tmp_path / "out"), tmp_path / "again")
+
+
+# -- what cannot be written ------------------------------------------------------------------------------------------
+
+
+def test_group_sizes_that_leave_too_few_columns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"q_proj'.* 36 and 64 both; choose another group_size or format native"):
+        epmq.save(quantized("llama", 4, True, 36), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_that_loaders_would_round_are_refused(tmp_path: Path) -> None:
+    model = tiny("bert").bfloat16()
+    replace_linear(model.bert, 4, 32)  # type: ignore[arg-type]
+    layer = model.bert.encoder.layer[0].output.dense  # type: ignore[union-attr,index]
+    layer.scales = layer.scales.float()
+    with pytest.raises(FormatError, match="float32 scales to the model's bfloat16; set scale_dtype to bfloat16"):
+        epmq.save(model, tmp_path / "out")
+
+
+def test_models_without_a_configuration_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    replace_linear(model, 4, 32)
+    with pytest.raises(FormatError, match="compressed-tensors is for transformers models"):
+        epmq.save(model, tmp_path / "out", format="compressed-tensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ct") / "good"
+    epmq.save(quantized("llama", 4, False, 32), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ct") / "shards"
+    epmq.save(quantized("llama", 4, True, 32), folder, shard_bytes=20_000)
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(FormatError) as caught:
+        epmq.load(folder)
+    return str(caught.value)
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_scale": None}, "there is no tensor '{}.weight_scale'"),
+        ({"weight_shape": None}, "there is no tensor '{}.weight_shape'"),
+        ({"weight_zero_point": None}, "there is no tensor '{}.weight_zero_point'"),
+        ({"weight_packed": None}, "tensor '{}.weight', which the model needs, is not in the checkpoint"),
+        ({"weight_packed": torch.zeros(64, 9, dtype=torch.int32)}, "'{}.weight_packed' has shape [64, 9]"),
+        ({"weight_packed": torch.zeros(64, 8)}, "'{}.weight_packed' has dtype float32, expected int32"),
+        ({"weight_scale": torch.ones(64, 1)}, "'{}.weight_scale' has shape [64, 1], expected [64, 2]"),
+        ({"weight_scale": torch.ones(64, 2, dtype=torch.int32)}, "'{}.weight_scale' has dtype int32"),
+        ({"weight_zero_point": torch.ones(64, 2, dtype=torch.int8)}, "'{}.weight_zero_point' has shape [64, 2]"),
+        ({"weight_shape": torch.tensor([64, 2**40])}, "'{}.weight_packed' has shape [64, 8], expected"),
+        ({"weight_shape": torch.tensor([-64, 64])}, "'{}.weight_shape' says -64 x 64"),
+        ({"weight_shape": torch.tensor([64])}, "'{}.weight_shape' has shape [1], expected [2]"),
+        ({"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "'{}.weight_g_idx' does not put 32 columns into each"),
+        ({"weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "'{}.weight_g_idx' has shape [3], expected [64]"),
+        ({"weight": torch.zeros(64, 64)}, "linear '{}' is there twice"),
+        ({"bias2": torch.zeros(64)}, "'{}.bias2' has no place in the model"),
+    ],
+)  # fmt: skip
+def test_tensors_that_contradict_the_format_are_named(
+    changes: dict[str, Tensor | None], message: str, good: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(good, tmp_path / "bad")
+    edit_tensors(folder, {f"{NAME}.{part}": tensor for part, tensor in changes.items()})
+    assert message.format(NAME) in refusal(folder)
+
+
+def weights(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = config["config_groups"]["group_0"]["weights"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(quantization_status="frozen"), "quantization_status is 'frozen'"),
+        (lambda c: c.pop("config_groups"), "has no config_groups"),
+        (lambda c: c.update(config_groups=[]), "has no config_groups"),
+        (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config is"),
+        (lambda c: c.update(transform_config={"a": 1}), "transform_config is set"),
+        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is set"),
+        (lambda c: c["config_groups"]["group_0"].update(format="float-quantized"), "format 'float-quantized' is not"),
+        (lambda c: c["config_groups"]["group_0"].update(input_activations={}), "input_activations are quantized"),
+        (lambda c: c["config_groups"]["group_0"].update(weights=None), "weights is missing"),
+        (lambda c: c["config_groups"]["group_0"].update(targets=["Conv2d"]), "no config group covers"),
+        (lambda c: c["config_groups"]["group_0"].update(targets=["re:("]), "no usable targets"),
+        (lambda c: c["config_groups"]["group_0"].update(targets=None), "no usable targets"),
+        (lambda c: weights(c).update(num_bits=5), "weights of 5 bits"),
+        (lambda c: weights(c).update(type="float"), "type 'float'"),
+        (lambda c: weights(c).update(group_size=0), "with group_size 0"),
+        (lambda c: weights(c).update(strategy="block"), "strategy 'block'"),
+        (lambda c: weights(c).update(num_bits=8), r"weight_packed' has shape \[64, 12\], expected \[64, 24\]"),
+        (
+            lambda c: weights(c).update(num_bits=3),
+            r"expected \[64, 9\] \(3-bit files of compressed-tensors before 0.18",
+        ),
+    ],
+)
+def test_configurations_of_another_kind_are_refused(change: Any, message: str, good: Path, tmp_path: Path) -> None:
+    folder = copy_of(good, tmp_path / "bad")
+    edit_config(folder, change)
+    with pytest.raises(FormatError, match=message):
+        epmq.load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_shard_is_named(keep: int, good_shards: Path, tmp_path: Path) -> None:
+    folder = copy_of(good_shards, tmp_path / "bad")
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"{path}: not a complete safetensors file" in refusal(folder)
+
+
+def test_a_broken_index_is_named(good_shards: Path, tmp_path: Path) -> None:
+    folder = copy_of(good_shards, tmp_path / "bad")
+    index = folder / "model.safetensors.index.json"
+    key = f"{NAME}.weight_scale"
+    before = index.read_text()
+    edit_json(index, lambda c: c["weight_map"].update({key: "../evil.safetensors"}))
+    assert "leaves the folder" in refusal(folder)
+    index.write_text(before)
+    edit_json(index, lambda c: c["weight_map"].update({key: "model-00099-of-00099.safetensors"}))
+    assert "shard 'model-00099-of-00099.safetensors' is missing" in refusal(folder)
+    index.write_text(before)
+    edit_json(index, lambda c: c["weight_map"].update(ghost=c["weight_map"][key]))
+    assert "promises tensor 'ghost'" in refusal(folder)
+    index.write_text(before.replace('"weight_map": {', f'"weight_map": {{"{key}": "model.safetensors",', 1))
+    assert f"name {key!r} is there twice" in refusal(folder)
+    index.write_text("{")
+    assert "not a shard index" in refusal(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(good_shards: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = copy_of(good_shards, tmp_path / "bad")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    key = next(iter(load_file(first)))
+    save_file({**load_file(second), key: load_file(first)[key]}, second)
+    assert f"tensor {key!r} is in {first.name} and in {second.name}" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99999])
+def test_a_configuration_that_is_no_json_object_is_named(text: str, good: Path, tmp_path: Path) -> None:
+    folder = copy_of(good, tmp_path / "bad")
+    (folder / "config.json").write_text(text)
+    assert f"{folder / 'config.json'}: " in refusal(folder)
+
+
+def test_other_methods_are_named(good: Path, tmp_path: Path) -> None:
+    folder = copy_of(good, tmp_path / "bad")
+    edit_config(folder, lambda config: config.update(quant_method="awq"))
+    assert "no quantized checkpoint epmq knows" in refusal(folder)
+    assert "says 'awq'" in refusal(folder)

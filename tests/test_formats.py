@@ -1,0 +1,171 @@
+"""The recipe's key ``format``, files carried along, the model card, and one format saved as another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoints import Job, in_process, make_job, write_tokenizer
+from conftest import ToyModel
+from tiny import SIZES, answers, quantized, quantized_names
+
+import epmq
+from epmq import QuantLinear, replace_linear
+from epmq.errors import ConfigError
+from epmq.formats.kinds import format_of
+
+
+def make_language_job(folder: Path) -> Job:
+    """A base and an expert of a tiny Llama in float16, with files that must travel."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 34}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).half()
+    model.save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    (folder / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "base" / "preprocessor_config.json").write_text("{}")
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "experts" / "chat")
+    lines = [json.dumps({"text": f"w{i} w{i + 1} w{i + 2} w{i + 3}"}) for i in range(20)]
+    (folder / "chat.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "base": "base",
+        "experts": {"chat": "experts/chat"},
+        "merge": {"scaling": 0.5},
+        "calibration": {"tasks": {"chat": "chat.jsonl"}, "examples": 16, "batch_size": 8},
+        "quantization": {"bits": 4, "group_size": 32},
+    }
+    return Job(folder, recipe)
+
+
+def test_a_recipe_without_format_gives_a_folder_that_transformers_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    assert format_of(tmp_path / "out") == "compressed-tensors"
+    theirs, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True, add_pooling_layer=False
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = epmq.load(tmp_path / "out")
+    assert len(quantized_names(ours)) == 12
+    for name in quantized_names(ours):
+        layer = ours.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        assert torch.equal(theirs.get_parameter(f"{name}.weight"), layer.weight), name
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "native"])
+def test_every_format_of_a_recipe_holds_the_same_model(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_language_job(tmp_path)
+    job.recipe.update(format=format, shard_bytes=20_000)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    job.recipe.update(format="native")
+    assert in_process(capsys, "quantize", job.write(), "--out", tmp_path / "native").code == 0
+    assert format_of(tmp_path / "out") == format
+    ours, wanted = epmq.load(tmp_path / "out"), epmq.load(tmp_path / "native")
+    assert len(quantized_names(ours)) == 14
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    present = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json",
+        "preprocessor_config.json", "report.json", "tokenizer.json",
+    } <= present  # fmt: skip
+    assert ("epmq.json" in present) == (format == "native")
+
+
+def test_the_card_tells_what_went_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_language_job(tmp_path)
+    job.recipe["format"] = "gptq"
+    assert in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert card.startswith(
+        "---\nlibrary_name: transformers\ntags:\n- epmq\n- gptq\n- merge\n---\n\n# Quantized LlamaForCausalLM"
+    )
+    assert "It is a version 2 file" in card
+    assert "base: base\nexperts:\n  chat: chat\nmerge:\n  method: task_arithmetic\n" in card
+    assert "  scaling: 0.5\n" in card
+    assert "\nbits: 4\ngroup_size: 32\n" in card
+    assert f"| {report['average_error']['chat']['epmq']:.4f} |" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "message"),
+    [
+        ("gptq", {"exclude": ["k_proj"]}, "'model.layers.0.self_attn.k_proj' stays unquantized"),
+        ("gptq", {"scale_dtype": "float32"}, "set scale_dtype to float16"),
+        ("compressed-tensors", {"group_size": 36}, "choose another group_size or format native"),
+        ("compressed-tensors", {"scale_dtype": "float32"}, "scales to the model's float16"),
+        ("awq", {}, "format: Input should be 'compressed-tensors', 'gptq' or 'native', got 'awq'"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_any_work(
+    format: str,
+    changes: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_language_job(tmp_path)
+    job.recipe["format"] = format
+    job.recipe["quantization"].update(changes)
+    monkeypatch.setattr("epmq.jobs.run", None)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_recipe_without_rounding_gives_an_ordinary_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path)
+    job.recipe["quantization"] = {"bits": None}
+    assert in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out").code == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "nothing is quantized" in (tmp_path / "out" / "README.md").read_text()
+    _, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True, add_pooling_layer=False
+    )
+    assert not info["missing_keys"]
+    assert in_process(capsys, "eval", tmp_path / "out", "--recipe", job.write()).code == 0
+
+
+def test_one_format_saved_as_another(tmp_path: Path) -> None:
+    epmq.save(quantized("llama", 4, True, 32, torch.float16), tmp_path / "first", format="native")
+    model = epmq.load(tmp_path / "first")
+    wanted = answers(model)
+    for number, format in enumerate(("gptq", "compressed-tensors", "native", "gptq")):
+        folder = tmp_path / f"{number}"
+        epmq.save(model, folder, format=format)  # type: ignore[arg-type]
+        assert format_of(folder) == format
+        model = epmq.load(folder)
+        assert not hasattr(model.config, "quantization_config")
+        assert torch.equal(answers(model), wanted), format
+
+
+def test_modules_that_are_not_from_transformers_are_saved_natively(tmp_path: Path) -> None:
+    model = ToyModel()
+    replace_linear(model, group_size=16)
+    epmq.save(model, tmp_path / "out")
+    assert format_of(tmp_path / "out") == "native"
+    assert "Only epmq reads this folder" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="format 'awq': use one of compressed-tensors, gptq, native"):
+        epmq.save(model, tmp_path / "other", format="awq")  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
