@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +55,17 @@ def tokenizer_from_folder(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}).") from error
 
 
-def carry_files(source: str | Path, target: Path) -> None:
-    """Copy configuration, tokenizer and processor files."""
+def carry_files(source: str | Path, target: Path, dtype: str | None = None) -> None:
+    """Copy configuration, tokenizer and processor files; ``dtype`` becomes the configuration's when one is given."""
     for name in CARRIED:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, target / name)
+    config = target / "config.json"
+    if dtype is not None and config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        # transformers 5 writes the first, 4 the second; both read both.
+        key = "dtype" if "dtype" in content else "torch_dtype"
+        config.write_text(json.dumps({**content, key: dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 class NamedForModel:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq import files
+from epmq.adapters import AdapterSource, open_model
 from epmq.api import load
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
@@ -36,12 +37,16 @@ class Sources:
     experts: dict[str, WeightSource]
     merged: WeightSource
     dropped: list[str]
+    notes: list[str]
 
 
 def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     """Base, experts and their merge; named as in ``model`` when one is given, else as in the files."""
     base: WeightSource = FileSource(recipe.base)
-    experts: dict[str, WeightSource] = {task: FileSource(path) for task, path in recipe.experts.items()}
+    experts: dict[str, WeightSource] = {
+        task: open_model(path, f"expert {task!r}", base) for task, path in recipe.experts.items()
+    }
+    notes = [note for source in experts.values() if isinstance(source, AdapterSource) for note in source.notes]
     merged: WeightSource | None = None if recipe.merged is None else FileSource(recipe.merged)
     dropped: list[str] = []
     if model is not None:
@@ -52,7 +57,7 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
         merged = None if merged is None else NamedForModel(merged, model)
     if merged is None:
         merged = MergedSource(base, experts, recipe.merge or MergeConfig()) if experts else base
-    return Sources(base, experts, merged, dropped)
+    return Sources(base, experts, merged, dropped, notes)
 
 
 def _fitting(task: str, expert: NamedForModel, base: NamedForModel) -> NamedForModel:
@@ -75,7 +80,7 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
                 writer.add(key, tensor)
                 progress(key, number, total)
         writer.finish()
-        carry_files(recipe.base, working)
+        carry_files(recipe.base, working, stored_dtype(recipe))
 
 
 def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
@@ -108,14 +113,23 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
         for key in sources.merged.keys():
             if not key.startswith(blocks) and key not in written:
                 writer.tensor(key, sources.merged.tensor(key))
+        found["notes"] += sources.notes
         for key in sources.dropped:
             found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
         writer.finish({"class": type(skeleton).__name__})
-        carry_files(recipe.base, working)
+        carry_files(recipe.base, working, stored_dtype(recipe))
         sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
         report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
         write_report(working, report)
     return report
+
+
+def stored_dtype(recipe: Recipe) -> str | None:
+    """The dtype that the recipe's merge gives all weights, or None where they keep theirs."""
+    if recipe.merge is None:
+        return None
+    dtype = recipe.merge.out_dtype or recipe.merge.dtype
+    return None if dtype == "stored" else dtype
 
 
 def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:

@@ -12,10 +12,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
     ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
-    ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
-    ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),
-    ("merge", "statistics", "recipe", "report", "augment"),
-    ("solve", "distill"),
+    ("settings", "schedules", "hub", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
+    (
+        "config",
+        "merge_config",
+        "adapters",
+        "ops",
+        "streams",
+        "skeleton",
+        "inside",
+        "huggingface",
+        "evaluate",
+        "formats.shards",
+    ),
+    ("merge", "mergekit", "statistics", "report", "augment"),
+    ("solve", "distill", "recipe"),
     ("sweep",),
     ("group", "linear"),
     ("stacks", "diagnose", "formats.native"),
@@ -30,7 +41,7 @@ ORDER: list[tuple[str, ...]] = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What the ground may use of the outside; transformers, rich and the like are met further up.
-HEAVY = {"transformers", "sklearn", "matplotlib", "triton"}
+HEAVY = {"transformers", "peft", "huggingface_hub", "sklearn", "matplotlib", "triton"}
 
 
 def module_names() -> list[str]:
