@@ -73,6 +73,9 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         raise ConfigError("merging needs experts; name them under experts: in the recipe.")
     with files.new_folder(out) as working:
         merged = open_sources(recipe).merged
+        size = total_bytes(merged)
+        # While a shard is put together, its tensors lie there twice.
+        files.check_space(out, size + min(size, recipe.shard_bytes))
         writer = ShardWriter(working, recipe.shard_bytes)
         total = len(merged.keys())
         with progress_bar("merging") as progress:

@@ -21,8 +21,9 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float32, layers: int = 
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, bos_token_id=None,
         eos_token_id=None,
     )  # fmt: skip
-    model: nn.Module = transformers.LlamaForCausalLM(config).to(dtype).eval()
-    return model
+    model: Any = transformers.LlamaForCausalLM(config)
+    made: nn.Module = model.to(dtype).eval()
+    return made
 
 
 def gpt2() -> nn.Module:
@@ -65,3 +66,19 @@ def save_adapter(model: Any, folder: Path, seed: int = 0, merge: bool = True, **
         return {}
     merged: Any = adapted.merge_and_unload()
     return {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
+
+
+def train_tokenizer(folder: Path, texts: list[str]) -> int:
+    """A byte-pair tokenizer of these texts that adds no special tokens; returns the size of its vocabulary."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return int(words.get_vocab_size())

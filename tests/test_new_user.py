@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import VOCABULARY, llama, save_adapter
+from adapters import VOCABULARY, llama, save_adapter, train_tokenizer
 from checkpoints import in_new_process, in_process
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,7 +67,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     folder = tmp_path_factory.mktemp("workshop")
     model: Any = llama()
     model.save_pretrained(folder / "model")
-    train_tokenizer(folder / "model")
+    texts = [text for texts in SKILLS.values() for text in texts]
+    assert train_tokenizer(folder / "model", texts) == VOCABULARY
     (folder / "texts").mkdir()
     experts = {}
     for seed, (skill, texts) in enumerate(SKILLS.items(), 1):
@@ -78,21 +79,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "config.yml").write_text(MERGEKIT)
     return Workshop(folder, model, experts)
-
-
-def train_tokenizer(folder: Path) -> None:
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    words = Tokenizer(models.BPE(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    words.train_from_iterator([text for texts in SKILLS.values() for text in texts], trainer)
-    assert words.get_vocab_size() == VOCABULARY
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    fast.save_pretrained(folder)
 
 
 def assert_is_the_quantized_merge(workshop: Workshop, folder: Path, **merge: Any) -> None:
