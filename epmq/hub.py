@@ -11,7 +11,7 @@ from epmq.errors import SourceError
 # Weights, configurations and tokenizers; never code, pickles or another framework's weights.
 FETCHED = ("*.safetensors", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)")
 
 
 def find_model(what: str | Path, folder: str | Path = ".") -> Path:
@@ -62,7 +62,7 @@ def _fetch(name: str, revision: str) -> Path:
         raise SourceError(
             f"the hub id {name!r} is not in the local cache and the hub cannot be reached; give a local folder."
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # The client lets the errors of whichever HTTP library it uses through.
         raise SourceError(f"the hub id {name!r} cannot be fetched ({_first_line(error)}).") from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 
 from epmq.errors import ConfigError
 
@@ -34,7 +34,19 @@ def parse_schedule(given: Any) -> float | Gradient | tuple[Choice, ...]:
     return tuple(_number(entry) for entry in given)
 
 
-Schedule = Annotated[float | Gradient | tuple[Choice, ...], PlainValidator(parse_schedule)]
+def written_schedule(schedule: float | Gradient | tuple[Choice, ...]) -> Any:
+    """The numbers, lists and mappings that :func:`parse_schedule` reads."""
+    if not isinstance(schedule, tuple):
+        return schedule
+    return [
+        {"filter": entry.filter, "value": written_schedule(entry.value)} if isinstance(entry, Choice) else entry
+        for entry in schedule
+    ]
+
+
+Schedule = Annotated[
+    float | Gradient | tuple[Choice, ...], PlainValidator(parse_schedule), PlainSerializer(written_schedule)
+]
 
 
 def numbers_in(schedule: float | Gradient | tuple[Choice, ...]) -> list[float]:
