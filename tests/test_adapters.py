@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,27 @@ def test_merging_adapters_is_merging_the_models_they_stand_for(tmp_path: Path) -
     for key, tensor in whole.state_dict().items():
         assert torch.equal(by_path.tensor(key), tensor)
         assert torch.equal(in_memory.state_dict()[key], tensor)
+
+
+def test_quantizing_towards_adapters_is_quantizing_towards_their_models(tmp_path: Path) -> None:
+    model = llama()
+    full = {n: save_adapter(model, tmp_path / n, seed, target_modules=ATTENTION) for seed, n in enumerate("ab", 1)}
+    merged = epmq.merge(model, full, scaling=0.4)
+    texts = {name: [{"input_ids": torch.randint(0, 48, (4, 10))}] for name in full}
+    config = epmq.QuantConfig(group_size=16)
+    towards_models = epmq.quantize(merged, full, texts, config).model.state_dict()
+    adapters = {name: tmp_path / name for name in full}
+    towards_adapters = epmq.quantize(merged, adapters, texts, config, base=model).model.state_dict()
+    assert all(torch.equal(towards_adapters[name], tensor) for name, tensor in towards_models.items())
+    with pytest.raises(SourceError, match="expert 'a': .* is an adapter, which needs the model"):
+        epmq.quantize(merged, adapters, texts, config)
+
+
+def test_no_tensor_is_kept(tmp_path: Path) -> None:
+    model = llama()
+    save_adapter(model, tmp_path / "adapter", target_modules=ATTENTION)
+    source = AdapterSource(tmp_path / "adapter", saved(model, tmp_path / "base"))
+    assert all(weakref.ref(source.tensor(key))() is None for key in source.keys())
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
