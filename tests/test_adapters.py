@@ -150,7 +150,7 @@ def test_quantizing_towards_adapters_is_quantizing_towards_their_models(tmp_path
     adapters = {name: tmp_path / name for name in full}
     towards_adapters = epmq.quantize(merged, adapters, texts, config, base=model).model.state_dict()
     assert all(torch.equal(towards_adapters[name], tensor) for name, tensor in towards_models.items())
-    with pytest.raises(SourceError, match="expert 'a': .* is an adapter, which needs the model"):
+    with pytest.raises(SourceError, match=r"expert 'a': .* is an adapter, which needs the model"):
         epmq.quantize(merged, adapters, texts, config)
 
 
