@@ -208,12 +208,14 @@ class AdapterSource:
             if all(rule(key) in present for key in wanted):
                 return rule
         missing = next(key for key in wanted if key not in present)
-        hint = ""
-        if missing in self._copies or self.config.saves(missing):
-            hint = "; where the base ties two tensors, untie them first"
+        if self.config.saves(missing):
+            raise SourceError(
+                f"{self.folder}: the adapter brings {missing!r} whole (modules_to_save), which {self.base.name} does"
+                " not have; a head of its own or a tied output has no counterpart: add it to the base, or leave it out."
+            )
         raise SourceError(
             f"{self.folder}: the adapter changes {missing!r}, which {self.base.name} does not have;"
-            f" it was made for another base (it names {self.config.base_model_name_or_path!r}){hint}."
+            f" it was made for another base (it names {self.config.base_model_name_or_path!r})."
         )
 
     def _pair(self, module: str, parts: Mapping[str, str], key: str) -> _Pair:

@@ -93,7 +93,11 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     """
     files.check_free(out)
     if recipe.calibration is None and recipe.quantization.method != "rtn":
-        raise ConfigError(f"method {recipe.quantization.method!r} needs calibration: in the recipe.")
+        names = ", ".join(recipe.experts) or "the model"
+        raise ConfigError(
+            f"method {recipe.quantization.method!r} needs calibration texts for {names}: give calibration: in the"
+            " recipe, or --calibration EXPERT=FILE beside --mergekit."
+        )
     started = time.perf_counter()
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
     sources = open_sources(recipe, skeleton)

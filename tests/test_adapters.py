@@ -278,6 +278,18 @@ def test_an_adapter_of_another_base(plain: Path, tmp_path: Path) -> None:
     assert AdapterSource(same, FileSource(tmp_path / "elsewhere" / "copy")).notes == []
 
 
+def test_a_module_saved_whole_that_the_base_lacks(tmp_path: Path) -> None:
+    import transformers
+
+    model: Any = llama(tied=True)
+    base = saved(model, tmp_path / "base")
+    save_adapter(model, tmp_path / "tied", target_modules=["q_proj"], modules_to_save=["lm_head"], merge=False)
+    assert "brings 'lm_head.weight' whole (modules_to_save)" in refusal(tmp_path / "tied", base)
+    classifier: Any = transformers.LlamaForSequenceClassification(model.config)
+    save_adapter(classifier, tmp_path / "head", target_modules=["q_proj"], task_type="SEQ_CLS", merge=False)
+    assert "brings 'score.weight' whole (modules_to_save)" in refusal(tmp_path / "head", base)
+
+
 def test_a_folder_that_is_half_an_adapter(plain: Path, tmp_path: Path) -> None:
     folder = changed(plain, tmp_path / "adapter")
     (folder / "adapter_model.safetensors").unlink()

@@ -432,7 +432,7 @@ def test_merge_from_the_command_line(models: Path, capsys: pytest.CaptureFixture
         (["merge", "r.yaml", "--mergekit", "config.yml", "--out", "o"], "Give either RECIPE or --mergekit FILE"),
         (["quantize", "r.yaml", "--calibration", "A=a.jsonl", "--out", "o"], "--calibration belongs to --mergekit"),
         (["quantize", "--mergekit", "config.yml", "--calibration", "a.jsonl", "--out", "o"], "expects EXPERT=FILE"),
-        (["quantize", "--mergekit", "config.yml", "--out", "o"], "method 'epmq' needs calibration"),
+        (["quantize", "--mergekit", "config.yml", "--out", "o"], "method 'epmq' needs calibration texts for A, B:"),
         (
             ["quantize", "--mergekit", "config.yml", "--calibration", "C=a.jsonl", "--out", "o"],
             "--calibration: 'C' is no expert of config.yml; its experts are A, B.",
