@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from epmq import files
+from epmq.adapters import open_model
 from epmq.card import write_card
 from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
@@ -44,18 +45,21 @@ def quantize(
 ) -> QuantResult:
     """Quantize a merged module towards its experts.
 
-    model: the merged module (see :func:`epmq.merge`). experts: {task: module, state dict or checkpoint path}; may be
-    None for methods ``gptq`` and ``rtn``. calibration: {task: iterable of keyword-argument dicts for the model's
-    forward}, unlabelled; positions masked by ``attention_mask`` are left out. base: what the experts were tuned from,
-    needed when ``config.rho`` is not 1. The inputs are left as they were.
+    model: the merged module (see :func:`epmq.merge`). experts: {task: module, state dict, checkpoint path or hub id, or
+    the same of a LoRA adapter over ``base``}; may be None for methods ``gptq`` and ``rtn``. calibration: {task:
+    iterable of keyword-argument dicts for the model's forward}, unlabelled; positions masked by ``attention_mask`` are
+    left out. base: what the experts were tuned from, needed for adapters and when ``config.rho`` is not 1. The inputs
+    are left as they were.
 
     Raises CalibrationError, SourceError, ModelError, NumericalError or ConfigError, each naming what is at fault.
     """
     config = config or QuantConfig()
     started = time.perf_counter()
     merged = open_source(model, "merged model")
-    expert_sources = {task: open_source(expert, f"expert {task!r}") for task, expert in (experts or {}).items()}
-    base_source = None if base is None else open_source(base, "base")
+    base_source = None if base is None else open_model(base, "base")
+    expert_sources = {
+        task: open_model(expert, f"expert {task!r}", base_source) for task, expert in (experts or {}).items()
+    }
     skeleton = meta_copy(model)
     sink = ModuleSink()
     streams = {task: list(batches) for task, batches in calibration.items()}

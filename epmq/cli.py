@@ -7,10 +7,14 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from epmq.errors import EpmqError
+
+if TYPE_CHECKING:
+    from epmq.recipe import Recipe
 
 FOLDER = click.Path(path_type=Path)
 RECIPE_HELP = "RECIPE is a YAML file, see docs/recipes.md."
@@ -21,27 +25,48 @@ def app() -> None:
     pass
 
 
-@app.command(help=f"Write the merged model of a recipe. {RECIPE_HELP}")
-@click.argument("recipe", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="New folder for the merged model.")
-def merge(recipe: Path, out: Path) -> None:
-    from epmq.jobs import merge_to_folder
-    from epmq.recipe import read_recipe
+MERGEKIT = click.option("--mergekit", type=FOLDER, help="A mergekit configuration, instead of RECIPE.")
 
-    merge_to_folder(read_recipe(recipe), out)
+
+@app.command(help=f"Write the merged model of a recipe. {RECIPE_HELP}")
+@click.argument("recipe", type=FOLDER, required=False)
+@MERGEKIT
+@click.option("--out", required=True, type=FOLDER, help="New folder for the merged model.")
+def merge(recipe: Path | None, mergekit: Path | None, out: Path) -> None:
+    from epmq.jobs import merge_to_folder
+
+    merge_to_folder(_recipe(recipe, mergekit, ()), out)
     click.echo(f"merged model in {out}")
 
 
 @app.command(help=f"Merge and quantize in one go; the merged model is not written. {RECIPE_HELP}")
-@click.argument("recipe", type=FOLDER)
+@click.argument("recipe", type=FOLDER, required=False)
+@MERGEKIT
+@click.option("--calibration", multiple=True, metavar="EXPERT=FILE", help="With --mergekit: an expert's texts (jsonl).")
 @click.option("--out", required=True, type=FOLDER, help="New folder for the quantized model.")
-def quantize(recipe: Path, out: Path) -> None:
+def quantize(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, ...], out: Path) -> None:
     from epmq.jobs import quantize_to_folder, summary
-    from epmq.recipe import read_recipe
 
-    report = quantize_to_folder(read_recipe(recipe), out)
+    report = quantize_to_folder(_recipe(recipe, mergekit, calibration), out)
     click.echo("\n".join(summary(report)))
     click.echo(f"quantized model, report.json and report.html in {out}")
+
+
+def _recipe(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, ...]) -> Recipe:
+    from epmq.recipe import read_recipe, recipe_of_mergekit
+
+    if (recipe is None) == (mergekit is None):
+        raise click.UsageError("Give either RECIPE or --mergekit FILE.")
+    if mergekit is None:
+        assert recipe is not None
+        if calibration:
+            raise click.UsageError("--calibration belongs to --mergekit; a recipe has a calibration: section.")
+        return read_recipe(recipe)
+    pairs = [entry.partition("=") for entry in calibration]
+    for name, _, file in pairs:
+        if not name or not file:
+            raise click.UsageError("--calibration expects EXPERT=FILE.")
+    return recipe_of_mergekit(mergekit, {name: Path(file) for name, _, file in pairs})
 
 
 @app.command(name="eval")

@@ -34,7 +34,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         os.rename(working, target)
         _flush(target.parent)
     except OSError as error:
-        raise OutputError(f"{target}: writing the output failed ({error}).") from error
+        raise OutputError(
+            f"{target}: writing the output failed ({error}); {_mebibytes(free_bytes(target))} are free there."
+        ) from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
@@ -52,6 +54,24 @@ def check_free(target: str | Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{target}: the output folder cannot be made, {parent} is not a writable folder.")
+
+
+def check_space(target: str | Path, needed: int) -> None:
+    """Raise OutputError when fewer than ``needed`` bytes are free where ``target`` is to be."""
+    free = free_bytes(target)
+    if free < needed:
+        raise OutputError(
+            f"{target}: the output needs {_mebibytes(needed)}, and {_mebibytes(free)} are free there; make room, or"
+            " choose another place."
+        )
+
+
+def free_bytes(target: str | Path) -> int:
+    """Bytes free where ``target`` is or is to be."""
+    place = Path(target).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -76,6 +96,10 @@ def rename_within(folder: Path, names: dict[str, str]) -> None:
     """Give files of a folder that is not yet visible their final names."""
     for old, new in names.items():
         os.rename(folder / old, folder / new)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _flush_tree(folder: Path) -> None:

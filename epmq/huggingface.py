@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.errors import ModelError
+from epmq.errors import ModelError, SourceError
 from epmq.sources import WeightSource
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -58,27 +59,44 @@ def tokenizer_from_folder(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}).") from error
 
 
-def carry_files(source: str | Path, target: Path) -> None:
-    """Copy configuration, tokenizer and processor files."""
+def carry_files(source: str | Path, target: Path, dtype: str | None = None) -> None:
+    """Copy configuration, tokenizer and processor files; ``dtype`` becomes the configuration's when one is given."""
     for name in CARRIED:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, target / name)
+    config = target / "config.json"
+    if dtype is not None and config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        # transformers 5 writes the first, 4 the second; both read both.
+        key = "dtype" if "dtype" in content else "torch_dtype"
+        config.write_text(json.dumps({**content, key: dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 class NamedForModel:
-    """A checkpoint seen under a model's own tensor names, with or without the base model's prefix."""
+    """A checkpoint seen under a model's own tensor names, with or without the base model's prefix.
+
+    Tied tensors go by the first of their names in the model, whichever of them the checkpoint has; where it has
+    several, ``tensor`` raises SourceError unless they are equal.
+    """
 
     def __init__(self, source: WeightSource, model: nn.Module):
         self._source = source
         present = set(source.keys())
         prefix = getattr(model, "base_model_prefix", "")
         self._key_of: dict[str, str] = {}
-        for name in model.state_dict():
+        self._copies: dict[str, list[str]] = {}
+        first_name: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
             for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
                 if candidate in present:
-                    self._key_of[name] = candidate
+                    first = first_name.setdefault(id(tensor), name)
+                    if self._key_of.setdefault(first, candidate) != candidate:
+                        self._copies.setdefault(first, []).append(candidate)
                     break
-        self.dropped = sorted(present - set(self._key_of.values()))
+            else:
+                first_name.setdefault(id(tensor), name)
+        used = {*self._key_of.values(), *(key for keys in self._copies.values() for key in keys)}
+        self.dropped = sorted(present - used)
 
     @property
     def name(self) -> str:
@@ -94,7 +112,15 @@ class NamedForModel:
         return self._source.dtype(self._key_of.get(key, key))
 
     def tensor(self, key: str) -> Tensor:
-        return self._source.tensor(self._key_of.get(key, key))
+        stored = self._key_of.get(key, key)
+        tensor = self._source.tensor(stored)
+        for copy in self._copies.get(key, []):
+            if not torch.equal(self._source.tensor(copy), tensor):
+                raise SourceError(
+                    f"{self.name}: tensors {stored!r} and {copy!r} are tied in the model but differ here; make them"
+                    " equal, or untie them in the base's config.json (tie_word_embeddings)."
+                )
+        return tensor
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq import files
+from epmq.adapters import AdapterSource, open_model
 from epmq.api import load, main_dtype
 from epmq.blocks import find_blocks
 from epmq.card import write_card
@@ -23,6 +24,7 @@ from epmq.evaluate import load_task, row, score
 from epmq.formats.kinds import format_of, open_writer
 from epmq.formats.packed import planned_linear
 from epmq.formats.shards import ShardWriter
+from epmq.hub import name_of
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -43,12 +45,16 @@ class Sources:
     experts: dict[str, WeightSource]
     merged: WeightSource
     dropped: list[str]
+    notes: list[str]
 
 
 def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     """Base, experts and their merge; named as in ``model`` when one is given, else as in the files."""
     base: WeightSource = FileSource(recipe.base)
-    experts: dict[str, WeightSource] = {task: FileSource(path) for task, path in recipe.experts.items()}
+    experts: dict[str, WeightSource] = {
+        task: open_model(path, f"expert {task!r}", base) for task, path in recipe.experts.items()
+    }
+    notes = [note for source in experts.values() if isinstance(source, AdapterSource) for note in source.notes]
     merged: WeightSource | None = None if recipe.merged is None else FileSource(recipe.merged)
     dropped: list[str] = []
     if model is not None:
@@ -59,7 +65,7 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
         merged = None if merged is None else NamedForModel(merged, model)
     if merged is None:
         merged = MergedSource(base, experts, recipe.merge or MergeConfig()) if experts else base
-    return Sources(base, experts, merged, dropped)
+    return Sources(base, experts, merged, dropped, notes)
 
 
 def _fitting(task: str, expert: NamedForModel, base: NamedForModel) -> NamedForModel:
@@ -75,6 +81,9 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         raise ConfigError("merging needs experts; name them under experts: in the recipe.")
     with files.new_folder(out) as working:
         merged = open_sources(recipe).merged
+        size = total_bytes(merged)
+        # While a shard is put together, its tensors lie there twice.
+        files.check_space(out, size + min(size, recipe.shard_bytes))
         writer = ShardWriter(working, recipe.shard_bytes)
         total = len(merged.keys())
         with progress_bar("merging") as progress:
@@ -82,7 +91,7 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
                 writer.add(key, tensor)
                 progress(key, number, total)
         writer.finish()
-        carry_files(recipe.base, working)
+        carry_files(recipe.base, working, stored_dtype(recipe))
 
 
 def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
@@ -92,7 +101,11 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     """
     files.check_free(out)
     if recipe.calibration is None and recipe.quantization.method != "rtn":
-        raise ConfigError(f"method {recipe.quantization.method!r} needs calibration: in the recipe.")
+        names = ", ".join(recipe.experts) or "the model"
+        raise ConfigError(
+            f"method {recipe.quantization.method!r} needs calibration texts for {names}: give calibration: in the"
+            " recipe, or --calibration EXPERT=FILE beside --mergekit."
+        )
     started = time.perf_counter()
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
     sources = open_sources(recipe, skeleton)
@@ -116,9 +129,10 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
         for key in sources.merged.keys():
             if not key.startswith(blocks) and key not in written:
                 writer.tensor(key, sources.merged.tensor(key))
+        found["notes"] += sources.notes
         for key in sources.dropped:
             found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
-        carry_files(recipe.base, working)
+        carry_files(recipe.base, working, stored_dtype(recipe))
         writer.finish()
         sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
         report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
@@ -145,10 +159,18 @@ def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConf
 def made_from(recipe: Recipe) -> dict[str, Any]:
     """Base, experts and merge for the model card; folders by their own names."""
     merge = recipe.merge or MergeConfig()
-    told: dict[str, Any] = {"base": recipe.base.name}
-    told["experts"] = {task: path.name for task, path in recipe.experts.items()}
-    told["merge"] = recipe.merged.name if recipe.merged else merge.model_dump(mode="json", exclude_none=True)
+    told: dict[str, Any] = {"base": name_of(recipe.base)}
+    told["experts"] = {task: name_of(path) for task, path in recipe.experts.items()}
+    told["merge"] = name_of(recipe.merged) if recipe.merged else merge.model_dump(mode="json", exclude_none=True)
     return told
+
+
+def stored_dtype(recipe: Recipe) -> str | None:
+    """The dtype that the recipe's merge gives all weights, or None where they keep theirs."""
+    if recipe.merge is None:
+        return None
+    dtype = recipe.merge.out_dtype or recipe.merge.dtype
+    return None if dtype == "stored" else dtype
 
 
 def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:

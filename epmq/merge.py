@@ -1,8 +1,8 @@
 """Merging fine-tuned models: a merged model is just another weight source, computed one tensor at a time.
 
 Methods: task arithmetic (Ilharco et al. 2023), the weighted average (Wortsman et al. 2022) and TIES in three dialects
-(:mod:`epmq.ties`). Arithmetic is float32, or float64 where an input is, whatever the stored dtype: packages that merge
-bfloat16 models in bfloat16 differ from this by their rounding.
+(:mod:`epmq.ties`). Arithmetic is float32, or float64 where an input is, whatever the stored dtype, unless the setting
+dtype asks for another, as packages do that merge bfloat16 models in bfloat16.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from epmq import ties
+from epmq.adapters import open_model
 from epmq.errors import ConfigError, NumericalError, SourceError
 from epmq.merge_config import ZERO_WEIGHT, MergeConfig
-from epmq.sources import WeightSource, open_source, read_finite, require_same_layout
+from epmq.sources import WeightSource, read_finite, require_same_layout
 
 Value = TypeVar("Value")
 
@@ -55,7 +56,7 @@ class MergedSource:
         self.experts = dict(experts)
         if not self.experts:
             raise ConfigError("merge: there is no expert; give at least one by name.")
-        self._weights = self.settings.weight_of(self.experts)
+        self.settings.check_experts(self.experts)
         # Every method but the average without base_weight reads the base.
         self._inputs = list(self.experts.items())
         if self.settings.method != "weighted_average" or self.settings.base_weight is not None:
@@ -65,7 +66,10 @@ class MergedSource:
             self._inputs.insert(0, ("base", base))
         self._layout = self._inputs[0][1] if base is None else base
         require_same_layout(self._layout, self.experts)
-        methods: dict[tuple[str, str | None], Callable[[str], Tensor]] = {
+        self._at = self.settings.over(self.keys())
+        if not self.settings.varies:
+            self.settings.weight_of(self.experts)
+        methods: dict[tuple[str, str | None], Callable[[str, MergeConfig], Tensor]] = {
             ("task_arithmetic", None): self._task_arithmetic,
             ("weighted_average", None): self._weighted_average,
             ("ties", "mergekit"): self._ties_mergekit,
@@ -73,7 +77,6 @@ class MergedSource:
             ("ties", "fusion_bench"): self._ties_fusion_bench,
         }
         self._merge_float = methods[self.settings.method, self.settings.dialect]
-        self._densities = self.settings.density_of(self.experts)
         # fusion_bench flattens whole models, and one float64 tensor makes the whole vector float64.
         self._all_wide = self.settings.dialect == "fusion_bench" and any(map(self._has_float64, self.keys()))
 
@@ -88,15 +91,20 @@ class MergedSource:
         return self._layout.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._layout.dtype(key)
+        stored = self._layout.dtype(key)
+        if not stored.is_floating_point:
+            return stored
+        if self.settings.out_dtype is not None:
+            return _named(self.settings.out_dtype)
+        return stored if self.settings.dtype is None else self._work_dtype(key)
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The merged tensor, cast once to the base's stored dtype, or to `dtype` if the tensor is float.
+        """The merged tensor, cast once to the dtype of the settings or else the base's, or to `dtype` if it is float.
 
         Raises SourceError for NaN, Inf or contradictions in the inputs, NumericalError if the result leaves the range
         of the dtype, ConfigError if `dtype` is not float.
         """
-        merged = self.tensor_fp32(key)
+        merged = self.tensor_uncast(key)
         if not merged.is_floating_point():
             return merged
         target = dtype or self.dtype(key)
@@ -109,14 +117,14 @@ class MergedSource:
             )
         return result
 
-    def tensor_fp32(self, key: str) -> Tensor:
-        """The merged tensor before the cast: float32, or float64 if an input is; a tensor that is not float as it is.
+    def tensor_uncast(self, key: str) -> Tensor:
+        """The merged tensor before the cast, in the dtype of the arithmetic; a tensor that is not float as it is.
 
         Raises as :meth:`tensor` does.
         """
         if not self._is_float(key):
             return self._equal_in_all(key)
-        merged = self._merge_float(key)
+        merged = self._merge_float(key, self._at(key))
         if not bool(torch.isfinite(merged).all()):
             raise NumericalError(f"merged tensor {key!r} leaves the range of {merged.dtype}; merge with less scaling.")
         return merged
@@ -166,6 +174,10 @@ class MergedSource:
         return stack
 
     def _work_dtype(self, key: str) -> torch.dtype:
+        if self.settings.dtype == "stored":
+            return reduce(torch.promote_types, [source.dtype(key) for _, source in self._inputs])
+        if self.settings.dtype is not None:
+            return _named(self.settings.dtype)
         return torch.float64 if self._all_wide or self._has_float64(key) else torch.float32
 
     def _has_float64(self, key: str) -> bool:
@@ -173,48 +185,55 @@ class MergedSource:
 
     # -- methods: one float tensor, in the work dtype -----------------------------------------------------------------
 
-    def _task_arithmetic(self, key: str) -> Tensor:
+    def _task_arithmetic(self, key: str, settings: MergeConfig) -> Tensor:
         base = self._read_base(key)
-        mixed = torch.zeros_like(base)
+        weights = settings.weight_of(self.experts)
+        # Half precision is summed in float32, as torch.sum does, and rounded once.
+        mixed = torch.zeros_like(base, dtype=_sum_dtype(base.dtype))
         for label, delta in self._deltas(key, base):
-            mixed.add_(delta, alpha=self._weights[label])
-        total = sum(self._weights.values())
+            mixed.add_(delta.mul_(base.new_tensor(weights[label])))
+        mixed = mixed.to(base.dtype)
+        total = base.new_tensor(list(weights.values())).sum()
         # As mergekit: weights that cancel are not divided by.
-        if self.settings.normalize and abs(total) >= ZERO_WEIGHT:
+        if settings.normalize and abs(float(total)) >= ZERO_WEIGHT:
             mixed.div_(total)
-        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+        return mixed.mul_(_constant(settings.scaling)).add_(base)
 
-    def _weighted_average(self, key: str) -> Tensor:
-        weights = list(self._weights.values())
-        if self.settings.base_weight is not None:
-            weights.insert(0, self.settings.base_weight)
+    def _weighted_average(self, key: str, settings: MergeConfig) -> Tensor:
+        weights = list(settings.weight_of(self.experts).values())
+        if settings.base_weight is not None:
+            weights.insert(0, _constant(settings.base_weight))
         first = self._read(self._inputs[0][1], key)
-        average = first * weights[0]
-        del first
+        average = first.to(_sum_dtype(first.dtype)) * weights[0]
         for (_, source), weight in zip(self._inputs[1:], weights[1:], strict=True):
-            average.add_(self._read(source, key, average), alpha=weight)
-        return average.div_(sum(weights)) if self.settings.normalize else average
+            average.add_(self._read(source, key, first), alpha=weight)
+        return (average.div_(sum(weights)) if settings.normalize else average).to(first.dtype)
 
-    def _ties_mergekit(self, key: str) -> Tensor:
+    def _ties_mergekit(self, key: str, settings: MergeConfig) -> Tensor:
+        densities = settings.density_of(self.experts)
+
         def trim(label: str, delta: Tensor) -> Tensor:
-            return ties.trim_mergekit(delta, self._densities[label], _filled(self.settings.rescale))
+            return ties.trim_mergekit(delta, densities[label], _filled(settings.rescale))
 
         base = self._read_base(key)
         stack = self._trimmed(key, base, trim)
-        mixed = ties.merge_mergekit(stack, list(self._weights.values()), _filled(self.settings.normalize))
-        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+        weights = list(settings.weight_of(self.experts).values())
+        mixed = ties.merge_mergekit(stack, weights, _filled(settings.normalize))
+        return mixed.mul_(_constant(settings.scaling)).add_(base)
 
-    def _ties_peft(self, key: str) -> Tensor:
+    def _ties_peft(self, key: str, settings: MergeConfig) -> Tensor:
+        densities = settings.density_of(self.experts)
         base = self._read_base(key)
-        stack = self._trimmed(key, base, lambda label, delta: ties.trim_peft(delta, self._densities[label]))
-        return base + ties.merge_peft(stack, list(self._weights.values()), _filled(self.settings.election))
+        stack = self._trimmed(key, base, lambda label, delta: ties.trim_peft(delta, densities[label]))
+        weights = list(settings.weight_of(self.experts).values())
+        return base + ties.merge_peft(stack, weights, _filled(settings.election))
 
-    def _ties_fusion_bench(self, key: str) -> Tensor:
+    def _ties_fusion_bench(self, key: str, settings: MergeConfig) -> Tensor:
         whole = self._global_trim
         base = self._read_base(key)
         stack = self._trimmed_globally(key, base, whole.limits)
-        mixed = ties.merge_fusion_bench(stack, whole.majority, _filled(self.settings.merge_func))
-        return torch.add(base, mixed, alpha=_filled(self.settings.scaling))
+        mixed = ties.merge_fusion_bench(stack, whole.majority, _filled(settings.merge_func))
+        return torch.add(base, mixed, alpha=_constant(settings.scaling))
 
     # -- what fusion_bench's trim needs of the whole model ------------------------------------------------------------
 
@@ -236,7 +255,7 @@ class MergedSource:
         dtype = torch.float64 if self._all_wide else torch.float32
         searches = {
             label: ties.StreamedMagnitude(ties.kept_rank(entries, density), dtype)
-            for label, density in self._densities.items()
+            for label, density in self.settings.density_of(self.experts).items()
         }
         while not all(search.done for search in searches.values()):
             for key in self.keys():
@@ -259,7 +278,7 @@ def merge(base: Any, experts: Mapping[str, Any], method: str = ..., **settings: 
 def merge(
     base: Any, experts: Mapping[str, Any], method: str = "task_arithmetic", **settings: Any
 ) -> nn.Module | MergedSource:
-    """Merge experts given as modules, state dicts, safetensors files or folders, or sources.
+    """Merge experts given as modules, state dicts, checkpoints, LoRA adapters (paths or hub ids), or sources.
 
     Args:
         base: the model the experts were fine-tuned from; None is enough for a weighted average that leaves it out.
@@ -278,8 +297,9 @@ def merge(
     config = MergeConfig.read({"method": method, **settings})
     if not isinstance(experts, Mapping):
         raise ConfigError(f"merge: experts must map a name to each expert, got a {type(experts).__name__}.")
-    sources = {str(label): open_source(expert) for label, expert in experts.items()}
-    merged = MergedSource(None if base is None else open_source(base, "base"), sources, config)
+    base_source = None if base is None else open_model(base, "base")
+    sources = {str(label): open_model(expert, f"expert {label!r}", base_source) for label, expert in experts.items()}
+    merged = MergedSource(base_source, sources, config)
     return _as_module(base, merged) if isinstance(base, nn.Module) else merged
 
 
@@ -298,6 +318,21 @@ def _as_module(base: nn.Module, merged: MergedSource) -> nn.Module:
                 )
             target.copy_(tensor)
     return module
+
+
+def _constant(value: object) -> float:
+    """A setting of one tensor, in which nothing varies any more."""
+    assert isinstance(value, (int, float))
+    return value
+
+
+def _named(dtype: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _filled(value: Value | None) -> Value:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
 
 from epmq.errors import ConfigError
+from epmq.schedules import Choice, Schedule, layer_places, numbers_in, value_at
 from epmq.settings import Settings, nearest
 
 METHODS = ("task_arithmetic", "weighted_average", "ties")
@@ -15,15 +16,26 @@ DIALECTS = ("mergekit", "peft", "fusion_bench")
 # Weights whose sum is smaller than this cancel; mergekit draws the line there.
 ZERO_WEIGHT = 1e-8
 
+# Settings that may vary over the model.
+VARYING = ("weights", "base_weight", "scaling", "density")
+
 # What each method, and each dialect of ties, takes beside `method` and `dialect`, with its default. The defaults of a
 # dialect are those of its package (mergekit 0.1.5, fusion_bench 0.2.33 as its shipped recipe sets them); REQUIRED
 # where the package has none.
 REQUIRED = object()
+STORAGE = {"dtype": None, "out_dtype": None}
 TAKES: dict[tuple[str, str | None], dict[str, Any]] = {
-    ("task_arithmetic", None): {"weights": None, "scaling": 0.3, "normalize": False},
-    ("weighted_average", None): {"weights": None, "base_weight": None, "normalize": True},
-    ("ties", "mergekit"): {"weights": None, "density": 1.0, "scaling": 1.0, "normalize": True, "rescale": False},
-    ("ties", "peft"): {"weights": None, "density": REQUIRED, "election": "total"},
+    ("task_arithmetic", None): {"weights": None, "scaling": 0.3, "normalize": False, **STORAGE},
+    ("weighted_average", None): {"weights": None, "base_weight": None, "normalize": True, **STORAGE},
+    ("ties", "mergekit"): {
+        "weights": None,
+        "density": 1.0,
+        "scaling": 1.0,
+        "normalize": True,
+        "rescale": False,
+        **STORAGE,
+    },
+    ("ties", "peft"): {"weights": None, "density": REQUIRED, "election": "total", **STORAGE},
     ("ties", "fusion_bench"): {"density": 20.0, "scaling": 0.3, "merge_func": "sum"},
 }
 
@@ -47,7 +59,14 @@ class MergeConfig(Settings):
     rescale         restore each delta's L1 norm after the trim                            mergekit
     election        total (sign of the summed deltas) or frequency (of the summed signs)   peft
     merge_func      sum, mean or max of the entries that agree with the elected sign       fusion_bench
+    dtype           of the arithmetic and of the result: float32, float16, bfloat16,       all but fusion_bench
+                    float64, or stored (what the inputs promote to, as mergekit does);
+                    not given: float32 arithmetic, the base's dtypes
+    out_dtype       of the result alone                                                    all but fusion_bench
     ==============  =====================================================================  =========================
+
+    weights, base_weight, scaling and density may vary over the model (:mod:`epmq.schedules`; not in the fusion_bench
+    dialect); :meth:`at` gives the settings of one tensor.
 
     Raises ConfigError: one sentence that names the setting at fault and what to do.
     """
@@ -56,14 +75,16 @@ class MergeConfig(Settings):
 
     method: Literal["task_arithmetic", "weighted_average", "ties"] = "task_arithmetic"
     dialect: Literal["mergekit", "peft", "fusion_bench"] | None = None
-    weights: dict[str, float] | None = None
-    base_weight: float | None = None
-    scaling: float | None = None
+    weights: dict[str, Schedule] | None = None
+    base_weight: Schedule | None = None
+    scaling: Schedule | None = None
     normalize: bool | None = None
-    density: float | dict[str, float] | None = None
+    density: dict[str, Schedule] | Schedule | None = None
     rescale: bool | None = None
     election: Literal["total", "frequency"] | None = None
     merge_func: Literal["sum", "mean", "max"] | None = None
+    dtype: Literal["stored", "float32", "float16", "bfloat16", "float64"] | None = None
+    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -99,10 +120,11 @@ class MergeConfig(Settings):
             raise ValueError("weights is empty; name every expert in it, or leave it out for 1 each.")
         if isinstance(self.density, dict) and self.dialect != "mergekit":
             raise ValueError(f"density by expert name exists only in the mergekit dialect, not in {self.dialect}.")
-        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
-        for density in densities:
-            if density is not None:
+        for schedule in self._schedules("density"):
+            for density in numbers_in(schedule):
                 self._check_density(density)
+        if self.dialect == "fusion_bench" and self.varies:
+            raise ValueError("the fusion_bench dialect trims whole models; its density and scaling cannot vary in one.")
         return self
 
     def _check_density(self, density: float) -> None:
@@ -123,6 +145,52 @@ class MergeConfig(Settings):
         """
         return cls.parse(dict(settings), "merge")
 
+    # -- settings that vary over the model ----------------------------------------------------------------------------
+
+    @property
+    def varies(self) -> bool:
+        """Whether some setting has another value in some tensors."""
+        return any(isinstance(schedule, tuple) for key in VARYING for schedule in self._schedules(key))
+
+    def over(self, names: Iterable[str]) -> Callable[[str], MergeConfig]:
+        """The settings by tensor name, for a model with these tensors.
+
+        Raises ConfigError where a gradient has no list of layers to run over.
+        """
+        if not self.varies:
+            return lambda name: self
+        gradients = any(_has_gradient(schedule) for key in VARYING for schedule in self._schedules(key))
+        place = layer_places(names) if gradients else lambda name: 0.0
+        return lambda name: self.at(name, place(name))
+
+    def at(self, name: str, place: float) -> MergeConfig:
+        """The settings of one tensor whose layer lies at ``place`` (0: first, 1: last); nothing varies in them.
+
+        Raises ConfigError when a setting's choices leave this tensor without a value.
+        """
+        changes: dict[str, Any] = {}
+        for key in VARYING:
+            setting = getattr(self, key)
+            if isinstance(setting, dict):
+                changes[key] = {expert: _value(f"{key}.{expert}", one, name, place) for expert, one in setting.items()}
+            elif setting is not None:
+                changes[key] = _value(key, setting, name, place)
+        return self.model_copy(update=changes)
+
+    def _schedules(self, key: str) -> list[Any]:
+        setting = getattr(self, key)
+        if setting is None:
+            return []
+        return list(setting.values()) if isinstance(setting, dict) else [setting]
+
+    # -- by expert; nothing may vary ----------------------------------------------------------------------------------
+
+    def check_experts(self, experts: Iterable[str]) -> None:
+        """Raise ConfigError for an expert without a weight or density, or one of these without an expert."""
+        names = list(experts)
+        for key, setting in (("weights", self.weights), ("density", self.density)):
+            _by_expert(key, 1.0 if setting is None else setting, names)
+
     def weight_of(self, experts: Iterable[str]) -> dict[str, float]:
         """The weight of each expert, in their order.
 
@@ -141,7 +209,20 @@ class MergeConfig(Settings):
         return _by_expert("density", 1.0 if self.density is None else self.density, experts)
 
 
-def _by_expert(setting: str, value: float | Mapping[str, float], experts: Iterable[str]) -> dict[str, float]:
+def _value(key: str, schedule: Any, name: str, place: float) -> float:
+    value = value_at(schedule, name, place)
+    if value is None:
+        raise ConfigError(f"merge: {key} has no value for tensor {name!r}; add an entry without filter.")
+    return value
+
+
+def _has_gradient(schedule: Any) -> bool:
+    if not isinstance(schedule, tuple):
+        return False
+    return any(_has_gradient(entry.value) if isinstance(entry, Choice) else len(schedule) > 1 for entry in schedule)
+
+
+def _by_expert(setting: str, value: Any, experts: Iterable[str]) -> dict[str, Any]:
     names = list(experts)
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)

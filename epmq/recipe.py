@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ import yaml
 from pydantic import Field
 
 from epmq.config import PRESETS, Format, QuantConfig
-from epmq.errors import ConfigError
+from epmq.errors import ConfigError, SourceError
+from epmq.hub import find_model
 from epmq.merge_config import MergeConfig
+from epmq.mergekit import read_mergekit
 from epmq.settings import Settings, nearest
 
 
@@ -45,7 +48,8 @@ class EvaluationSettings(Settings):
 
 
 class Recipe(Settings):
-    """A whole job. Paths are relative to the recipe's folder.
+    """A whole job. Paths are relative to the recipe's folder; models may be hub ids (:mod:`epmq.hub`) instead, and
+    experts LoRA adapters over the base (:mod:`epmq.adapters`).
 
     Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. format: of the
     quantized folder, see docs/formats.md.
@@ -65,6 +69,7 @@ class Recipe(Settings):
 def read_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe; every file it names must exist.
 
+    The key ``mergekit`` names a mergekit configuration (:mod:`epmq.mergekit`) that stands for base, experts and merge.
     Raises ConfigError with one sentence that names the recipe, the key, and the nearest known key where one is unknown.
     """
     path = Path(path)
@@ -76,10 +81,49 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as base: and experts:.")
-    recipe = Recipe.parse({**content, **_with_preset(content, path)}, str(path))
+    return _recipe_of(content, path, path.parent)
+
+
+def recipe_of_mergekit(config: str | Path, calibration: Mapping[str, Path]) -> Recipe:
+    """The job of a mergekit configuration with calibration texts by expert name; quantization has its defaults.
+
+    Paths are relative to the working directory. Raises ConfigError as :func:`read_recipe` does, and for calibration
+    that belongs to no expert or is missing for some.
+    """
+    content: dict[str, Any] = {"mergekit": str(config)}
+    if calibration:
+        content["calibration"] = {"tasks": dict(calibration)}
+    recipe = _recipe_of(content, Path(config), Path())
+    names = list(recipe.experts)
+    for name in calibration:
+        if name not in names:
+            raise ConfigError(f"--calibration: {name!r} is no expert of {config}; its experts are {', '.join(names)}.")
+    for name in names:
+        if calibration and name not in calibration:
+            raise ConfigError(f"--calibration: expert {name!r} has none; {config} has the experts {', '.join(names)}.")
+    return recipe
+
+
+def _recipe_of(content: dict[str, Any], path: Path, folder: Path) -> Recipe:
+    recipe = Recipe.parse({**_without_mergekit(content, path, folder), **_with_preset(content, path)}, str(path))
     if recipe.merge is not None and recipe.merged is not None:
         raise ConfigError(f"{path}: give either merge or merged, not both.")
-    return _resolved(recipe, path.parent, path)
+    return _resolved(recipe, folder, path)
+
+
+def _without_mergekit(content: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
+    """The recipe with what its mergekit configuration says written out."""
+    if content.get("mergekit") is None:
+        return content
+    if not isinstance(content["mergekit"], str):
+        raise ConfigError(f"{path}: mergekit: expected the name of a file, got {content['mergekit']!r}.")
+    rest = {key: value for key, value in content.items() if key != "mergekit"}
+    for key in ("base", "experts", "merge", "merged"):
+        if rest.get(key) is not None:
+            raise ConfigError(f"{path}: {key} and mergekit say the same thing; remove one of them.")
+    read = read_mergekit(folder / content["mergekit"])
+    absolute = {name: where.absolute() for name, where in read.experts.items()}
+    return {**rest, "base": read.base.absolute(), "experts": absolute, "merge": read.merge}
 
 
 def _with_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -101,10 +145,16 @@ def _resolved(recipe: Recipe, folder: Path, path: Path) -> Recipe:
             raise ConfigError(f"{path}: {key}: there is no {found}.")
         return found
 
-    changes: dict[str, Any] = {"base": place("base", recipe.base)}
-    changes["experts"] = {task: place(f"experts.{task}", value) for task, value in recipe.experts.items()}
+    def model(key: str, value: Path) -> Path:
+        try:
+            return find_model(value, folder)
+        except SourceError as error:
+            raise ConfigError(f"{path}: {key}: {error}") from error
+
+    changes: dict[str, Any] = {"base": model("base", recipe.base)}
+    changes["experts"] = {task: model(f"experts.{task}", value) for task, value in recipe.experts.items()}
     if recipe.merged is not None:
-        changes["merged"] = place("merged", recipe.merged)
+        changes["merged"] = model("merged", recipe.merged)
     if recipe.calibration is not None:
         tasks = {task: place(f"calibration.tasks.{task}", v) for task, v in recipe.calibration.tasks.items()}
         changes["calibration"] = recipe.calibration.model_copy(update={"tasks": tasks})

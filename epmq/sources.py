@@ -25,6 +25,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class WeightSource(Protocol):
@@ -110,6 +111,8 @@ class FileSource:
         single = self.path / SINGLE_NAME
         if single.is_file():
             return self._keys_of(single)
+        if (self.path / ADAPTER_CONFIG).is_file():
+            raise SourceError(f"{self.path}: is an adapter, not a whole checkpoint; it can only be used as an expert.")
         found = sorted(self.path.glob("*.safetensors"))
         if len(found) == 1:
             return self._keys_of(found[0])

@@ -130,7 +130,7 @@ def test_help_is_given(arguments: list[str], capsys: pytest.CaptureFixture[str])
     [
         (["quantise"], "No such command 'quantise'"),
         (["quantize", "recipe.yaml"], "Missing option '--out'"),
-        (["quantize", "--out", "out"], "Missing argument 'RECIPE'"),
+        (["quantize", "--out", "out"], "Give either RECIPE or --mergekit FILE"),
     ],
 )
 def test_misuse_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,37 +11,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    (
-        "errors",
-        "quantized",
-        "ties",
-        "norms",
-        "reuse",
-        "console",
-        "memory",
-        "page.markup",
-        "page.numbers",
-        "page.layout",
-    ),
-    ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
-    (
-        "config",
-        "merge_config",
-        "ops",
-        "streams",
-        "skeleton",
-        "inside",
-        "huggingface",
-        "evaluate",
-        "formats.shards",
-        "perplexity",
-        "card",
-    ),
-    ("merge", "statistics", "recipe", "report", "augment"),
-    ("solve", "distill", "page.charts", "page.heat"),
-    ("sweep", "page.sections"),
-    ("group", "linear", "page.document"),
-    ("stacks", "diagnose", "formats.packed", "bench"),
+    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
+    ("page.markup", "page.numbers", "page.layout"),
+    ("settings", "schedules", "hub", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
+    ("config", "merge_config", "adapters", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate"),
+    ("formats.shards", "perplexity", "card"),
+    ("merge", "mergekit", "statistics", "report", "augment"),
+    ("solve", "distill", "recipe"),
+    ("page.charts", "page.heat"),
+    ("page.sections",),
+    ("page.document",),
+    ("sweep",),
+    ("group", "linear"),
+    ("stacks", "diagnose", "bench"),
+    ("formats.packed",),
     ("formats.native", "formats.compressed_tensors", "formats.gptq"),
     ("formats.kinds",),
     ("engine",),
@@ -56,7 +39,7 @@ ORDER: list[tuple[str, ...]] = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What the ground may use of the outside; transformers, rich and the like are met further up.
-HEAVY = {"transformers", "sklearn", "matplotlib", "triton", "lm_eval"}
+HEAVY = {"transformers", "peft", "huggingface_hub", "sklearn", "matplotlib", "triton", "lm_eval"}
 
 
 def module_names() -> list[str]:

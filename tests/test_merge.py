@@ -247,7 +247,7 @@ def test_streamed_fusion_bench_is_the_concatenated_one(
     source = merged(base, named, **FB, density=density, merge_func=merge_func)
     expected = fusion_bench_whole(base, experts, density, merge_func)
     for key in shapes:
-        got = source.tensor_fp32(key) - base[key].float()
+        got = source.tensor_uncast(key) - base[key].float()
         torch.testing.assert_close(got, expected[key], rtol=0, atol=1e-5)
 
 
@@ -288,8 +288,8 @@ def test_computed_in_float32_and_cast_once(settings: dict[str, Any], dtype: torc
     exact = merged(wide[0], {"A": wide[1], "B": wide[2]}, **settings)
     for key in base:
         assert source.tensor(key).dtype == dtype == source.dtype(key)
-        assert source.tensor_fp32(key).dtype == torch.float32
-        assert source.tensor_fp32(key).equal(exact.tensor(key))
+        assert source.tensor_uncast(key).dtype == torch.float32
+        assert source.tensor_uncast(key).equal(exact.tensor(key))
         assert source.tensor(key).equal(exact.tensor(key).to(dtype))
         assert source.tensor(key, torch.float64).equal(exact.tensor(key).double())
 
@@ -298,7 +298,7 @@ def test_computed_in_float32_and_cast_once(settings: dict[str, Any], dtype: torc
 def test_float64_stays_float64(settings: dict[str, Any]) -> None:
     base, a, b = random_models(2, torch.float64)
     source = merged(base, {"A": a, "B": b}, **settings)
-    exact = source.tensor_fp32("x.weight")
+    exact = source.tensor_uncast("x.weight")
     assert exact.dtype == torch.float64
     assert not exact.equal(exact.float().double())
 
@@ -309,7 +309,7 @@ def test_inputs_of_different_dtypes_give_the_dtype_of_the_base(settings: dict[st
     halves = {k: v.half() for k, v in base.items()}
     source = merged(halves, {"A": {k: v.bfloat16() for k, v in a.items()}, "B": b}, **settings)
     assert all(tensor.dtype == torch.float16 for tensor in tensors(source).values())
-    assert source.tensor_fp32("norm").dtype == torch.float32
+    assert source.tensor_uncast("norm").dtype == torch.float32
 
 
 def test_result_outside_the_dtype_is_refused() -> None:
@@ -321,7 +321,7 @@ def test_result_outside_the_dtype_is_refused() -> None:
     with pytest.raises(ConfigError, match="int8 cannot hold tensor 'x'"):
         source.tensor("x", torch.int8)
     with pytest.raises(NumericalError, match=r"'x' leaves the range of torch\.float32"):
-        merged(base, {"A": far}, scaling=1e38).tensor_fp32("x")
+        merged(base, {"A": far}, scaling=1e38).tensor_uncast("x")
 
 
 # -- one tensor at a time -----------------------------------------------------------------------------------------

@@ -44,6 +44,14 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"A": 1.0}}, "weights lacks expert 'B'"),
     ({"weights": w(1, 1) | {"BB": 1.0}}, "weights names 'BB', which is no expert; did you mean 'B'"),
     (MK | {"density": {"A": 0.5}}, "density lacks expert 'B'"),
+    ({"scaling": []}, "scaling: Input should be a number or a list that is not empty"),
+    ({"scaling": [0.1, "x"]}, "scaling: Input should be a valid number"),
+    ({"scaling": [{"filter": "mlp"}]}, "an entry of a list by tensor name has the keys filter and value"),
+    (MK | {"density": [0.5, 1.5]}, "between 0 and 1; got 1.5"),
+    (FB | {"scaling": [0.1, 0.2]}, "the fusion_bench dialect trims whole models"),
+    (FB | {"dtype": "bfloat16"}, "dtype has no meaning for ties in the fusion_bench dialect"),
+    ({"dtype": "int8"}, "dtype: Input should be 'stored', 'float32', 'float16', 'bfloat16' or 'float64'"),
+    ({"out_dtype": "stored"}, "out_dtype: Input should be 'float32'"),
     (AVG | {"weights": w(0, 0)}, "the weights sum to 0"),
     (AVG | {"weights": w(1, -1)}, "the weights sum to 0"),
     (AVG | {"base_weight": -2.0}, "the weights sum to 0"),
@@ -64,6 +72,29 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], sentence: str) -
     assert sentence in message
     assert message.endswith((".", "?"))
     assert "\n" not in message
+
+
+def test_settings_that_vary_over_the_model() -> None:
+    config = MergeConfig.read(
+        {"weights": {"A": [0, 1], "B": [{"filter": "mlp", "value": 2.0}, {"value": [4, 8]}]}, "scaling": 0.5}
+    )
+    assert config.varies
+    assert MergeConfig.model_validate(config.model_dump()) == config
+    at = config.over([f"h.{i}.{part}" for i in range(3) for part in ("mlp", "attn")] + ["norm"])
+    assert at("h.1.attn").weight_of("AB") == {"A": 0.5, "B": 6.0}
+    assert at("h.2.mlp").weight_of("AB") == {"A": 1.0, "B": 2.0}
+    assert at("norm").weight_of("AB") == {"A": 0.0, "B": 4.0}
+    assert not at("norm").varies
+    with pytest.raises(ConfigError, match="found are 'decoder', 'encoder'"):
+        config.over(["encoder.0.x", "decoder.0.x"])
+
+
+def test_an_average_of_weights_that_cancel_in_one_tensor() -> None:
+    config = MergeConfig.read(AVG | {"weights": {"A": 1.0, "B": [{"filter": "mlp", "value": -1.0}, {"value": 1.0}]}})
+    at = config.over(["h.0.mlp", "h.0.attn"])
+    assert at("h.0.attn").weight_of("AB") == {"A": 1.0, "B": 1.0}
+    with pytest.raises(ConfigError, match="the weights sum to 0"):
+        at("h.0.mlp").weight_of("AB")
 
 
 def test_config_is_frozen_and_shows_what_was_used() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from merge_files import compare_adapters, compare_yaml
 from torch import Tensor, nn
 
 from epmq.merge import merge
@@ -168,6 +169,9 @@ PEERS: dict[str, Callable[[Trio, Settings], Model]] = {
     "fusion_bench": fusion_bench,
 }
 
+# Comparisons on model folders, which need transformers as well.
+FILES: dict[str, Callable[[], tuple[int, int]]] = {"mergekit": compare_yaml, "peft": compare_adapters}
+
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +284,10 @@ def main() -> int:
         present.append(f"{peer} {importlib.metadata.version(peer)}")
         cases, disagreeing = compare(peer)
         total, failures = total + cases, failures + disagreeing
+        files = FILES.get(peer)
+        if files is not None:
+            cases, disagreeing = files()
+            total, failures = total + cases, failures + disagreeing
     if not present:
         print("There is no peer in this environment; see benchmarks/peers/README.md.")
         return 2

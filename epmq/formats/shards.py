@@ -58,8 +58,11 @@ class ShardWriter:
         if self._waiting_bytes and self._waiting_bytes + size > self.shard_bytes:
             self._flush()
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with open(self.folder / _part(width), "ab") as handle:
-            handle.write(data)
+        try:
+            with open(self.folder / _part(width), "ab") as handle:
+                handle.write(data)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} at the {size} bytes of tensor {name!r}") from error
         self._waiting[width].append(_Entry(name, tensor.dtype, list(tensor.shape), size))
         self._waiting_bytes += size
         self.total_bytes += size

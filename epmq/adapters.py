@@ -1,0 +1,320 @@
+"""PEFT LoRA adapters over a base, read as full checkpoints: W + s·B·A, computed for one tensor when it is asked for.
+
+Low-rank adaptation: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (arXiv 2312.03732).
+Files and meaning as peft 0.21 writes them; the sum equals its ``merge_and_unload``, kind by kind, in tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor
+
+from epmq.errors import ConfigError, SourceError
+from epmq.hub import find_model, name_of
+from epmq.settings import Settings
+from epmq.sources import ADAPTER_CONFIG, DictSource, FileSource, WeightSource, open_source, read_finite
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+}  # fmt: skip
+BASE_COPY = ".base_layer.weight"
+# Initialisations that leave the base's weights as they are; the others subtract from them what the factors start with.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+# Keys that say how an adapter was trained, and nothing about its sum with the base.
+OF_TRAINING = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "ephemeral", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "loftq_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+
+
+class AdapterConfig(Settings):
+    """What adapter_config.json says about the sum. r: rank. lora_alpha: the scale is alpha/r, or alpha/√r with
+    use_rslora. rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its own value}.
+    fan_in_fan_out: the adapted weights are stored [in, out], as transformers' Conv1D does.
+    modules_to_save: modules trained whole."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = 8.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] = Field(default_factory=list)
+    base_model_name_or_path: str | None = None
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _valid_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return patterns
+
+    def rank_of(self, module: str) -> int:
+        rank: int = _by_pattern(self.rank_pattern, module, self.r)
+        return rank
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        alpha: float = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def saves(self, key: str) -> bool:
+        """Whether a tensor belongs to a module that was trained whole."""
+        return any(f".{module}." in f".{key}" for module in self.modules_to_save)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Names of the factors of one weight in the adapter's file, and how their product is added to it."""
+
+    a: str
+    b: str
+    scale: float
+    turned: bool
+    embedding: bool
+
+
+class AdapterSource:
+    """A base with a LoRA adapter on it, as a weight source with the base's names, shapes and dtypes.
+
+    ``tensor`` adds s·B·A to a base tensor in float32, or float64 where one of them is, and casts to the base's dtype;
+    at most one tensor and its product are held. Modules saved whole replace the base's tensors.
+
+    Raises SourceError naming the folder and the tensor or key at fault, for kinds of adapters whose sum is another
+    (DoRA, LoRA with biases, trained tokens, ...), and for an adapter made for another base.
+    """
+
+    def __init__(self, folder: str | Path, base: WeightSource):
+        self.folder = Path(folder)
+        self.base = base
+        self.config = read_adapter_config(self.folder)
+        weights = self.folder / ADAPTER_WEIGHTS
+        if not weights.is_file():
+            raise SourceError(
+                f"{self.folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; save the adapter as safetensors."
+            )
+        self.file = FileSource(weights)
+        self.notes = self._notes()
+        self._pairs: dict[str, _Pair] = {}
+        self._whole: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
+        self._match()
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder} on {self.base.name}"
+
+    def keys(self) -> list[str]:
+        return self.base.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.base.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.base.dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        if key in self._whole:
+            return read_finite(self.file, self._whole[key]).to(self.dtype(key))
+        weight = self.base.tensor(key)
+        if key in self._copies and not torch.equal(self.file.tensor(self._copies[key]).to(weight), weight):
+            raise SourceError(
+                f"{self.folder}: its copy {self._copies[key]!r} differs from {key!r} of {self.base.name};"
+                " the adapter was made for another base."
+            )
+        pair = self._pairs.get(key)
+        if pair is None:
+            return weight
+        product = (_wide(read_finite(self.file, pair.b)) @ _wide(read_finite(self.file, pair.a))).mul_(pair.scale)
+        if pair.turned:
+            product = product.T
+        # Where the weight is narrower, the sum is rounded once; peft rounds an embedding's product before as well.
+        return (weight + (product.to(weight.dtype) if pair.embedding else product)).to(weight.dtype)
+
+    # -- what belongs where -------------------------------------------------------------------------------------------
+
+    def _match(self) -> None:
+        factors: dict[str, dict[str, str]] = {}
+        plain: dict[str, str] = {}
+        for stored in self.file.keys():
+            if not stored.startswith(PREFIX):
+                raise SourceError(
+                    f"{self.file.name}: tensor {stored!r} does not begin with {PREFIX!r}, as in peft's files."
+                )
+            inner = stored.removeprefix(PREFIX)
+            suffix = next((end for end in (*FACTORS, BASE_COPY) if inner.endswith(end)), None)
+            if suffix == BASE_COPY:
+                self._copies[inner.removesuffix(BASE_COPY) + ".weight"] = stored
+            elif suffix is not None:
+                factors.setdefault(inner.removesuffix(suffix), {})[FACTORS[suffix]] = stored
+            elif self.config.saves(inner):
+                plain[inner] = stored
+            else:
+                raise SourceError(
+                    f"{self.file.name}: tensor {stored!r} belongs to no kind of LoRA that can be added here."
+                )
+        if not factors and not plain:
+            raise SourceError(f"{self.file.name}: holds no factors of an adapter.")
+        wanted = [f"{module}.weight" for module in factors] + [*plain, *self._copies]
+        rename = self._renaming(wanted)
+        self._copies = {rename(key): stored for key, stored in self._copies.items()}
+        self._whole = {rename(key): stored for key, stored in plain.items()}
+        for key, stored in self._whole.items():
+            self._require_shape(stored, self.file.shape(stored), key)
+        for module, parts in factors.items():
+            key = rename(f"{module}.weight")
+            for name in self._names_of(key):
+                self._pairs[name] = self._pair(module, parts, key)
+        for key in (*self._pairs, *self._whole):
+            if not self.base.dtype(key).is_floating_point:
+                raise SourceError(
+                    f"{self.folder}: tensor {key!r} of {self.base.name} is {self.base.dtype(key)}; an adapter needs a"
+                    " float base."
+                )
+
+    def _names_of(self, key: str) -> list[str]:
+        """The names under which a base in memory holds this tensor: tied parameters change together."""
+        if not isinstance(self.base, DictSource):
+            return [key]
+        tensor = self.base.tensor(key)
+        others = [(name, self.base.tensor(name)) for name in self.base.keys()]
+        return [n for n, other in others if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape]
+
+    def _renaming(self, wanted: list[str]) -> Callable[[str], str]:
+        """From the adapter's names to the base's, which may lack or have one more prefix for all of them."""
+        present = set(self.base.keys())
+        first = wanted[0].split(".")[0] + "."
+        rules: list[Callable[[str], str]] = [lambda key: key, lambda key: key.removeprefix(first)]
+        rules += [head.__add__ for head in sorted({key.split(".")[0] + "." for key in present})]
+        for rule in rules:
+            if all(rule(key) in present for key in wanted):
+                return rule
+        missing = next(key for key in wanted if key not in present)
+        if self.config.saves(missing):
+            raise SourceError(
+                f"{self.folder}: the adapter brings {missing!r} whole (modules_to_save), which {self.base.name} does"
+                " not have; a head of its own or a tied output has no counterpart: add it to the base, or leave it out."
+            )
+        raise SourceError(
+            f"{self.folder}: the adapter changes {missing!r}, which {self.base.name} does not have;"
+            f" it was made for another base (it names {self.config.base_model_name_or_path!r})."
+        )
+
+    def _pair(self, module: str, parts: Mapping[str, str], key: str) -> _Pair:
+        if len(parts) < 2:
+            (there,) = parts.values()
+            raise SourceError(f"{self.file.name}: tensor {there!r} has no counterpart; the file is incomplete.")
+        a, b = self.file.shape(parts["A"]), self.file.shape(parts["B"])
+        if len(a) != 2 or len(b) != 2:
+            raise SourceError(
+                f"{self.file.name}: tensor {parts['A']!r} has {len(a)} dimensions; only adapters of linear and"
+                " embedding layers can be added."
+            )
+        rank = self.config.rank_of(module)
+        if a[0] != rank or b[1] != rank:
+            raise SourceError(
+                f"{self.file.name}: tensor {parts['A']!r} has rank {a[0]}, {ADAPTER_CONFIG} says {rank};"
+                " they do not belong together."
+            )
+        embedding = parts["A"].endswith("embedding_A")
+        turned = self.config.fan_in_fan_out or embedding
+        self._require_shape(parts["B"], (a[1], b[0]) if turned else (b[0], a[1]), key)
+        return _Pair(parts["A"], parts["B"], self.config.scale_of(module), turned, embedding)
+
+    def _require_shape(self, stored: str, shape: tuple[int, ...], key: str) -> None:
+        expected = self.base.shape(key)
+        if shape == expected:
+            return
+        turned = "; fan_in_fan_out does not fit this layer" if shape == expected[::-1] else ""
+        raise SourceError(
+            f"{self.folder}: {stored!r} makes a weight of shape {list(shape)}, but {key!r} of {self.base.name} has"
+            f" {list(expected)}; the adapter was made for another base{turned}."
+        )
+
+    def _notes(self) -> list[str]:
+        named, path = self.config.base_model_name_or_path, Path(self.base.name)
+        if not named or named in (self.base.name, name_of(path).partition("@")[0]) or Path(named).name == path.name:
+            return []
+        return [f"{self.folder}: the adapter names {named!r} as its base; it is applied to {self.base.name}."]
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The adapter's configuration; raises SourceError naming the first key that would change the sum in another way."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        kind = content.get("peft_type") if isinstance(content, dict) else None
+        raise SourceError(f"{file}: peft_type is {kind!r}; only LORA adapters can be added to a base.")
+    known = set(AdapterConfig.model_fields)
+    initial = content.pop("init_lora_weights", True)
+    if initial not in PLAIN_INITIALISATIONS:
+        raise SourceError(
+            f"{file}: init_lora_weights {initial!r} changed the base's weights; convert the adapter to plain LoRA when"
+            " saving it (path_initial_model_for_weight_conversion)."
+        )
+    if content.pop("bias", "none") != "none":
+        raise SourceError(f"{file}: bias is trained too, which is not supported; only bias: none is.")
+    for key in sorted(set(content) - known - OF_TRAINING):
+        # A feature that is switched off changes nothing, whatever it would have done.
+        if content[key] not in (None, False, [], {}, ""):
+            raise SourceError(
+                f"{file}: {key} is set to {json.dumps(content[key])[:60]}, which is not supported;"
+                f" supported are plain LoRA's keys ({', '.join(sorted(known | {'init_lora_weights', 'bias'}))})."
+            )
+    given = {key: value for key, value in content.items() if key in known and value is not None}
+    try:
+        return AdapterConfig.parse(given, str(file))
+    except ConfigError as error:
+        raise SourceError(str(error)) from error
+
+
+def open_model(what: Any, name: str, base: WeightSource | None = None) -> WeightSource:
+    """A model's weights: a checkpoint (path, hub id, module, state dict, source), or the path or hub id of a LoRA
+    adapter, which is read as ``base`` with the adapter on it. ``name`` is how messages call it.
+
+    Raises SourceError, also for an adapter where no base is given.
+    """
+    if not isinstance(what, (str, Path)):
+        return open_source(what, name)
+    try:
+        path = find_model(what)
+    except SourceError as error:
+        raise SourceError(f"{name}: {error}") from error
+    if not (path / ADAPTER_CONFIG).is_file():
+        return open_source(path, name)
+    if base is None:
+        raise SourceError(f"{name}: {path} is an adapter, which needs the model it was trained on; give that as base.")
+    return AdapterSource(path, base)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, from a dot on, as in peft."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
