@@ -3,7 +3,7 @@
     python benchmarks/whole_job.py --data UNFOLDED [--rounds 3] [--threads 2]
 
 llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches.
-Each run is a process of its own, so that its peak memory is its own; the rounds are interleaved, medians are told. The rival
+Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The rival
 runs in its own environment (``make peers``) and is named when that is absent. Writes results/whole_job.json.
 """
 
