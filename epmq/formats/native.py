@@ -20,6 +20,7 @@ from epmq import files
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from epmq.linear import QuantLinear, set_submodule
+from epmq.orientation import features_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words
 from epmq.sources import FileSource
 
@@ -160,7 +161,7 @@ class NativeReader:
                 raise FormatError(
                     f"{self.folder}: the model has no submodule {name!r}; load into the same class."
                 ) from None
-            size = (getattr(replaced, "in_features", None), getattr(replaced, "out_features", None))
+            size = features_of(replaced) or (None, None)
             if size != (facts.in_features, facts.out_features):
                 raise FormatError(
                     f"{self.folder}: linear {name!r} is {facts.in_features} -> {facts.out_features} here but"
