@@ -115,4 +115,8 @@ def arguments() -> dict[str, Any]:
         return {}
 
 
-setup(packages=["epmq", "epmq.formats", "epmq.kernels"], package_dir={"epmq.kernels": "kernels"}, **arguments())
+setup(
+    packages=["epmq", "epmq.formats", "epmq.papers", "epmq.kernels"],
+    package_dir={"epmq.kernels": "kernels"},
+    **arguments(),
+)

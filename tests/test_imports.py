@@ -24,7 +24,10 @@ ORDER: list[tuple[str, ...]] = [
     ("api",),
     ("__init__",),
     ("jobs", "compare", "environment"),
-    ("demo",),
+    ("demo", "papers.settings"),
+    ("papers.hub", "papers.checkpoints"),
+    ("papers.clip", "papers.glue", "papers.causal"),
+    ("papers.run",),
     ("cli",),
     ("__main__",),
 ]
