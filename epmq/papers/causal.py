@@ -1,4 +1,4 @@
-"""Language models (MergeBench): calibrated on its validation texts, left in folders for lm-eval and the like to score."""
+"""Language models (MergeBench): calibrated on its validation texts, left in folders for others to score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epmq.data import padded_batches, tokenize
 from epmq.errors import ConfigError
 from epmq.merge import merge
 from epmq.papers.checkpoints import ForModule
-from epmq.papers.hub import Rows, model_folder, take
+from epmq.papers.hub import Rows, model_folder, read
 from epmq.papers.settings import Paper
 from epmq.sources import FileSource, WeightSource
 
@@ -40,9 +40,7 @@ class CausalBenchmark:
             if data.template is None:
                 raise ConfigError(f"data.{task}.template: say how a text is made of the columns, as in '{{text}}'.")
             columns = [name for _, name, _, _ in Formatter().parse(data.template) if name]
-            rows = take(
-                self.rows(data, data.train, self.paper.seed), self.paper.examples, columns, f"{data.path}, {data.train}"
-            )
+            rows = read(self.rows, data, data.train, self.paper.seed, self.paper.examples, columns)
             ids = tokenize(self.tokenizer, [data.template.format(**row) for row in rows], self.paper.max_length)
             # The padding is masked everywhere, so any token will do where the tokenizer has none for it.
             pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0

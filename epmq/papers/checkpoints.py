@@ -48,8 +48,8 @@ class ForModule:
 
 
 class PartOf:
-    """A whole model of which one part, under ``prefix``, comes from elsewhere: what an expert that was published without
-    the rest (a projection, a head) amounts to."""
+    """A whole model of which one part, under ``prefix``, comes from elsewhere: an expert that was published without the
+    rest (a projection, a head)."""
 
     def __init__(self, whole: nn.Module, prefix: str, part: WeightSource):
         self._whole, self._prefix, self._part = DictSource(whole.state_dict(), "base"), prefix, part

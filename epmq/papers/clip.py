@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from epmq.errors import CalibrationError, ModelError
 from epmq.merge import merge
 from epmq.papers.checkpoints import ForModule, PartOf
-from epmq.papers.hub import Rows, class_names, model_folder, take
+from epmq.papers.hub import Rows, batched, class_names, model_folder, read
 from epmq.papers.settings import DataSet, Paper
 from epmq.sources import FileSource, WeightSource
 
@@ -51,28 +51,24 @@ class ClipBenchmark:
         """Images of the training splits, through the base's processor; no label is read."""
         batches = {}
         for task, data in self.paper.data.items():
-            rows = self.rows(data, data.train, self.paper.seed)
-            found = take(rows, self.paper.examples, [data.image], f"{data.path}, {data.train}")
-            batches[task] = [{"pixel_values": self._pixels(data, part)} for part in self._batched(found)]
+            rows = read(self.rows, data, data.train, self.paper.seed, self.paper.examples, [data.image])
+            batches[task] = [
+                {"pixel_values": self._pixels(data, batch)} for batch in batched(rows, self.paper.batch_size)
+            ]
         return batches
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: str) -> float:
-        data = self.paper.data[task]
-        rows = take(
-            self.rows(data, data.test, None),
-            self.paper.test_examples,
-            [data.image, data.label],
-            f"{data.path}, {data.test}",
-        )
+        data, right, seen = self.paper.data[task], 0, 0
         device = next(model.parameters()).device
-        right = 0
-        for part in self._batched(rows):
-            features = model(pixel_values=self._pixels(data, part).to(device)).image_embeds.float().cpu()
-            # The temperature is positive and lengths of features are common to all classes: neither moves the maximum.
+        rows = read(self.rows, data, data.test, None, self.paper.test_examples, [data.image, data.label])
+        for batch in batched(rows, self.paper.batch_size):
+            features = model(pixel_values=self._pixels(data, batch).to(device)).image_embeds.float().cpu()
+            # The temperature is positive and a feature's length is common to all classes: neither moves the maximum.
             chosen = (features @ self.heads[task].T).argmax(1)
-            right += int((chosen == torch.tensor([row[data.label] for row in part])).sum())
-        return 100.0 * right / len(rows)
+            right += int((chosen == torch.tensor([row[data.label] for row in batch])).sum())
+            seen += len(batch)
+        return 100.0 * right / seen
 
     def _head(self, clip: Any, task: str, prompts: Mapping[str, Any]) -> Tensor:
         if task not in prompts:
@@ -88,10 +84,6 @@ class ClipBenchmark:
         pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels
 
-    def _batched(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        size = self.paper.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
 
 def image_tower(clip: Any) -> nn.Module:
     """A CLIPVisionModelWithProjection with the image tower and projection of a CLIPModel."""
@@ -99,7 +91,7 @@ def image_tower(clip: Any) -> nn.Module:
 
     if not isinstance(clip, transformers.CLIPModel):
         raise ModelError(f"a clip paper needs a CLIPModel as base, got {type(clip).__name__}.")
-    config = copy.deepcopy(clip.config.vision_config)
+    config: Any = copy.deepcopy(clip.config.vision_config)
     config.projection_dim = clip.config.projection_dim
     tower: nn.Module = transformers.CLIPVisionModelWithProjection(config).eval()
     tower.get_submodule(TUNED).load_state_dict(clip.vision_model.state_dict())
@@ -109,7 +101,7 @@ def image_tower(clip: Any) -> nn.Module:
 
 @torch.no_grad()
 def zero_shot_head(clip: Any, tokenizer: Any, classes: list[str], templates: list[str]) -> Tensor:
-    """fp32 ``[C, D]``: each class's prompts embedded, normalised, averaged and normalised again (Radford et al. 2021)."""
+    """fp32 ``[C, D]``: each class's prompts embedded, normalised, averaged, normalised again (Radford et al. 2021)."""
     rows = []
     for name in classes:
         texts = tokenizer([template.format(name) for template in templates], padding=True, return_tensors="pt")

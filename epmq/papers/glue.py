@@ -14,7 +14,7 @@ from epmq.data import padded_batches, tokenize
 from epmq.errors import CalibrationError
 from epmq.merge import merge
 from epmq.papers.checkpoints import ForModule
-from epmq.papers.hub import Rows, model_folder, take
+from epmq.papers.hub import Rows, model_folder, read
 from epmq.papers.settings import Paper
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import FileSource, WeightSource
@@ -47,10 +47,7 @@ class GlueBenchmark:
         for task, data in self.paper.data.items():
             expert: Any = meta_copy(self.base)
             fill(expert, "", self.experts[task], torch.float32)
-            rows = take(
-                self.rows(data, data.train, self.paper.seed), self.paper.examples, self._columns(task),
-                f"{data.path}, {data.train}",
-            )  # fmt: skip
+            rows = list(read(self.rows, data, data.train, self.paper.seed, self.paper.examples, self._columns(task)))
             batches[task] = []
             for _, inputs in self._inputs(task, rows):
                 answers = self._answers(expert, inputs)
@@ -63,20 +60,19 @@ class GlueBenchmark:
     @torch.no_grad()
     def score(self, model: nn.Module, task: str) -> float:
         data = self.paper.data[task]
-        rows = take(
-            self.rows(data, data.test, None), self.paper.test_examples, [*self._columns(task), data.label],
-            f"{data.path}, {data.test}",
-        )  # fmt: skip
+        columns = [*self._columns(task), data.label]
+        rows = list(read(self.rows, data, data.test, None, self.paper.test_examples, columns))
         texts: list[str] = [""] * len(rows)
         for places, inputs in self._inputs(task, rows):
             answers = self.tokenizer.batch_decode(self._answers(model, inputs), skip_special_tokens=True)
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = answer
         labels = [row[data.label] for row in rows]
-        answers = self.prompts[task].get("answers")
-        if answers is None:
+        known: list[str] | None = self.prompts[task].get("answers")
+        if known is None:
             return 100.0 * spearman(torch.tensor([number_in(text) for text in texts]), torch.tensor(labels))
-        return 100.0 * sum(text == answers[label] for text, label in zip(texts, labels, strict=True)) / len(rows)
+        right = [text == known[label] for text, label in zip(texts, labels, strict=True)]
+        return 100.0 * right.count(True) / len(rows)
 
     @property
     def _pad(self) -> int:
@@ -95,8 +91,9 @@ class GlueBenchmark:
         device = next(model.parameters()).device
         given = {name: tensor.to(device) for name, tensor in inputs.items()}
         with torch.no_grad():
-            ids: Tensor = model.generate(**given, max_new_tokens=self.paper.generated, num_beams=1, do_sample=False)
-        return ids.cpu()
+            ids = model.generate(**given, max_new_tokens=self.paper.generated, num_beams=1, do_sample=False)
+        found: Tensor = ids.cpu()
+        return found
 
 
 def number_in(text: str) -> float:
@@ -117,5 +114,5 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 def _ranks(values: Tensor) -> Tensor:
     _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count.double() - 1) / 2)[place]
+    mean_rank: Tensor = count.cumsum(0).double() - (count.double() - 1) / 2
+    return mean_rank[place]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from epmq.papers.settings import DataSet
 
 Rows = Callable[[DataSet, str, int | None], Iterable[Mapping[str, Any]]]
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-SHUFFLED_AT_ONCE = 10_000
+SHUFFLED_AT_ONCE = 2_000  # encoded images of a streamed split are held that long
 
 
 def model_folder(name: str) -> Path:
@@ -24,7 +24,7 @@ def model_folder(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise ModelError(
-            f"{name}: no such folder, and without huggingface_hub nothing can be downloaded: pip install 'epmq[papers]'."
+            f"{name}: no such folder, and downloading needs huggingface_hub: pip install 'epmq[papers]'."
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
@@ -41,23 +41,37 @@ def hub_rows(data: DataSet, split: str, seed: int | None) -> Iterable[Mapping[st
     except ImportError as error:
         raise CalibrationError(f"{data.path}: reading it needs datasets: pip install 'epmq[papers]'.") from error
     try:
-        rows = datasets.load_dataset(data.path, data.subset, split=split, streaming=True)
+        rows: Any = datasets.load_dataset(data.path, data.subset, split=split, streaming=True)
     except Exception as error:  # what goes wrong is up to the data set's own script or server
         raise CalibrationError(f"{data.path}: split {split!r} cannot be loaded ({_first_line(error)}).") from error
-    return rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
+    found: Iterable[Mapping[str, Any]] = rows
+    return found if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
 
 
-def take(rows: Iterable[Mapping[str, Any]], count: int | None, columns: list[str], where: str) -> list[dict[str, Any]]:
-    """The named columns of the first ``count`` rows (None: all). Raises CalibrationError for a missing column or no row."""
-    found = []
-    for row in itertools.islice(rows, count):
+def read(
+    rows: Rows, data: DataSet, split: str, seed: int | None, count: int | None, columns: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The named columns of the first ``count`` rows of a split (None: all), one row at a time.
+
+    Raises CalibrationError for a missing column, and for a split without rows.
+    """
+    empty = True
+    for row in itertools.islice(rows(data, split, seed), count):
+        empty = False
         for column in columns:
             if column not in row:
-                raise CalibrationError(f"{where}: there is no column {column!r}; it has {', '.join(sorted(row))}.")
-        found.append({column: row[column] for column in columns})
-    if not found:
-        raise CalibrationError(f"{where}: it has no rows.")
-    return found
+                known = ", ".join(sorted(row))
+                raise CalibrationError(f"{data.path}, {split}: there is no column {column!r}; it has {known}.")
+        yield {column: row[column] for column in columns}
+    if empty:
+        raise CalibrationError(f"{data.path}, {split}: it has no rows.")
+
+
+def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows in lists of ``size``, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
 
 
 def class_names(rows: Any, label: str, where: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A paper's benchmark as settings: where models and data are, how they are merged, which rows are made, what is published.
+"""A paper's benchmark as settings: models, data, merge, the rows to make, and what is published.
 
 The files are in recipes/, what they mean in docs/families.md.
 """
@@ -56,8 +56,8 @@ class Published(Settings):
 class Paper(Settings):
     """kind: ``clip`` (image towers, zero-shot heads of the base's text tower), ``glue`` (text to text, exact match) or
     ``causal`` (language models, saved for scoring elsewhere). base, experts: hub ids or folders. examples: calibration
-    inputs per task, drawn from the training split with ``seed``. generated: tokens of an answer, at most. test_examples:
-    of each test split; null is all. quantization: :class:`epmq.QuantConfig` settings of all quantized rows.
+    inputs per task, drawn from the training split with ``seed``. generated: most tokens of an answer. test_examples: of
+    each test split; null is all. quantization: :class:`epmq.QuantConfig` settings of all quantized rows.
     """
 
     title: str
