@@ -241,11 +241,12 @@ class BlockRunner:
     def depends_on(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str) -> bool:
         """Whether the hidden states that reach a block change with the model's input ``key``."""
         value = inputs[key]
-        if value.is_floating_point():
-            changed = value + 1.0
-        else:
-            # Any other id that every vocabulary has; negative labels mean nothing and stay.
-            changed = torch.where(value > 0, value - 1, torch.where(value == 0, 1, value))
+        # What another example has is surely allowed; where all are alike, any other id that every vocabulary has.
+        changed = value.roll(1, 0)
+        if torch.equal(changed, value):
+            changed = (
+                value + 1 if value.is_floating_point() else torch.where(value > 0, value - 1, (value == 0) + value)
+            )
         one, other = (self.capture(address, {**inputs, key: v}, state).hidden for v in (value, changed))
         return one.shape != other.shape or not torch.equal(one, other)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import textbook
 import torch
+from checkpoints import ROOT
 from families import KINDS, TASKS, Job, make_job
 from torch import Tensor, nn
 
 import epmq
 from epmq import QuantConfig, QuantLinear
-from epmq.blocks import is_norm
+from epmq.blocks import BlockRunner, StreamState, is_norm
 from epmq.linear import replace_linear, restore_linear
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
@@ -307,3 +309,32 @@ def test_conv1d_that_is_not_rounded_stays_as_it_is_stored(bits: int | None) -> N
         assert torch.equal(module.get_parameter("weight"), merged) == name.endswith("c_proj")
     error = next(row["tasks"]["a"] for row in result.report["layers"] if row["linear"] == "transformer.h.0.mlp.c_fc")
     assert error["epmq"] < error["merged"]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_families_is_this_files() -> None:
+    text = (ROOT / "docs" / "families.md").read_text()
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\w+) \|", text, re.MULTILINE)
+    assert rows[: len(KINDS)] == [(family, kind.model) for family, kind in KINDS.items()]
+    told = re.findall(r"^\| `(test_\w+)` \|", text, re.MULTILINE)
+    assert told == [name for name, thing in globals().items() if name in told and callable(thing)]
+    assert len(told) == 7
+
+
+@pytest.mark.parametrize("key", ["input_ids", "decoder_input_ids"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_which_input_a_block_works_on_is_tried_out(key: str, alike: bool) -> None:
+    job = job_of("t5")
+    runner = BlockRunner(copy.deepcopy(job.merged))
+    batch = dict(job.calibration["a"][0])
+    if alike:  # one example, or many of one kind: then the ids themselves are changed
+        batch = {name: tensor[:1].expand_as(tensor) for name, tensor in batch.items()}
+    runner.follow(batch)
+    encoder, decoder = runner.addresses[0], runner.addresses[2]
+    assert (encoder.list_name, decoder.list_name) == ("encoder.block", "decoder.block")
+    state = StreamState()
+    state.outputs["encoder.block"] = runner.capture(encoder, batch, state).run(runner.block(encoder))
+    found = [runner.depends_on(address, batch, state, key) for address in (encoder, decoder)]
+    assert found == [key == "input_ids", key == "decoder_input_ids"]
