@@ -33,8 +33,8 @@ class _Example:
 
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
-    """Features ``[B, D]`` of a batch: the model's first output, or for a language model what its output embeddings
-    read, averaged over unmasked positions when it has them."""
+    """Features ``[B, D]`` of a batch: the model's first output, for a language model what its output embeddings read,
+    for one that compares images and texts the features of both; averaged over unmasked positions when it has them."""
     hidden = _last_hidden(model, batch).float()
     if hidden.dim() == 2:
         return hidden
@@ -49,6 +49,8 @@ def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
     head = find_head() if callable(find_head) else None
     if not isinstance(head, nn.Module):
         output = model(**batch.inputs)
+        if isinstance(output, Mapping) and {"image_embeds", "text_embeds"} <= set(output):
+            return torch.cat([output["image_embeds"], output["text_embeds"]], -1)
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
         return hidden
     seen: list[Tensor] = []

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 import epmq
 from epmq import QuantConfig, QuantLinear
 from epmq.blocks import BlockRunner, StreamState, is_norm
+from epmq.distill import take
 from epmq.linear import replace_linear, restore_linear
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
 from epmq.quantized import column_groups
+from epmq.streams import make_streams
 from epmq.sweep import quantize_to_nearest
 
 transformers = pytest.importorskip("transformers")
@@ -309,6 +311,29 @@ def test_conv1d_that_is_not_rounded_stays_as_it_is_stored(bits: int | None) -> N
         assert torch.equal(module.get_parameter("weight"), merged) == name.endswith("c_proj")
     error = next(row["tasks"]["a"] for row in result.report["layers"] if row["linear"] == "transformer.h.0.mlp.c_fc")
     assert error["epmq"] < error["merged"]
+
+
+@pytest.mark.parametrize("family", ["t5", "flan-t5", "clip", "clip-vision", "gpt2"])
+def test_distillation_takes_every_kind_of_output(family: str) -> None:
+    job = job_of(family)
+    config = QuantConfig(group_size=16, distill={"steps": 2, "examples": 3, "copies": 1}, diagnostics=False)
+    result = epmq.quantize(job.merged, job.experts, job.calibration, config)
+    assert sum(isinstance(module, QuantLinear) for module in result.model.modules()) == job.kind.linears
+    assert result.report["stages"]["distill"]["last_loss"] > 0.0
+
+
+def test_some_examples_of_a_batch_keep_what_their_decoder_reads() -> None:
+    """The text's padding says nothing about the decoder's, though both are as long."""
+    batch = make_streams({"a": job_of("t5").calibration["a"][:1]})["a"][0]
+    rows = torch.tensor([1, 4])
+    part = take(batch, rows)
+    longest = int(batch.inputs["attention_mask"][rows].sum(1).max())
+    assert part.inputs["input_ids"].shape == (2, longest) != (2, 10)
+    for name in ("decoder_input_ids", "decoder_attention_mask"):
+        assert torch.equal(part.inputs[name], batch.inputs[name][rows])
+    assert part.decoder_weights is not None
+    assert batch.decoder_weights is not None
+    assert torch.equal(part.decoder_weights, batch.decoder_weights[rows])
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
