@@ -9,9 +9,10 @@ MINILM8 ?= ../shared/minilm8
 UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 LOADERS := build/loaders
+TRANSFORMERS4 := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
+.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +34,13 @@ test-levels: $(READY)  ## the operator tests through each instruction set, and w
 	EPMQ_CPU=plain $(BIN)/python -m pytest tests/test_ops.py
 	EPMQ_CPU=avx2 $(BIN)/python -m pytest tests/test_ops.py
 	EPMQ_EXTENSION=0 $(BIN)/python -m pytest tests/test_ops.py
+
+test-transformers4:  ## the table of model families with the last transformers 4, in an environment of its own
+	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers<5' \
+	  safetensors pydantic click rich pyyaml pytest hypothesis pytest-timeout
+	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -85,4 +93,4 @@ cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, share
 	$(BIN)/python csrc/cuda/check.py --nvcc $(NVCC)
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(PEERS) build demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) build demo .pytest_cache .mypy_cache .ruff_cache

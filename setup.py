@@ -116,7 +116,7 @@ def arguments() -> dict[str, Any]:
 
 
 setup(
-    packages=["epmq", "epmq.formats", "epmq.kernels", "epmq.page"],
+    packages=["epmq", "epmq.formats", "epmq.kernels", "epmq.page", "epmq.papers"],
     package_dir={"epmq.kernels": "kernels"},
     **arguments(),
 )

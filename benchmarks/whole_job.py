@@ -3,8 +3,8 @@
     python benchmarks/whole_job.py --data UNFOLDED [--rounds 3] [--threads 2]
 
 llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches.
-Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The rival
-runs in its own environment (``make peers``) and is named when that is absent. Writes results/whole_job.json.
+Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The
+rival runs in its own environment (``make peers``) and is named when that is absent. Writes results/whole_job.json.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run_rival(folder: Path) -> float:
         actorder="static",
         dampening_frac=0.01,
     )
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     start = time.perf_counter()
     oneshot(
         model=model,

@@ -62,8 +62,8 @@ def augmented(batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Gene
         mask[row, : len(text)] = 1
     inputs: dict[str, Any] = {**batch.inputs, "input_ids": ids}
     if "attention_mask" not in batch.inputs:
-        return Batch(inputs, None, batch.held)
-    return Batch({**inputs, "attention_mask": mask}, mask.float(), batch.held)
+        return Batch(inputs, None, batch.held, batch.decoder_weights)
+    return Batch({**inputs, "attention_mask": mask}, mask.float(), batch.held, batch.decoder_weights)
 
 
 def _vary(body: list[int], other: list[int], own: Tensor, everyone: Tensor, generator: torch.Generator) -> list[int]:

@@ -7,6 +7,7 @@ wanted one hands out its arguments and ends the run. No block's weights are need
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import ModelError
+from epmq.orientation import features_of, is_linear
 
 
 class _Captured(Exception):
@@ -49,6 +51,25 @@ class BlockCall:
         if self.args:
             return BlockCall((hidden, *self.args[1:]), self.kwargs)
         return BlockCall((), {**self.kwargs, "hidden_states": hidden})
+
+    def sequences(self) -> dict[int | str, Tensor]:
+        """Hidden states of other sequences among the arguments (an encoder's, for cross-attention), by their place."""
+        own = self.hidden
+        places: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        return {
+            place: value
+            for place, value in places
+            if value is not own
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dim() == own.dim() == 3
+            and len(value) == len(own)
+        }
+
+    def with_sequences(self, found: Mapping[int | str, Tensor]) -> BlockCall:
+        """The same call on other hidden states of other sequences."""
+        args = tuple(found.get(place, value) for place, value in enumerate(self.args))
+        return BlockCall(args, {name: found.get(name, value) for name, value in self.kwargs.items()})
 
     def run(self, block: nn.Module) -> Any:
         return block(*self.args, **self.kwargs)
@@ -145,7 +166,7 @@ def find_blocks(model: nn.Module) -> list[BlockAddress]:
     if not addresses:
         raise ModelError(
             f"{type(model).__name__}: no repeated blocks found (a ModuleList or Sequential of modules of one class"
-            " that hold nn.Linear layers)."
+            " that hold linear layers)."
         )
     return addresses
 
@@ -155,9 +176,9 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Sequential) and len(module) == 1:
         return False
-    if len({type(child) for child in module}) != 1 or isinstance(module[0], nn.Linear):
+    if len({type(child) for child in module}) != 1 or is_linear(module[0]):
         return False
-    return all(any(isinstance(inner, nn.Linear) for inner in child.modules()) for child in module)
+    return all(any(is_linear(inner) for inner in child.modules()) for child in module)
 
 
 class _Slot(nn.Module):
@@ -178,6 +199,24 @@ class _Slot(nn.Module):
         return self._forward(args, kwargs)
 
 
+def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
+    """A copy of a block whose tensors without memory are zeros, where ``like`` is and of its dtype."""
+
+    def zeros(tensor: Tensor) -> Tensor:
+        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.zeros(tensor.shape, dtype=dtype, device=like.device)
+
+    memo: dict[int, Any] = {}
+    for parameter in block.parameters():
+        if parameter.is_meta:
+            memo[id(parameter)] = nn.Parameter(zeros(parameter), requires_grad=False)
+    for buffer in block.buffers():
+        if buffer.is_meta:
+            memo[id(buffer)] = zeros(buffer)
+    copied: nn.Module = copy.deepcopy(block, memo)
+    return copied
+
+
 class BlockRunner:
     """Owns a model whose blocks are taken out of it; hands out each block's arguments for a batch."""
 
@@ -188,6 +227,7 @@ class BlockRunner:
         self._position = {address: i for i, address in enumerate(self.addresses)}
         self._wanted: int | None = None
         self._calls: list[BlockAddress] = []
+        self._kinds: dict[str, Any] = {}
         self._state = StreamState()
         for address in self.addresses:
             holder = self._holder(address)
@@ -203,8 +243,7 @@ class BlockRunner:
 
         Raises ModelError when it calls none, or one of them more than once.
         """
-        self._calls = []
-        self._state = StreamState()
+        self._calls, self._kinds = [], {}
         self.model(**inputs)
         called = list(dict.fromkeys(self._calls))
         if not called:
@@ -243,20 +282,35 @@ class BlockRunner:
             self._wanted = None
         raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
 
+    def depends_on(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str) -> bool:
+        """Whether the hidden states that reach a block change with the model's input ``key``."""
+        value = inputs[key]
+        # What another example has is surely allowed; where all are alike, any other id that every vocabulary has.
+        changed = value.roll(1, 0)
+        if torch.equal(changed, value):
+            changed = (
+                value + 1 if value.is_floating_point() else torch.where(value > 0, value - 1, (value == 0) + value)
+            )
+        one, other = (self._capture(address, {**inputs, key: v}, state).hidden for v in (value, changed))
+        return one.shape != other.shape or not torch.equal(one, other)
+
     def _forward_of(self, address: BlockAddress) -> Callable[..., Any]:
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._wanted is None:
-                self._calls.append(address)
-                return BlockCall(args, kwargs).hidden
+                return self._follow(address, BlockCall(args, kwargs))
             if self._position.get(address) == self._wanted:
                 raise _Captured(args, kwargs)
-            kept = self._state.outputs.get(address.list_name)
-            if kept is None:
-                # A list that runs earlier than its place suggests: only its shapes matter here.
-                return BlockCall(args, kwargs).hidden
-            return _with_own_hidden(kept)
+            return _with_own_hidden(self._state.outputs[address.list_name])
 
         return forward
+
+    def _follow(self, address: BlockAddress, call: BlockCall) -> Any:
+        """Note the call; answer with an output of the kind that blocks of this list give."""
+        self._calls.append(address)
+        if address.list_name not in self._kinds:
+            call = call.with_hidden(call.hidden.clone())
+            self._kinds[address.list_name] = call.run(_with_zeros(self._blocks[address], call.hidden))
+        return _with_own_hidden(self._kinds[address.list_name])
 
     def _holder(self, address: BlockAddress) -> Any:
         return self.model.get_submodule(address.list_name)
@@ -264,9 +318,14 @@ class BlockRunner:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of a block that read the same tensor, named relative to the block, in the order they run."""
+    """Linears of a block that read the same tensor, named relative to the block, in the order they run.
+
+    sequence: the place among the block's arguments of the hidden states they read, when those are not the block's own
+    but another sequence's (:meth:`BlockCall.sequences`); None otherwise.
+    """
 
     linears: tuple[str, ...]
+    sequence: int | str | None = None
 
     @property
     def first(self) -> str:
@@ -280,28 +339,31 @@ def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], boo
     Linears for which ``selects(name)`` is false, or that the run never reaches, are left out.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
+    others = {_identity(value): place for place, value in call.sequences().items()}
     # Inputs are held for the whole run, so that no address is handed out twice.
     held: list[Tensor] = []
 
     def record(name: str, x: Tensor) -> None:
         held.append(x)
-        # The version tells apart what one tensor held before and after it was written into.
-        key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
+        key = _identity(x)
         if not any(name in names for names in seen.values()):
             seen.setdefault(key, []).append(name)
 
-    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and selects(name)]
+    names = [name for name, module in block.named_modules() if is_linear(module) and selects(name)]
     with observe(block, names, record):
         call.run(block)
-    return [InputGroup(tuple(group)) for group in seen.values()]
+    return [InputGroup(tuple(group), others.get(key)) for key, group in seen.items()]
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    # The version tells apart what one tensor held before and after it was written into.
+    return (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
 
 
 def narrows(block: nn.Module, group: InputGroup) -> bool:
     """Whether a group gives fewer features than it reads: then an expert's outputs are the smaller thing to keep."""
-    linears: list[Any] = [block.get_submodule(name) for name in group.linears]
-    rows: int = sum(linear.out_features for linear in linears)
-    columns: int = linears[0].in_features
-    return rows < columns
+    sizes = [features_of(block.get_submodule(name)) or (0, 0) for name in group.linears]
+    return sum(rows for _, rows in sizes) < sizes[0][0]
 
 
 def is_norm(module: nn.Module) -> bool:

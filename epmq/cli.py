@@ -184,6 +184,22 @@ def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, devi
         )
 
 
+@app.command(help="Measure a paper's benchmark and print its table beside the published one; see docs/families.md.")
+@click.argument("paper", type=FOLDER)
+@click.option(
+    "--out", required=True, type=FOLDER, help="Folder of the results; rows that are there are not made again."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where models are scored, such as cuda.")
+@click.option("--table", is_flag=True, help="Only print the table of what is there.")
+def paper(paper: Path, out: Path, device: str, table: bool) -> None:
+    from epmq.papers.run import read_results, run_paper, tables
+    from epmq.papers.settings import read_paper
+
+    settings = read_paper(paper)
+    results = read_results(settings, out) if table else run_paper(settings, out, device)
+    click.echo(tables(settings, results))
+
+
 @app.command(help="Tell versions, the machine, and which implementation of each operation is used.")
 def env() -> None:
     from epmq.environment import describe

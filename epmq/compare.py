@@ -12,7 +12,7 @@ from epmq.api import quantize
 from epmq.config import QuantConfig, preset
 from epmq.errors import ConfigError
 
-METHODS = ("rtn", "gptq", "regmean", "fp", "fp+gptq", "epmq-paper", "epmq")
+METHODS = ("rtn", "gptq", "regmean", "fp", "fp+gptq", "epmq-paper", "epmq-closed", "epmq")
 REGMEAN_SHRINKAGE = 0.9
 
 
@@ -20,7 +20,8 @@ class Comparison:
     """Quantizes one merged model in the ways a table compares; what two ways share is computed once.
 
     regmean: RegMean++ (arXiv 2508.03121, off-diagonals times 0.9) at full precision, then plain GPTQ. fp: eq. (2) at
-    full precision; fp+gptq: plain GPTQ of it. epmq-paper and epmq: the presets ``paper`` and ``best``.
+    full precision; fp+gptq: plain GPTQ of it. epmq-paper and epmq: the presets ``paper`` and ``best``; epmq-closed:
+    the default settings, which are ``best`` without distillation.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Comparison:
             return self._quantized(method, self._closed_form, self._config(bits, method="gptq"))
         if method == "epmq-paper":
             return self._quantized(method, self.merged, preset("paper", **self._grid(bits)))
+        if method == "epmq-closed":
+            return self._quantized(method, self.merged, self._config(bits))
         if method == "epmq":
             # The preset's two stages: its tuning does not depend on the bits, so one serves them all.
             tuned = self._before_rounding

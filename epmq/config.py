@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
 from epmq.errors import ConfigError
 from epmq.quantized import SUPPORTED_BITS
@@ -39,6 +40,44 @@ class DistillSettings(Settings):
     seed: int = 0
 
 
+def _known_bits(bits: int | None) -> int | None:
+    if bits is not None and bits not in SUPPORTED_BITS:
+        raise ValueError(f"use one of {', '.join(map(str, SUPPORTED_BITS))}, or null for no rounding")
+    return bits
+
+
+def _known_group(group_size: int) -> int:
+    if group_size != -1 and group_size < 1:
+        raise ValueError("use a positive number of columns, or -1 for the whole row")
+    return group_size
+
+
+def _valid_patterns(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+
+
+class Override(Settings):
+    """Settings of some linears: those of ``bits`` and ``group_size`` that are given replace the general ones."""
+
+    bits: Annotated[int | None, AfterValidator(_known_bits)] = None
+    group_size: Annotated[int, AfterValidator(_known_group)] = 128
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if not self.model_fields_set:
+            raise ValueError("give bits or group_size, or leave the pattern out")
+        return self
+
+    @model_serializer
+    def given(self) -> dict[str, int | None]:
+        """The settings that were given."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
 class QuantConfig(Settings):
     """How to quantize. The defaults are the closed form at its best; the preset ``best`` adds distillation.
 
@@ -64,11 +103,13 @@ class QuantConfig(Settings):
     distill: settings of a tuning stage after the closed form, or None for the closed form alone.
     diagnostics: also round the merged weights with plain GPTQ at each layer, for the report's comparison.
     include / exclude: regular expressions searched in linear names; exclude wins.
+    overrides: {regular expression: {bits, group_size}} for the linears in whose names it is found; the first that
+    matches counts. bits null solves for the target of these linears and leaves it unrounded, as it does for all.
     """
 
     method: Literal["epmq", "regmean", "gptq", "rtn"] = "epmq"
-    bits: int | None = 4
-    group_size: int = 128
+    bits: Annotated[int | None, AfterValidator(_known_bits)] = 4
+    group_size: Annotated[int, AfterValidator(_known_group)] = 128
     sym: bool = False
     act_order: bool = True
     static_groups: bool = True
@@ -85,22 +126,9 @@ class QuantConfig(Settings):
     norm_refit: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    overrides: dict[str, Override] = Field(default_factory=dict)
     distill: DistillSettings | None = None
     diagnostics: bool = True
-
-    @field_validator("bits")
-    @classmethod
-    def _known_bits(cls, bits: int | None) -> int | None:
-        if bits is not None and bits not in SUPPORTED_BITS:
-            raise ValueError(f"use one of {', '.join(map(str, SUPPORTED_BITS))}, or null for no rounding")
-        return bits
-
-    @field_validator("group_size")
-    @classmethod
-    def _known_group(cls, group_size: int) -> int:
-        if group_size != -1 and group_size < 1:
-            raise ValueError("use a positive number of columns, or -1 for the whole row")
-        return group_size
 
     @field_validator("anchor")
     @classmethod
@@ -109,21 +137,17 @@ class QuantConfig(Settings):
             raise ValueError('use a number >= 0, or "auto"')
         return anchor
 
-    @field_validator("include", "exclude")
+    @field_validator("include", "exclude", "overrides")
     @classmethod
-    def _valid_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+    def _regular_expressions(cls, patterns: Any) -> Any:
+        _valid_patterns(patterns)
         return patterns
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
         if self.act_order and not self.static_groups:
             raise ValueError("act_order needs static_groups; set one of them otherwise")
-        if self.bits is None and self.method in ("gptq", "rtn"):
+        if not self.rounds and self.method in ("gptq", "rtn"):
             raise ValueError(f"bits: null leaves nothing to do for method {self.method}")
         if self.distill is not None and self.method != "epmq":
             raise ValueError(f"distill belongs to method epmq, not to {self.method}")
@@ -132,6 +156,11 @@ class QuantConfig(Settings):
                 "bias_refit centres the Hessian, which gamma below 1 contradicts; set one of them otherwise"
             )
         return self
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any linear is rounded."""
+        return any(bits is not None for bits in (self.bits, *(o.bits for o in self.overrides.values())))
 
     @property
     def needs_experts(self) -> bool:
@@ -160,6 +189,14 @@ class QuantConfig(Settings):
         if any(re.search(pattern, linear) for pattern in self.exclude):
             return False
         return not self.include or any(re.search(pattern, linear) for pattern in self.include)
+
+    def override_of(self, linear: str) -> str | None:
+        """The pattern whose settings a linear of this name has; None for the general ones."""
+        return next((pattern for pattern in self.overrides if re.search(pattern, linear)), None)
+
+    def of(self, pattern: str | None) -> QuantConfig:
+        """The settings of the linears that a pattern of ``overrides`` matches."""
+        return self if pattern is None else self.model_copy(update=self.overrides[pattern].given())
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
+from epmq.orientation import weight_of
 from epmq.statistics import Expert, Sample, output_error
 
 
@@ -21,9 +22,10 @@ def layer_rows(
 ) -> list[dict[str, Any]]:
     """One line per linear of a group; ``compared`` are stacked weights by the name of what made them."""
     rows = []
-    stop, total = 0, sum(len(linear.weight) for linear in linears)
-    for name, linear in zip(group.linears, linears, strict=True):
-        part = slice(stop, stop + len(linear.weight))
+    weights = [weight_of(linear) for linear in linears]
+    stop, total = 0, sum(map(len, weights))
+    for name, weight in zip(group.linears, weights, strict=True):
+        part = slice(stop, stop + len(weight))
         stop = part.stop
         tasks = {
             task: {
@@ -36,11 +38,11 @@ def layer_rows(
         rows.append(
             {
                 "linear": f"{address.name}.{name}",
-                "shape": list(linear.weight.shape),
+                "shape": list(weight.shape),
                 "lambda": outcome.anchor,
                 "damp": outcome.damp,
                 "escalated": outcome.escalated,
-                "seconds": round(seconds * len(linear.weight) / total, 4),
+                "seconds": round(seconds * len(weight) / total, 4),
                 "tasks": tasks,
             }
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
-from epmq.streams import Batch
+from epmq.streams import DECODER_SEQUENCES, Batch
 
 OpenExpert = Callable[[str], nn.Module]
 
@@ -33,12 +33,12 @@ class _Example:
 
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
-    """Features ``[B, D]`` of a batch: the model's first output, or for a language model what its output embeddings
-    read, averaged over unmasked positions when it has them."""
+    """Features ``[B, D]`` of a batch: the model's first output, for a language model what its output embeddings read,
+    for one that compares images and texts the features of both; averaged over unmasked positions when it has them."""
     hidden = _last_hidden(model, batch).float()
     if hidden.dim() == 2:
         return hidden
-    weights = batch.position_weights
+    weights = batch.output_weights()
     if weights is None or weights.shape != hidden.shape[:2]:
         return hidden.flatten(1, -2).mean(1)
     return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-6)
@@ -49,6 +49,8 @@ def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
     head = find_head() if callable(find_head) else None
     if not isinstance(head, nn.Module):
         output = model(**batch.inputs)
+        if isinstance(output, Mapping) and {"image_embeds", "text_embeds"} <= set(output):
+            return torch.cat([output["image_embeds"], output["text_embeds"]], -1)
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
         return hidden
     seen: list[Tensor] = []
@@ -210,10 +212,12 @@ def take(batch: Batch, rows: Tensor) -> Batch:
         width = mask.shape[1]
         used = int(mask.sum(0).nonzero().max()) + 1
         for key, value in inputs.items():
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+            of_text = key not in DECODER_SEQUENCES and key != "decoder_attention_mask"
+            if of_text and isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
                 inputs[key] = value[:, :used]
         weights = None if weights is None else weights[:, :used]
-    return Batch(inputs, weights, batch.held[rows])
+    decoder = None if batch.decoder_weights is None else batch.decoder_weights[rows]
+    return Batch(inputs, weights, batch.held[rows], decoder)
 
 
 def _trainable(model: nn.Module, trained: list[nn.Module]) -> list[nn.Parameter]:

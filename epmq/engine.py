@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,13 +31,14 @@ from epmq.group import anchor_strength, quantize_group
 from epmq.inside import Seen, outputs, run_inside
 from epmq.memory import give_back_free_memory
 from epmq.norms import NormStatistics, correct
+from epmq.orientation import is_linear
 from epmq.quantized import QuantizedTensor
 from epmq.reuse import OutputStore
 from epmq.skeleton import fill
 from epmq.sources import WeightSource, all_finite, require_same_layout
-from epmq.stacks import Deployed, deploy, read_stack, stacked
+from epmq.stacks import Deployed, deploy, parted, read_stack, stacked
 from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
-from epmq.streams import Batch, make_streams, rows_of, split_held
+from epmq.streams import SEQUENCES, Batch, make_streams, rows_of, split_held
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,6 +80,8 @@ class Engine:
         self.block_rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.store = OutputStore()
+        self.sequence: str | None = None
+        self.matched: set[str | None] = set()
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -90,14 +94,21 @@ class Engine:
         current_list: str | None = None
         for number, address in enumerate(self.runner.addresses):
             self.progress(address.name, number, total)
-            if self.uses_features and address.list_name != current_list:
-                self._start_expert_streams(address)
-            current_list = address.list_name
+            if address.list_name != current_list:
+                current_list = address.list_name
+                self.sequence = self._sequence(address)
+                if self.uses_features:
+                    self._start_expert_streams(address)
             self._block(address)
             give_back_free_memory()
         self.progress("done", total, total)
         if not self.layers and self.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
+        self.notes += [
+            f"overrides: {pattern!r} is the first match of no quantized linear."
+            for pattern in self.config.overrides
+            if pattern not in self.matched
+        ]
         return {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
 
     def _check_tasks(self) -> None:
@@ -112,14 +123,24 @@ class Engine:
             if task not in self.streams:
                 raise CalibrationError(f"expert {task!r} has no calibration data under that task name.")
 
+    def _sequence(self, address: BlockAddress) -> str | None:
+        """The input whose positions the blocks of a list work on; None where it is not one of the usual ones."""
+        for batches in self.streams.values():
+            given = [key for key in SEQUENCES if isinstance(batches[0].inputs.get(key), Tensor)]
+            if len(given) < 2:
+                return next(iter(given), None)
+            reads = partial(self.runner.depends_on, address, batches[0].inputs, batches[0].deployed)
+            return next(filter(reads, given), None)
+        return None
+
     def _start_expert_streams(self, address: BlockAddress) -> None:
-        """Hidden states of every expert in front of a list of blocks, made with the expert's own outer weights."""
+        """What every expert feeds to the first block of a list, made with the expert's own outer weights."""
         for task, batches in self.streams.items():
             fill(self.runner.model, "", self.experts[task], torch.float32)
             for batch in batches:
-                # A state of its own: these arguments are the expert's.
-                apart = StreamState(batch.deployed.outputs)
-                batch.expert_hidden = self.runner.capture(address, batch.inputs, apart).hidden
+                # A state of its own: these arguments are made with the expert's outer weights.
+                call = self.runner.capture(address, batch.inputs, StreamState(batch.expert.outputs))
+                batch.expert_hidden, batch.expert_sequences = call.hidden, call.sequences()
         fill(self.runner.model, "", self.merged, torch.float32)
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
@@ -144,10 +165,10 @@ class Engine:
             self._advance(address, block)
         else:
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear) and self.config.selects(f"{address.name}.{name}"):
+                if is_linear(module) and self.config.selects(f"{address.name}.{name}"):
                     outcomes.update(self._nearest(address, name, module))
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and name not in outcomes and self.config.selects(f"{address.name}.{name}"):
+            if is_linear(module) and name not in outcomes and self.config.selects(f"{address.name}.{name}"):
                 self.notes.append(f"{address.name}.{name}: not reached on the calibration inputs; left unquantized.")
         self._hand_out(address, block, outcomes)
         self.block_rows.append(
@@ -192,8 +213,10 @@ class Engine:
             captures[task] = []
             for batch in batches:
                 assert batch.expert_hidden is not None
-                call = self.runner.capture(address, batch.inputs, batch.deployed).with_hidden(batch.expert_hidden)
-                batch.expert_hidden, seen = run_inside(expert_block, call, read, given)
+                call = self.runner.capture(address, batch.inputs, batch.expert).with_hidden(batch.expert_hidden)
+                output, seen = run_inside(expert_block, call.with_sequences(batch.expert_sequences), read, given)
+                batch.expert.advance(address.list_name, output)
+                batch.expert_hidden = hidden_of(output)
                 captures[task].append(seen)
         return captures
 
@@ -205,7 +228,7 @@ class Engine:
         where = f"{address.name}.{group.first}"
         linears = [block.get_submodule(name) for name in group.linears]
         merged = stacked(linears)
-        anchor = self._anchor(address, group, merged)
+        anchor = self._anchor(address, group, linears, merged)
         rows, columns = merged.weight.shape
         problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
         samples: dict[str, Sample] = {}
@@ -214,7 +237,7 @@ class Engine:
         if automatic:
             split = (Folded.empty(rows, columns), Folded.empty(rows, columns))
         for task, batches in self.streams.items():
-            expert = read_stack(self.experts[task], address, group) if self.experts else merged
+            expert = read_stack(self.experts[task], address, group, linears) if self.experts else merged
             fitted, held = self._task_statistics(task, batches, address, block, group, expert, captures, automatic)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
@@ -232,16 +255,24 @@ class Engine:
             split = (split[0].centred(), split[1].centred())
         strength = anchor_strength(config, *split)
         inputs = plain if config.gamma != 1.0 else problem
-        stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
-        outcome = quantize_group(problem, inputs, anchor, strength, config, refit, stored, where)
-        if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
-            raise NumericalError(f"{where}: the quantized weights are not finite.")
-        gptq = self._plain_gptq(inputs, merged, stored, where)
-        result = deploy(group, linears, outcome)
-        seconds = time.perf_counter() - started
-        compared = {"merged": merged, "gptq": None if gptq is None else Expert(gptq, merged.bias)}
-        compared[config.method] = Expert(outcome.weight, outcome.bias)
-        self.layers += layer_rows(address, group, linears, outcome, compared, samples, seconds)
+        stored = stored_scale_dtype(config, self.merged, f"{address.name}.{group.first}")
+        result: Deployed = {}
+        for piece in parted(group, linears, lambda name: config.override_of(f"{address.name}.{name}")):
+            own = config.of(piece.pattern)
+            its_problem = problem.of_rows(piece.rows)
+            its_inputs = its_problem if inputs is problem else inputs
+            its_merged, its_anchor = merged.of_rows(piece.rows), anchor.of_rows(piece.rows)
+            outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, own, refit, stored, where)
+            if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
+                raise NumericalError(f"{where}: the quantized weights are not finite.")
+            gptq = self._plain_gptq(its_inputs, its_merged, own, stored, where)
+            result.update(deploy(piece.group, piece.linears, outcome))
+            compared = {"merged": its_merged, "gptq": None if gptq is None else Expert(gptq, its_merged.bias)}
+            compared[config.method] = Expert(outcome.weight, outcome.bias)
+            seen = {task: Sample(sample.x, sample.y[:, piece.rows]) for task, sample in samples.items()}
+            seconds = (time.perf_counter() - started) * len(outcome.weight) / rows
+            self.layers += layer_rows(address, piece.group, piece.linears, outcome, compared, seen, seconds)
+            self.matched.add(piece.pattern)
         return result
 
     def _task_statistics(
@@ -267,7 +298,7 @@ class Engine:
             call = self.runner.capture(address, batch.inputs, batch.deployed)
             with self.store.active(block, (task, number)):
                 x = input_of(block, call, group.first)
-            rows, weights, matched = rows_of(x, batch)
+            rows, weights, matched = rows_of(x, batch.weights_of(self.sequence if group.sequence is None else None))
             if not matched:
                 self.notes.append(f"{address.name}.{group.first}: reads no row per position; all its rows count alike.")
             target = None
@@ -290,27 +321,31 @@ class Engine:
             )
         return fitted, held
 
-    def _anchor(self, address: BlockAddress, group: InputGroup, merged: Expert) -> Expert:
+    def _anchor(self, address: BlockAddress, group: InputGroup, linears: list[Any], merged: Expert) -> Expert:
         rho = self.config.rho
         if rho == 1.0 or not self.config.needs_experts:
             return merged
         assert self.base is not None
-        base = read_stack(self.base, address, group)
+        base = read_stack(self.base, address, group, linears)
         return Expert(torch.lerp(base.weight, merged.weight, rho), merged.bias)
 
-    def _plain_gptq(self, inputs: Folded, merged: Expert, stored: torch.dtype, where: str) -> Tensor | None:
-        config = self.config
+    def _plain_gptq(
+        self, inputs: Folded, merged: Expert, config: QuantConfig, stored: torch.dtype, where: str
+    ) -> Tensor | None:
         if not config.diagnostics or config.bits is None or config.method == "gptq":
             return None
         plain = config.model_copy(update={"method": "gptq", "damp": None, "gamma": 1.0})
         return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where).weight
 
-    def _nearest(self, address: BlockAddress, name: str, linear: nn.Linear) -> Deployed:
+    def _nearest(self, address: BlockAddress, name: str, linear: nn.Module) -> Deployed:
         group = InputGroup((name,))
         merged = stacked([linear])
-        empty = Folded.empty(0, linear.in_features)
+        empty = Folded.empty(0, merged.weight.shape[1])
         stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
-        outcome = quantize_group(empty, empty, merged, 0.0, self.config, False, stored, f"{address.name}.{name}")
+        pattern = self.config.override_of(f"{address.name}.{name}")
+        self.matched.add(pattern)
+        config = self.config.of(pattern)
+        outcome = quantize_group(empty, empty, merged, 0.0, config, False, stored, f"{address.name}.{name}")
         return deploy(group, [linear], outcome)
 
     def _norm(self, address: BlockAddress, block: nn.Module, name: str, captures: dict[str, list[Seen]]) -> None:
@@ -324,8 +359,8 @@ class Engine:
                 seen: Seen = {}
                 with self.store.active(block, (task, number)), outputs(block, [name], seen):
                     call.run(block)
-                z, weights, _ = rows_of(seen[name], batch)
-                y, _, _ = rows_of(captures[task][number][name], batch)
+                z, weights, _ = rows_of(seen[name], batch.weights_of(self.sequence))
+                y, _, _ = rows_of(captures[task][number][name], None)
                 own.add(z, y, torch.ones(len(z)) if weights is None else weights)
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
@@ -347,7 +382,7 @@ class Engine:
             error = energy = 0.0
             for batch in batches:
                 assert batch.expert_hidden is not None
-                inside, weights, _ = rows_of(batch.expert_hidden, batch)
+                inside, weights, _ = rows_of(batch.expert_hidden, batch.weights_of(self.sequence))
                 ours = hidden_of(batch.deployed.outputs[address.list_name]).reshape(inside.shape)
                 r = torch.ones(len(inside)) if weights is None else weights
                 error += float((r.unsqueeze(1) * (ours - inside).square()).sum())

@@ -63,6 +63,8 @@ def quantize_group(
     object unless gamma shrinks the former. strength: relative lambda. ``where`` names the group in messages.
     """
     if config.method == "rtn":
+        if config.bits is None:
+            return GroupOutcome(anchor.weight, None, anchor.bias, 0.0, 0.0)
         nearest = quantize_to_nearest(anchor.weight, config, stored)
         return GroupOutcome(nearest.dequantize(), nearest, anchor.bias, 0.0, 0.0)
     damp = default_damp(config, strength)

@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epmq.blocks import BlockCall, hidden_of, observe
+from epmq.blocks import BlockCall, observe
 
 Seen = dict[str, Tensor]
 
 
 def run_inside(
     expert_block: nn.Module, call: BlockCall, inputs_of: list[str], outputs_of: list[str]
-) -> tuple[Tensor, Seen]:
-    """The block's next hidden states, and copies of what the named modules read, or give, on the way."""
+) -> tuple[Any, Seen]:
+    """The block's output, and copies of what the named modules read, or give, on the way."""
     seen: Seen = {}
     with observe(expert_block, inputs_of, partial(_keep_first, seen)), outputs(expert_block, outputs_of, seen):
         output = call.run(expert_block)
-    return hidden_of(output), seen
+    return output, seen
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from epmq.hub import name_of
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
+from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
 from epmq.quantized import QuantizedTensor
@@ -148,11 +149,13 @@ def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConf
     for address in find_blocks(skeleton):
         for inner, module in skeleton.get_submodule(address.name).named_modules():
             name = f"{address.name}.{inner}"
-            if config.bits is None or not isinstance(module, nn.Linear) or not config.selects(name):
+            if not is_linear(module) or not config.selects(name):
                 continue
-            dtype = stored_scale_dtype(config, merged, name)
-            shape = (module.out_features, module.in_features)
-            planned[name] = planned_linear(shape, config.bits, config.group_size, config.sym, dtype)
+            own = config.of(config.override_of(name))
+            if own.bits is not None:
+                columns, rows = features_of(module) or (0, 0)
+                dtype = stored_scale_dtype(config, merged, name)
+                planned[name] = planned_linear((rows, columns), own.bits, own.group_size, own.sym, dtype)
     return planned
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from epmq import ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError
+from epmq.orientation import is_transposed, weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, dequantize, group_count, pack, packed_words, unpack
 from epmq.sweep import quantize_to_nearest
 
@@ -99,13 +100,14 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, bits: int = 4, group_size: int = 128, sym: bool = False, clip: ClipSearch = "none"
+        cls, linear: nn.Module, bits: int = 4, group_size: int = 128, sym: bool = False, clip: ClipSearch = "none"
     ) -> QuantLinear:
-        """Round an nn.Linear's weight to nearest."""
+        """Round to nearest the weight of an nn.Linear, or of transformers' Conv1D."""
         config = QuantConfig(method="rtn", bits=bits, group_size=group_size, sym=sym, clip=clip)
-        weight = linear.weight.detach()
+        weight = weight_of(linear)
+        bias: Any = linear.bias
         tensor = quantize_to_nearest(weight.float(), config, weight.dtype)
-        return cls.from_quantized(tensor, None if linear.bias is None else linear.bias.detach())
+        return cls.from_quantized(tensor, None if bias is None else bias.detach())
 
     @classmethod
     def from_quantized(cls, tensor: QuantizedTensor, bias: Tensor | None) -> QuantLinear:
@@ -173,7 +175,7 @@ def replace_linear(
     exclude: Iterable[str] = ("lm_head",),
     clip: ClipSearch = "none",
 ) -> list[str]:
-    """Swap every nn.Linear of a model for a QuantLinear rounded to nearest, in place; returns their names.
+    """Swap every nn.Linear or Conv1D of a model for a QuantLinear rounded to nearest, in place; returns their names.
 
     include / exclude are regular expressions searched in the names; exclude wins. A model that is itself an nn.Linear
     has no name to swap and is left alone.
@@ -182,7 +184,7 @@ def replace_linear(
     replaced = []
     for name, module in list(model.named_modules()):
         wanted = not include or any(re.search(pattern, name) for pattern in include)
-        if type(module) is not nn.Linear or not name or not wanted:
+        if not (type(module) is nn.Linear or is_transposed(module)) or not name or not wanted:
             continue
         if any(re.search(pattern, name) for pattern in exclude):
             continue

@@ -47,11 +47,19 @@ class NormStatistics:
         return scale, shift
 
 
+def _offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies: 1 for Gemma's, which stores the scale less one, else 0."""
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+    probe = torch.linspace(-1.0, 1.0, len(zeros["weight"]), device=zeros["weight"].device).unsqueeze(0)
+    return float(bool(torch.func.functional_call(norm, zeros, (probe,)).any()))
+
+
 @torch.no_grad()
 def correct(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """Fold an affine correction of a norm's outputs into its weight and bias, which become new parameters."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(norm, "bias", None)
-    norm.weight = nn.Parameter(weight * scale, requires_grad=False)
+    offset = _offset(norm)
+    norm.weight = nn.Parameter((weight + offset) * scale - offset, requires_grad=False)
     if bias is not None:
         norm.bias = nn.Parameter(bias * scale + shift, requires_grad=False)

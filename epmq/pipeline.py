@@ -93,7 +93,7 @@ def run(
     """
     if config.distill is None:
         return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress)
-    first = config.model_copy(update={"bits": None, "distill": None, "diagnostics": False})
+    first = config.model_copy(update={"bits": None, "overrides": {}, "distill": None, "diagnostics": False})
     closed = ModuleSink()
     found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress)
     model = closed.assemble(copy.deepcopy(skeleton), merged).float()
@@ -116,7 +116,7 @@ def run(
     )
     target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
     stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}
-    if config.bits is None:
+    if not config.rounds:
         blocks = tuple(f"{address.name}." for address in addresses)
         for key in target.keys():
             if key.startswith(blocks):

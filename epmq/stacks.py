@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
+from epmq.orientation import oriented, set_weight, weight_of
 from epmq.quantized import QuantizedTensor
 from epmq.sources import WeightSource, read_finite
 from epmq.statistics import Expert
@@ -18,11 +21,43 @@ Deployed = dict[str, tuple[QuantizedTensor | None, Tensor | None]]
 
 def stacked(linears: list[Any]) -> Expert:
     """Weights and biases (zeros where there is none) of linears in memory."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    bias = torch.cat(
-        [linear.bias.detach() if linear.bias is not None else torch.zeros(len(linear.weight)) for linear in linears]
-    )
-    return Expert(weight, bias)
+    weights = [weight_of(linear) for linear in linears]
+    biases = [
+        torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+        for linear, weight in zip(linears, weights, strict=True)
+    ]
+    return Expert(torch.cat(weights), torch.cat(biases))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Linears of a group that have the same settings: those of ``pattern`` (:meth:`epmq.config.QuantConfig.of`)."""
+
+    pattern: str | None
+    group: InputGroup
+    linears: list[Any]
+    rows: Tensor | slice
+    """Their rows of the stack: int64, or all of them."""
+
+
+def parted(group: InputGroup, linears: list[Any], pattern_of: Callable[[str], str | None]) -> list[Part]:
+    """The group taken apart by the settings of its linears, in the order of the first of each kind."""
+    members: dict[str | None, list[int]] = {}
+    for place, name in enumerate(group.linears):
+        members.setdefault(pattern_of(name), []).append(place)
+    if len(members) == 1:
+        return [Part(next(iter(members)), group, linears, slice(None))]
+    sizes = [len(weight_of(linear)) for linear in linears]
+    rows = torch.arange(sum(sizes)).split(sizes)
+    return [
+        Part(
+            pattern,
+            InputGroup(tuple(group.linears[place] for place in places), group.sequence),
+            [linears[place] for place in places],
+            torch.cat([rows[place] for place in places]),
+        )
+        for pattern, places in members.items()
+    ]
 
 
 def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Deployed:
@@ -30,9 +65,9 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
     result: Deployed = {}
     stop = 0
     for name, linear in zip(group.linears, linears, strict=True):
-        part = slice(stop, stop + len(linear.weight))
+        part = slice(stop, stop + len(weight_of(linear)))
         stop = part.stop
-        linear.weight = nn.Parameter(outcome.weight[part].clone(), requires_grad=False)
+        set_weight(linear, outcome.weight[part].clone())
         bias = None
         if linear.bias is not None:
             bias = outcome.bias[part].clone()
@@ -51,11 +86,11 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
     return result
 
 
-def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup) -> Expert:
+def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup, linears: list[Any]) -> Expert:
     """The same linears of another model, read from its source."""
     weights, biases = [], []
-    for name in group.linears:
-        weight = read_finite(source, f"{address.name}.{name}.weight").float()
+    for name, linear in zip(group.linears, linears, strict=True):
+        weight = oriented(linear, read_finite(source, f"{address.name}.{name}.weight")).float()
         bias = f"{address.name}.{name}.bias"
         weights.append(weight)
         biases.append(read_finite(source, bias).float() if bias in source.keys() else torch.zeros(len(weight)))

@@ -85,6 +85,10 @@ class Expert:
     weight: Tensor
     bias: Tensor
 
+    def of_rows(self, rows: Tensor | slice) -> Expert:
+        """Some of the outputs."""
+        return Expert(self.weight[rows], self.bias[rows])
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -117,6 +121,10 @@ class Folded:
             torch.zeros(columns, dtype=dtype),
             torch.zeros(rows, dtype=dtype),
         )
+
+    def of_rows(self, rows: Tensor | slice) -> Folded:
+        """The problem of some of the outputs, on the same inputs."""
+        return Folded(self.hessian, self.pull[rows], self.sum_x, self.sum_pull[rows], self.weight)
 
     def fold(
         self,

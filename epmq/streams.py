@@ -14,6 +14,11 @@ from epmq.errors import CalibrationError
 
 POSITION_WEIGHTS = "position_weights"
 HELD_OUT_EVERY = 5
+# Inputs that a block's positions may be those of; the first that its hidden states depend on is meant.
+DECODER_SEQUENCES = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+TEXT_SEQUENCES = ("input_ids", "inputs_embeds")
+SEQUENCES = (*DECODER_SEQUENCES, *TEXT_SEQUENCES, "pixel_values")
+IGNORED_LABEL = -100
 
 
 @dataclass
@@ -21,21 +26,39 @@ class Batch:
     """One batch of a task: the model's keyword arguments and where its streams stand.
 
     position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
-    examples kept back when settings are chosen. expert_hidden: the same batch inside the task's expert, or None.
+    examples kept back when settings are chosen. decoder_weights: the same for the positions of a decoder. deployed,
+    expert: what the batch has reached in the deployed model and inside the task's expert. expert_hidden,
+    expert_sequences: what the expert's next block reads (:meth:`epmq.blocks.BlockCall.sequences`).
     """
 
     inputs: dict[str, Any]
     position_weights: Tensor | None
     held: Tensor
+    decoder_weights: Tensor | None = None
     deployed: StreamState = field(default_factory=StreamState)
+    expert: StreamState = field(default_factory=StreamState)
     expert_hidden: Tensor | None = None
+    expert_sequences: dict[int | str, Tensor] = field(default_factory=dict)
+
+    def weights_of(self, sequence: str | None) -> Tensor | None:
+        """Weights of the positions of the input ``sequence`` (None: of the batch's main one)."""
+        if sequence in DECODER_SEQUENCES:
+            return self.decoder_weights
+        if sequence not in (None, *TEXT_SEQUENCES) and any(key in self.inputs for key in TEXT_SEQUENCES):
+            return None  # the mask is the text's
+        return self.position_weights
+
+    def output_weights(self) -> Tensor | None:
+        """Weights of the positions of the model's output."""
+        return self.weights_of(next((key for key in DECODER_SEQUENCES[:2] if key in self.inputs), None))
 
 
 def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, list[Batch]]:
     """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``.
 
-    Positions where a 2-d ``attention_mask`` is 0 are left out of the statistics. A dict may carry
-    ``position_weights`` (``[B, S]``, >= 0), which replaces the mask there and is not passed to the model.
+    Positions where a 2-d ``attention_mask`` is 0 are left out of the statistics, and those of a decoder where
+    ``decoder_attention_mask`` is 0 or, without one, ``labels`` are -100. A dict may carry ``position_weights``
+    (``[B, S]``, >= 0), which replaces ``attention_mask`` there and is not passed to the model.
     Raises CalibrationError for an empty task or a batch that is not a dict of keyword arguments.
     """
     streams = {}
@@ -71,16 +94,28 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Ba
     if weights is not None:
         _check_position_weights(weights, inputs.get("input_ids"), count, f"task {task!r}: batch {number}")
     else:
-        mask = inputs.get("attention_mask")
-        weights = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if weights is not None:
-        weights = weights.float()
-        if bool((weights < 0).any()) or not bool(torch.isfinite(weights).all()):
-            raise CalibrationError(f"task {task!r}: batch {number} has negative or non-finite position weights.")
-        # All ones is the common case of a batch without padding: nothing to weigh.
-        weights = None if bool((weights == 1).all()) else weights
+        weights = inputs.get("attention_mask")
+    labels = inputs.get("labels")
+    unlabelled = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
+    where = f"task {task!r}: batch {number}"
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-    return Batch(inputs, weights, held)
+    return Batch(
+        inputs,
+        _usable_weights(weights, where),
+        held,
+        _usable_weights(inputs.get("decoder_attention_mask", unlabelled), where),
+    )
+
+
+def _usable_weights(weights: Any, where: str) -> Tensor | None:
+    """fp32 ``[B, S]``, or None where there is nothing to weigh."""
+    if not isinstance(weights, Tensor) or weights.dim() != 2:
+        return None
+    weights = weights.float()
+    if bool((weights < 0).any()) or not bool(torch.isfinite(weights).all()):
+        raise CalibrationError(f"{where} has negative or non-finite position weights.")
+    # All ones is the common case of a batch without padding.
+    return None if bool((weights == 1).all()) else weights
 
 
 def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> None:
@@ -95,17 +130,17 @@ def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> N
         )
 
 
-def rows_of(x: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, bool]:
+def rows_of(x: Tensor, position_weights: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Rows ``[M, K]`` of a linear's input, their weights ``[M]`` or None, and whether the positions' weights fitted.
 
     An input without one row per position (a pooled vector, windows) takes part with all its rows.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if batch.position_weights is None:
+    if position_weights is None:
         return rows, None, True
-    if x.shape[:-1].numel() != batch.position_weights.numel():
+    if x.shape[:-1].numel() != position_weights.numel():
         return rows, None, False
-    return rows, batch.position_weights.reshape(-1), True
+    return rows, position_weights.reshape(-1), True
 
 
 def split_held(rows: Tensor, weights: Tensor | None, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

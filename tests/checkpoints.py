@@ -94,12 +94,12 @@ def text() -> str:
     return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (count,)))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Words at blanks, [CLS] and [SEP] around them."""
+def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
+    """Words and signs of their own, [CLS] and [SEP] around them."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 import epmq
-from epmq.formats.native import NativeWriter, write_model
 from epmq.huggingface import carry_files
 
 TEXT = (
@@ -50,9 +49,6 @@ def quantized_folder(plain: Path, folder: Path) -> Path:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, local_files_only=True)
     epmq.replace_linear(model, group_size=16)
-    folder.mkdir()
-    writer = NativeWriter(folder)
-    write_model(writer, model)
-    writer.finish({"class": type(model).__name__})
+    epmq.save(model, folder, format="native")
     carry_files(plain, folder)
     return folder

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
+    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory", "orientation"),
     ("page.markup", "page.numbers", "page.layout"),
     ("settings", "schedules", "hub", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
     ("config", "merge_config", "adapters", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate"),
@@ -32,8 +32,10 @@ ORDER: list[tuple[str, ...]] = [
     ("api",),
     ("__init__",),
     ("jobs", "compare", "environment"),
-    ("demo", "language"),
-    ("harness",),
+    ("demo", "language", "papers.settings"),
+    ("harness", "papers.hub", "papers.checkpoints"),
+    ("papers.clip", "papers.glue", "papers.causal"),
+    ("papers.run",),
     ("cli",),
     ("__main__",),
 ]

@@ -166,7 +166,7 @@ def test_every_fifth_example_is_held_out_across_batches() -> None:
 def test_held_examples_are_held_with_all_their_positions() -> None:
     (batch,) = make_streams({"a": [{"input_ids": torch.zeros(5, 3, dtype=torch.int64)}]})["a"]
     x = torch.randn(5, 3, 8)
-    rows, weights, matched = rows_of(x, batch)
+    rows, weights, matched = rows_of(x, batch.position_weights)
     fit, held = split_held(rows, weights, x, batch)
     assert matched
     assert (rows.shape, weights) == ((15, 8), None)
@@ -178,7 +178,7 @@ def test_masked_positions_are_neither_fitted_nor_held() -> None:
     mask = torch.tensor([[1, 1, 0]] * 5)
     (batch,) = make_streams({"a": [{"input_ids": torch.zeros(5, 3).long(), "attention_mask": mask}]})["a"]
     x = torch.randn(5, 3, 8)
-    rows, weights, _ = rows_of(x, batch)
+    rows, weights, _ = rows_of(x, batch.position_weights)
     fit, held = split_held(rows, weights, x, batch)
     assert torch.equal(fit + held, mask.flatten().float())
     assert float(held.sum()) == 2.0
@@ -188,12 +188,12 @@ def test_an_input_without_one_row_per_position_takes_part_whole() -> None:
     mask = torch.tensor([[1, 1, 0]] * 5)
     (batch,) = make_streams({"a": [{"input_ids": torch.zeros(5, 3).long(), "attention_mask": mask}]})["a"]
     pooled = torch.randn(5, 8)
-    rows, weights, matched = rows_of(pooled, batch)
+    rows, weights, matched = rows_of(pooled, batch.position_weights)
     assert (len(rows), weights, matched) == (5, None, False)
     fit, held = split_held(rows, weights, pooled, batch)
     assert held.tolist() == [0, 0, 0, 0, 1]
     windows = torch.randn(10, 4, 8)
-    rows, weights, _ = rows_of(windows, batch)
+    rows, weights, _ = rows_of(windows, batch.position_weights)
     fit, held = split_held(rows, weights, windows, batch)
     assert (float(held.sum()), float(fit.sum())) == (8.0, 32.0)
 

@@ -19,6 +19,7 @@ from epmq import files
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear, set_submodule
+from epmq.orientation import features_of
 from epmq.quantized import QuantizedTensor, column_groups, group_count
 from epmq.sources import INDEX_NAME, FileSource
 
@@ -131,7 +132,7 @@ class PackedReader:
             raise FormatError(
                 f"{self.folder}: the model has no submodule {name!r}; load into the same class."
             ) from None
-        size = (getattr(replaced, "in_features", None), getattr(replaced, "out_features", None))
+        size = features_of(replaced) or (None, None)
         if size != (facts.in_features, facts.out_features):
             raise FormatError(
                 f"{self.folder}: linear {name!r} is {facts.in_features} -> {facts.out_features} here but"

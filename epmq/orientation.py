@@ -1,0 +1,47 @@
+"""Linears whichever way round they keep their weight: nn.Linear ``[N, K]``, and GPT-2's Conv1D ``[K, N]``.
+
+Everything else in this package sees ``[N, K]``. Checkpoints keep what the module keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``W x + b`` from a weight of its own."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a linear that stores its weight ``[K, N]``: transformers' Conv1D, known by its parts."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def oriented(module: nn.Module, stored: Tensor) -> Tensor:
+    """``[N, K]`` from a weight as the module stores it, and the other way about."""
+    return stored.T.contiguous() if is_transposed(module) else stored
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight ``[N, K]`` of a linear."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return oriented(module, weight.detach())
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear, or None for anything else."""
+    if is_transposed(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    sizes: tuple[Any, Any] = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return None if None in sizes else (int(sizes[0]), int(sizes[1]))
+
+
+@torch.no_grad()
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give a linear a weight ``[N, K]``, which becomes a new parameter."""
+    module.weight = nn.Parameter(oriented(module, weight), requires_grad=False)
