@@ -8,7 +8,6 @@ two calls give the same bits. ``batch_invariant`` fixes the order for every numb
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from epmq.errors import NumericalError
 from epmq.kernels import tune
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
-from epmq.kernels.layout import TILE_COLUMNS, PackedWeight, padded
+from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, pack_rows, pack_weight, packed_shapes, padded
 from epmq.kernels.tune import Config
+from epmq.quantized import QuantizedTensor
 
 SWIZZLED_FROM = 256  # tokens; fewer see each weight once, and their order does not matter
 SUM_BLOCK = 1024
@@ -119,6 +119,23 @@ def _(
     words: Tensor, scale_words: Tensor, out_features: int, in_features: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     return words.new_empty(out_features, in_features, dtype=dtype)
+
+
+@torch.library.custom_op("epmq::int4_pack", mutates_args=())
+def pack_tiles(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """words and scale_words of :func:`epmq.kernels.layout.pack_rows`, as one operator that torch.compile can keep."""
+    weight = pack_rows(packed, scales, zeros, BITS, group_size, in_features, dtype)
+    return weight.words, weight.scale_words
+
+
+@pack_tiles.register_fake
+def _(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    words, grid = packed_shapes(packed.shape[0], in_features, group_size)
+    return packed.new_empty(words, dtype=torch.int16), packed.new_empty(grid, dtype=torch.int32)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,19 +247,17 @@ def check(device: torch.device, config: Config, group_size: int, dtype: torch.dt
     columns = TILE_COLUMNS * max(2 * config.split_k, 3 * group // TILE_COLUMNS)
     rows, tokens = max(config.block_n, 64) + 41, config.block_m + 3
     groups = 1 if group == -1 else columns // group
-    from epmq.kernels.layout import pack_weight
-    from epmq.quantized import QuantizedTensor
-    from epmq.quantized import dequantize as exact
-
     codes, zeros = (torch.randint(0, 16, (rows, n), dtype=torch.uint8, generator=generator) for n in (columns, groups))
     scales = 2.0 ** torch.randint(-1, 2, (rows, groups), generator=generator)
     x = torch.zeros(tokens, columns)
     # Four tokens of every row are not zero, so that no sum leaves the integers (and halves) that 8 bits hold.
     places = torch.randint(0, columns, (tokens, 4), generator=generator)
     x.scatter_(1, places, torch.randint(0, 2, (tokens, 4), generator=generator) * 2.0 - 1.0)
-    weight = pack_weight(QuantizedTensor(codes.to(device), scales.to(device), zeros.to(device), 4, group), dtype)
-    y = run(x.to(device, dtype), weight.words, weight.scale_words, None, rows, group_size, config)
-    wanted = x @ exact(codes, scales, zeros, 4, group).T
+    exact = QuantizedTensor(codes, scales, zeros, BITS, group)
+    weight = pack_weight(exact, dtype)
+    words, scale_words = weight.words.to(device), weight.scale_words.to(device)
+    y = run(x.to(device, dtype), words, scale_words, None, rows, group_size, config)
+    wanted = x @ exact.dequantize().T
     wrong = y.float().cpu() != wanted
     if bool(wrong.any()):
         raise NumericalError(
@@ -250,8 +265,3 @@ def check(device: torch.device, config: Config, group_size: int, dtype: torch.dt
             f"with {config}, group {group}, {dtype}; this GPU, driver or Triton {triton.__version__} computes wrongly, "
             "set EPMQ_BACKEND=reference."
         )
-
-
-def uses_triton() -> bool:
-    """Whether EPMQ_BACKEND asks for Triton, which CPU tensors need besides the interpreter."""
-    return os.environ.get("EPMQ_BACKEND") == "triton"

@@ -58,6 +58,14 @@ def kernel_group(group_size: int, in_features: int) -> int | None:
     return group_size if group_size in (32, 64) or group_size % TILE_COLUMNS == 0 else None
 
 
+def packed_shapes(out_features: int, in_features: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Shapes of words and scale_words."""
+    rows, columns = padded(out_features, TILE_ROWS), padded(in_features, TILE_COLUMNS)
+    group = kernel_group(group_size, in_features)
+    count = columns // group if group and group < TILE_COLUMNS else group_count(in_features, group or -1)
+    return (rows // TILE_ROWS, columns // TILE_COLUMNS, TILE_ROWS, TILE_WORDS), (count, rows)
+
+
 def pack_weight(tensor: QuantizedTensor, dtype: torch.dtype, permutation: Tensor | None = None) -> PackedWeight:
     """The layout of a quantized tensor; see :func:`pack_rows`."""
     packed = pack(tensor.codes, BITS) if tensor.bits == BITS else tensor.codes
@@ -90,12 +98,10 @@ def pack_rows(
     if dtype not in MAGIC:
         raise ConfigError(f"dtype={dtype}: the int4 kernels multiply torch.float16 and torch.bfloat16.")
     rows = packed.shape[0]
-    grid = grid_words(scales, zeros, group, in_features, dtype)
     origins = torch.full_like(scales, 2 ** (BITS - 1), dtype=torch.uint8) if zeros is None else zeros
-    blocks = padded(in_features, TILE_COLUMNS) // TILE_COLUMNS
-    words = torch.empty(
-        padded(rows, TILE_ROWS) // TILE_ROWS, blocks, TILE_ROWS, TILE_WORDS, dtype=torch.int16, device=packed.device
-    )
+    words_shape, grid_shape = packed_shapes(rows, in_features, group_size)
+    grid = grid_words(scales, zeros, grid_shape, dtype)
+    words = torch.empty(words_shape, dtype=torch.int16, device=packed.device)
     for start in range(0, rows, ROWS_AT_ONCE):
         part = slice(start, min(start + ROWS_AT_ONCE, rows))
         tiles = tile_words(unpack(packed[part], BITS, in_features), origins[part, -1:])
@@ -114,18 +120,16 @@ def tile_words(codes: Tensor, fill: Tensor) -> Tensor:
     return words.to(torch.int16)
 
 
-def grid_words(scales: Tensor, zeros: Tensor | None, group: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """int32 ``[groups, padded N]`` from scales and zeros ``[N, G]``; what is padding has scale and zero 0."""
+def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """int32 of that shape, groups by rows, from scales and zeros ``[N, G]``; what is padding has scale and zero 0."""
     rows, count = scales.shape
     narrow = scales.to(dtype)
     if bool((narrow.isinf() & scales.isfinite()).any()):
         raise FormatError(f"scales: {float(scales.abs().max()):.3g} is too large for {dtype}; run the layer in bfloat16.")
-    if group != WHOLE_ROW and group < TILE_COLUMNS:
-        count = padded(in_features, TILE_COLUMNS) // group
-    grid = torch.zeros(2, count, padded(rows, TILE_ROWS), dtype=dtype, device=scales.device)
+    grid = torch.zeros(2, *shape, dtype=dtype, device=scales.device)
     origins = torch.full_like(narrow, 2 ** (BITS - 1)) if zeros is None else zeros.to(dtype)
-    grid[0, : scales.shape[1], :rows] = narrow.T
-    grid[1, : scales.shape[1], :rows] = origins.T
+    grid[0, :count, :rows] = narrow.T
+    grid[1, :count, :rows] = origins.T
     grid[1] += MAGIC[dtype]
     low, high = grid.view(torch.int16).to(torch.int32)
     return (low & 0xFFFF) | high << 16

@@ -7,6 +7,7 @@ the table ``SHIPPED``, and :func:`default`. Nothing is ever tuned behind a calle
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -92,8 +93,7 @@ def default(key: Key) -> Config:
         shape = Config(128, 256, 1, 8, 3, True)
     else:
         block_m = min(64, key.tokens)
-        joined = key.arch >= HOPPER or block_m <= 16
-        shape = Config(block_m, min(128, rows), 1, 4, 4 if block_m <= 32 else 3, joined)
+        shape = Config(block_m, min(128, rows), 1, 4, 4 if block_m <= 32 else 3, joins(key.arch, block_m))
     return with_parts(shape, key)
 
 
@@ -115,6 +115,16 @@ def with_parts(shape: Config, key: Key) -> Config:
     return Config(**{**asdict(shape), "split_k": parts})
 
 
+@functools.cache
+def joins(arch: int, block_m: int) -> bool:
+    """Whether one product of 128 columns a step is the better operand: where the tensor instruction is wgmma.
+
+    For tiles of 8 tokens that depends on Triton: 3.6 compiles them to mma, 3.9 to wgmma.
+    """
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return arch >= HOPPER and (block_m >= 16 or version >= (3, 9))
+
+
 def candidates(key: Key) -> list[Config]:
     """Configurations worth timing for a key, the default first."""
     found = [default(key), Config(0, 0, 1, 0, 0, False, two_stages=True)]
@@ -132,8 +142,7 @@ def shapes(arch: int) -> list[Config]:
     """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
     found = []
     for block_m, stages in ((8, 4), (16, 4), (32, 4), (64, 3)):
-        joined = arch >= HOPPER or block_m <= 16
-        found += [Config(block_m, block_n, 1, 4, stages, joined) for block_n in (64, 128)]
+        found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in (64, 128)]
     if arch >= HOPPER:
         found += [Config(64, 256, 1, 8, 3, True), Config(128, 256, 1, 8, 3, True)]
     return found
