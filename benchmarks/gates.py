@@ -66,7 +66,9 @@ class Counts:
     serialized: bool  # ptxas says that it runs wgmma one at a time
 
 
-def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int) -> Any:
+def compile_kernel(
+    fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int
+) -> Any:
     """A CompiledKernel; pointers and the integers that the launcher guarantees are marked as multiples of 16."""
     names = fn.arg_names
     aligned = [n for n, kind in types.items() if kind.startswith("*") or n in ("N", "NP", "x_stride", "K")]
@@ -126,10 +128,21 @@ def count(kernel: Any, arch: int, weights: float) -> Counts:
         cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
         cubin.write_bytes(kernel.asm["cubin"])
         ptx.write_text(kernel.asm["ptx"])
-        sass = [(int(a, 16), op, rest) for a, op, rest in INSTRUCTION.findall(tool(TOOLS / "cuobjdump", "-sass", str(cubin)))]
+        sass = [
+            (int(a, 16), op, rest)
+            for a, op, rest in INSTRUCTION.findall(tool(TOOLS / "cuobjdump", "-sass", str(cubin)))
+        ]
         usage = re.search(r"REG:(\d+) STACK:(\d+)", tool(TOOLS / "cuobjdump", "-res-usage", str(cubin)))
         name = "sm_90a" if arch == 90 else f"sm_{arch}"
-        said = tool(get_ptxas(arch).path, "-v", "--fmad=false", f"-arch={name}", str(ptx), "-o", str(Path(folder) / "again.cubin"))
+        said = tool(
+            get_ptxas(arch).path,
+            "-v",
+            "--fmad=false",
+            f"-arch={name}",
+            str(ptx),
+            "-o",
+            str(Path(folder) / "again.cubin"),
+        )
     if usage is None:
         sys.exit("cuobjdump does not tell the registers.")
     body = loop_of(sass)
@@ -185,7 +198,13 @@ def cases(everything: bool) -> Iterator[tuple[str, int, str, int, Config]]:
             for dtype in ("fp16", "bf16"):
                 for group in GROUPS:
                     if everything or (main and (group == 128 or config.block_m == 8)):
-                        yield f"sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}", arch, dtype, group, config
+                        yield (
+                            f"sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}",
+                            arch,
+                            dtype,
+                            group,
+                            config,
+                        )
 
 
 def other_kernels() -> Iterator[tuple[str, Counts]]:

@@ -1,4 +1,4 @@
-"""The int4 product written for the layout of GPTQ files (8 neighbouring columns per int32), to be counted beside ours."""
+"""The int4 product on the layout of GPTQ files, 8 neighbouring columns per int32: counted beside ours."""
 
 from __future__ import annotations
 

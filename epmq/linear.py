@@ -66,6 +66,8 @@ class QuantLinear(nn.Module):
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
+    _tiles: tuple[Tensor, Tensor] | None
+    _tiles_for: tuple[torch.dtype, torch.device, tuple[int, ...]] | None
 
     def __init__(
         self,
@@ -149,26 +151,25 @@ class QuantLinear(nn.Module):
         from epmq.kernels.int4_matmul import pack_tiles, product
         from epmq.kernels.layout import kernel_group
 
-        made_for = (x.dtype, x.device, *self._versions())
-        if self._tiles is None or self._tiles_for != made_for:
-            self._tiles = pack_tiles(
-                self.packed, self.scales, self.zeros, self.group_size, self.in_features, x.dtype
-            )
-            self._tiles_for = made_for
+        made_for = (x.dtype, x.device, self._versions())
+        tiles = self._tiles
+        if tiles is None or self._tiles_for != made_for:
+            tiles = pack_tiles(self.packed, self.scales, self.zeros, self.group_size, self.in_features, x.dtype)
+            self._tiles, self._tiles_for = tiles, made_for
         group = kernel_group(self.group_size, self.in_features)
-        y: Tensor = product(x, *self._tiles, self.bias, self.out_features, group, False)
+        y: Tensor = product(x, *tiles, self.bias, self.out_features, group, False)
         return y
 
     def _versions(self) -> tuple[int, ...]:
         """How often codes and grid were written in place; inference tensors and compiled calls do not count that."""
         if torch.compiler.is_compiling():
-            return self._tiles_for[2:]
+            return self._tiles_for[2] if self._tiles_for else ()
         weight = (self.packed, self.scales, self.zeros)
         return tuple(0 if t is None or t.is_inference() else t._version for t in weight)
 
     def _forget_tiles(self) -> None:
-        self._tiles: tuple[Tensor, Tensor] | None = None
-        self._tiles_for: tuple[Any, ...] = ()
+        self._tiles = None
+        self._tiles_for = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -177,7 +178,7 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack anew."""
-        return {**self.__dict__, "_tiles": None, "_tiles_for": ()}
+        return {**self.__dict__, "_tiles": None, "_tiles_for": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         before = self.scales

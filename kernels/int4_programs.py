@@ -21,8 +21,8 @@ MAGIC_BITS = {"fp16": 0x6400, "bf16": 0x4300}
 def nibble_assembly(kind: str, nibble: int) -> str:
     """PTX that makes two floats from nibble 0..3 of two int16 words; kind is ``fp16`` or ``bf16``.
 
-    The floats are ``magic + code``; for the odd nibbles of fp16, which has the mantissa bits for it, ``magic + 16 · code``
-    of the nibble where it lies, which saves the shift of nibble 1.
+    The floats are ``magic + code``; for the odd nibbles of fp16, which has the mantissa bits for it,
+    ``magic + 16 · code``: nibble 1 is taken where it lies, nibble 3 shares its shift with nibble 2.
     """
     sixteenfold = kind == "fp16" and nibble % 2 == 1
     mask, shift = (0x00F000F0, 4 * (nibble - 1)) if sixteenfold else (0x000F000F, 4 * nibble)
@@ -64,38 +64,38 @@ def high_half(words, FP16: tl.constexpr):
 
 
 @triton.jit
-def centred(words, scale_words, I: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):  # noqa: E741
-    """``code - zero`` of nibble I of words [R, 32], exact in fp16 or bf16 (fp32 if WIDE); scale_words int32 [R]."""
+def centred(words, scale_words, NIBBLE: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):
+    """``code - zero`` of one nibble of words [R, 32], exact in fp16 or bf16 (fp32 if WIDE); scale_words int32 [R]."""
     origin = high_half(scale_words, FP16)[:, None]
     if FP16:
         if ASM:
-            if I == 0:
+            if NIBBLE == 0:
                 value = lop3_fp16(words, FP16_0)
-            elif I == 1:
+            elif NIBBLE == 1:
                 value = lop3_fp16(words, FP16_1)
-            elif I == 2:
+            elif NIBBLE == 2:
                 value = lop3_fp16(words, FP16_2)
             else:
                 value = lop3_fp16(words, FP16_3)
-        elif I % 2 == 1:
-            value = (((words >> (4 * I - 4)) & 0xF0) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+        elif NIBBLE % 2 == 1:
+            value = (((words >> (4 * NIBBLE - 4)) & 0xF0) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
         else:
-            value = (((words >> (4 * I)) & 0xF) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
-        if I % 2 == 1:
+            value = (((words >> (4 * NIBBLE)) & 0xF) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+        if NIBBLE % 2 == 1:
             # (1024 + 16 c) / 16 - (64 + z), with 1024 + z at hand.
             return tl.fma(value, tl.full(value.shape, 0.0625, tl.float16), (960.0 - origin).to(tl.float16))
         return value - origin
     if ASM:
-        if I == 0:
+        if NIBBLE == 0:
             value = lop3_bf16(words, BF16_0)
-        elif I == 1:
+        elif NIBBLE == 1:
             value = lop3_bf16(words, BF16_1)
-        elif I == 2:
+        elif NIBBLE == 2:
             value = lop3_bf16(words, BF16_2)
         else:
             value = lop3_bf16(words, BF16_3)
     else:
-        value = (((words >> (4 * I)) & 0xF) | BF16_MAGIC).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        value = (((words >> (4 * NIBBLE)) & 0xF) | BF16_MAGIC).to(tl.int16).to(tl.bfloat16, bitcast=True)
     if WIDE:
         return value.to(tl.float32) - origin.to(tl.float32)
     return value - origin
@@ -121,28 +121,28 @@ def scaled(whole, scale_words, FP16: tl.constexpr, WIDE: tl.constexpr):
 def plane(
     words,
     scale_words,
-    I: tl.constexpr,  # noqa: E741
+    NIBBLE: tl.constexpr,
     GROUP: tl.constexpr,
     FP16: tl.constexpr,
     ASM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The operand of nibble I: the weight in 16 bits; for a whole-row group ``code - zero``, to be scaled after the sum."""
-    whole = centred(words, scale_words, I, FP16, ASM, WIDE)
+    """The operand of one nibble: the weight in 16 bits, or ``code - zero`` where the sum is scaled (GROUP 0)."""
+    whole = centred(words, scale_words, NIBBLE, FP16, ASM, WIDE)
     if GROUP == 0:
         return whole
     return scaled(whole, scale_words, FP16, WIDE)
 
 
 @triton.jit
-def group_words(base, kb, stride, I: tl.constexpr, GROUP: tl.constexpr):
-    """int32 [R]: scale words of nibble plane I in block kb of 128 columns. GROUP 0 is the whole row."""
+def group_words(base, kb, stride, NIBBLE: tl.constexpr, GROUP: tl.constexpr):
+    """int32 [R]: scale words of one nibble in block kb of 128 columns. GROUP 0 is the whole row."""
     if GROUP == 0:
         return tl.load(base)
     elif GROUP >= 128:
         return tl.load(base + (kb // (GROUP // 128)) * stride)
     else:
-        return tl.load(base + (kb * (128 // GROUP) + I * 32 // GROUP) * stride)
+        return tl.load(base + (kb * (128 // GROUP) + NIBBLE * 32 // GROUP) * stride)
 
 
 @triton.jit(do_not_specialize=["M", "KB", "blocks_per_part"])
@@ -273,9 +273,7 @@ def sum_parts(
 
 
 @triton.jit(do_not_specialize=["N", "K", "KB"])
-def dequantize_tiles(
-    words, scales, out, N, NP, K, KB, GROUP: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr
-):
+def dequantize_tiles(words, scales, out, N, NP, K, KB, GROUP: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):
     """out [N, K]: the weight in its 16-bit dtype, one tile of 64 rows by 128 columns per program."""
     FP16: tl.constexpr = out.dtype.element_ty == tl.float16
     kb = tl.program_id(0)

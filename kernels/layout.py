@@ -125,21 +125,24 @@ def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, int], dty
     rows, count = scales.shape
     narrow = scales.to(dtype)
     if bool((narrow.isinf() & scales.isfinite()).any()):
-        raise FormatError(f"scales: {float(scales.abs().max()):.3g} is too large for {dtype}; run the layer in bfloat16.")
+        raise FormatError(
+            f"scales: {float(scales.abs().max()):.3g} is too large for {dtype}; run the layer in bfloat16."
+        )
     grid = torch.zeros(2, *shape, dtype=dtype, device=scales.device)
     origins = torch.full_like(narrow, 2 ** (BITS - 1)) if zeros is None else zeros.to(dtype)
     grid[0, :count, :rows] = narrow.T
     grid[1, :count, :rows] = origins.T
     grid[1] += MAGIC[dtype]
     low, high = grid.view(torch.int16).to(torch.int32)
-    return (low & 0xFFFF) | high << 16
+    words: Tensor = (low & 0xFFFF) | high << 16
+    return words
 
 
 def unpack_weight(weight: PackedWeight) -> QuantizedTensor:
     """What was packed, with scales in the kernels' dtype; symmetric grids come back with their zeros of 8."""
     tiles = weight.words.to(torch.int32)
     planes = torch.stack([tiles >> shift & 0xF for shift in (0, 4, 8, 12)], 3)
-    codes = planes.transpose(1, 2).reshape(tiles.shape[0] * TILE_ROWS, -1).to(torch.uint8)
+    codes = planes.transpose(1, 2).reshape(tiles.shape[0] * TILE_ROWS, tiles.shape[1] * TILE_COLUMNS).to(torch.uint8)
     group_size = weight.group_size or -1
     count, rows = group_count(weight.in_features, group_size), weight.out_features
     words = weight.scale_words[:count, :rows].T

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,10 @@ import torch
 
 from epmq.errors import ConfigError
 from epmq.files import write_text
-from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, padded
+from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-HOPPER = 90
 # From this many tokens on, dequantizing once and multiplying with cuBLAS is taken to be faster. An estimate:
 # 2.5 bytes a weight at the copy rate against a fused tile at 0.85 of the matmul rate meet near 1900 tokens on H100.
 TWO_STAGES_FROM = 2048
@@ -89,7 +89,7 @@ def default(key: Key) -> Config:
     if key.tokens >= TWO_STAGES_FROM:
         return Config(0, 0, 1, 0, 0, False, two_stages=True)
     rows = padded(key.out_features, TILE_ROWS)
-    if key.arch >= HOPPER and key.tokens > 64 and rows >= 256:
+    if has_wgmma(key.arch) and key.tokens > 64 and rows >= 256:
         shape = Config(128, 256, 1, 8, 3, True)
     else:
         block_m = min(64, key.tokens)
@@ -115,6 +115,11 @@ def with_parts(shape: Config, key: Key) -> Config:
     return Config(**{**asdict(shape), "split_k": parts})
 
 
+def has_wgmma(arch: int) -> bool:
+    """Whether this is sm_90, the one generation with wgmma; tiles for sm_80 run on all others."""
+    return 90 <= arch < 100
+
+
 @functools.cache
 def joins(arch: int, block_m: int) -> bool:
     """Whether one product of 128 columns a step is the better operand: where the tensor instruction is wgmma.
@@ -122,7 +127,7 @@ def joins(arch: int, block_m: int) -> bool:
     For tiles of 8 tokens that depends on Triton: 3.6 compiles them to mma, 3.9 to wgmma.
     """
     version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-    return arch >= HOPPER and (block_m >= 16 or version >= (3, 9))
+    return has_wgmma(arch) and (block_m >= 16 or version >= (3, 9))
 
 
 def candidates(key: Key) -> list[Config]:
@@ -131,7 +136,7 @@ def candidates(key: Key) -> list[Config]:
     for shape in shapes(key.arch):
         if shape.block_n > padded(key.out_features, TILE_ROWS) or shape.block_m > max(8, 2 * key.tokens):
             continue
-        if key.tokens > 16 * shape.block_m:
+        if shape.block_m < 64 and key.tokens > 4 * shape.block_m:
             continue
         best = with_parts(shape, key).split_k
         found += [Config(**{**asdict(shape), "split_k": parts}) for parts in sorted({1, max(1, best // 2), best})]
@@ -143,7 +148,7 @@ def shapes(arch: int) -> list[Config]:
     found = []
     for block_m, stages in ((8, 4), (16, 4), (32, 4), (64, 3)):
         found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in (64, 128)]
-    if arch >= HOPPER:
+    if has_wgmma(arch):
         found += [Config(64, 256, 1, 8, 3, True), Config(128, 256, 1, 8, 3, True)]
     return found
 
@@ -189,6 +194,27 @@ def tune(keys: Iterable[Key], milliseconds: Callable[[Key, Config], float]) -> d
     return best
 
 
+def tune_command(shapes: Iterable[str], tokens: Iterable[int], group_size: int, dtype: str) -> list[str]:
+    """``epmq tune``: lines that tell what was found. Raises ConfigError for bad arguments and without a GPU."""
+    layers = []
+    for text in shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise ConfigError(f"--shape {text}: write output by input features, such as 4096x14336.")
+        rows, columns = map(int, text.split("x"))
+        if kernel_group(group_size, columns) is None:
+            raise ConfigError(f"--group-size {group_size}: use 32, 64, a multiple of 128, or -1 for the whole row.")
+        layers.append((rows, columns))
+    if any(count < 1 for count in tokens):
+        raise ConfigError("--tokens: use positive numbers.")
+    if not torch.cuda.is_available():
+        raise ConfigError("epmq tune times kernels on an NVIDIA GPU, and torch sees none here.")
+    from epmq.kernels.timing import tune_on_gpu
+
+    narrow = next(kind for kind, name in DTYPE_NAMES.items() if name == dtype)
+    found = tune_on_gpu(layers, tokens, group_size, narrow)
+    return [f"{key.text()}: {config}" for key, config in found.items()] + [f"kept in {cache_file()}"]
+
+
 def device_key(
     device: torch.device, out_features: int, in_features: int, tokens: int, group_size: int, dtype: torch.dtype
 ) -> Key:
@@ -201,13 +227,6 @@ def device_key(
 def device_facts(device: torch.device) -> tuple[int, int]:
     """Compute capability times ten, and the number of multiprocessors."""
     if device.type != "cuda":
-        return HOPPER, 4
+        return 90, 4
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def require_gpu() -> torch.device:
-    """The current CUDA device. Raises ConfigError without one."""
-    if not torch.cuda.is_available():
-        raise ConfigError("epmq tune times kernels on an NVIDIA GPU and torch sees none here; run it where the GPU is.")
-    return torch.device("cuda", torch.cuda.current_device())
