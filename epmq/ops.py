@@ -8,7 +8,6 @@ at hand runs as reference, which is logged once.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -82,12 +81,12 @@ def _call(op: str, *args: Any, **kwargs: Any) -> Any:
     return choose(op, *args, **kwargs).function(*args, **kwargs)
 
 
-@functools.cache
 def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and runs on this device: an NVIDIA GPU from sm_80 on."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Whether the kernels run on this device: an NVIDIA GPU from sm_80 on."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(device)[0] >= 8
+    # Of the ways to ask this, the one that torch.compile takes for a constant.
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
 def _interprets_triton() -> bool:
@@ -119,8 +118,9 @@ def _pack_and_multiply(
 register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
 register("dequant_matmul", "reference", reference.dequant_matmul)
+if importlib.util.find_spec("triton") is not None:
+    register("dequant_matmul", "triton", _pack_and_multiply, _multiplies_tiles)
 extension.offer(register)
-register("dequant_matmul", "triton", _pack_and_multiply, _multiplies_tiles)
 
 
 def accumulate(
