@@ -12,7 +12,7 @@ LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check clean
+.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check gates stress clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -92,5 +92,20 @@ bench: $(READY)  ## tables of every operation against its rivals; JSON in benchm
 cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, shared memory, spills refused
 	$(BIN)/python csrc/cuda/check.py --nvcc $(NVCC)
 
+# The oldest supported Triton, in an environment of its own.
+.venv-triton/ready: constraints.txt
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-triton/bin/pip install --quiet torch==$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])") \
+	  triton==3.6.0 'numpy<2.4' pydantic pyyaml safetensors rich click
+	touch $@
+
+gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and sm_90, oldest and newest Triton; no GPU
+	$(BIN)/python benchmarks/gates.py --all
+	PYTHONPATH=. .venv-triton/bin/python benchmarks/gates.py --all
+
+stress: $(READY)  ## 10,000 random int4 products against float64 (about half an hour in the interpreter)
+	EPMQ_STRESS=10000 $(BIN)/python -m pytest tests/test_int4_matmul.py -k random_problems
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) build demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache

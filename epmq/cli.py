@@ -207,6 +207,17 @@ def env() -> None:
     click.echo("\n".join(describe()))
 
 
+@app.command(help="Time the int4 kernels on this GPU for layers of a size and keep the fastest configurations.")
+@click.option("--shape", "shapes", multiple=True, required=True, metavar="NxK", help="Output by input features.")
+@click.option("--tokens", multiple=True, type=int, default=(1, 16, 64, 256, 1024, 4096), show_default=True)
+@click.option("--group-size", default=128, show_default=True, help="32, 64, a multiple of 128, or -1 for the row.")
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["fp16", "bf16"]))
+def tune(shapes: tuple[str, ...], tokens: tuple[int, ...], group_size: int, dtype: str) -> None:
+    from epmq.kernels.tune import tune_command
+
+    click.echo("\n".join(tune_command(shapes, tokens, group_size, dtype)))
+
+
 def main() -> None:
     """Entry point: refusals are one sentence on stderr and exit status 2, an interruption is 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

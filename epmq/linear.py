@@ -60,12 +60,17 @@ class QuantLinear(nn.Module):
     uint8 ``[N, G]`` or None when symmetric, columns int32 ``[K]`` or None (see :class:`epmq.quantized.QuantizedTensor`;
     inputs are put into that order first). Inputs ``[..., K]`` in fp32, fp16 or bf16; outputs in the same dtype.
     Gradients reach the input and the bias, never the codes.
+
+    On an NVIDIA GPU 16-bit inputs are multiplied by :mod:`epmq.kernels.int4_matmul`, whose layout of the codes is made
+    at the first call and kept beside the buffers; the state dict does not know of it.
     """
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
     columns: Tensor | None
+    _tiles: tuple[Tensor, Tensor] | None
+    _tiles_for: tuple[torch.dtype, torch.device, tuple[int, ...]] | None
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class QuantLinear(nn.Module):
         permuted: bool = False,
     ):
         super().__init__()
+        self._forget_tiles()
         if bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits={bits}: use one of {', '.join(map(str, SUPPORTED_BITS))}.")
         if group_size != -1 and group_size < 1:
@@ -142,11 +148,51 @@ class QuantLinear(nn.Module):
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
-        y: Tensor = quant_linear(rows, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+        weight = (self.packed, self.scales, self.zeros)
+        y: Tensor
+        if ops.choose("dequant_matmul", rows, *weight, self.bias, self.bits, self.group_size).backend == "triton":
+            y = self._multiply_tiles(rows)
+        else:
+            y = quant_linear(rows, *weight, self.bias, self.bits, self.group_size)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply_tiles(self, x: Tensor) -> Tensor:
+        """The fused kernel's product, with the codes in its layout: packed at the first call and after a change."""
+        from epmq.kernels.int4_matmul import pack_tiles, product
+        from epmq.kernels.layout import kernel_group
+
+        made_for = (x.dtype, x.device, self._versions())
+        tiles = self._tiles
+        if tiles is None or self._tiles_for != made_for:
+            tiles = pack_tiles(self.packed, self.scales, self.zeros, self.group_size, self.in_features, x.dtype)
+            self._tiles, self._tiles_for = tiles, made_for
+        group = kernel_group(self.group_size, self.in_features)
+        y: Tensor = product(x, *tiles, self.bias, self.out_features, group, False)
+        return y
+
+    def _versions(self) -> tuple[int, ...]:
+        """How often codes and grid were written in place; inference tensors and compiled calls do not count that."""
+        if torch.compiler.is_compiling():
+            return self._tiles_for[2] if self._tiles_for else ()
+        weight = (self.packed, self.scales, self.zeros)
+        return tuple(0 if t is None or t.is_inference() else t._version for t in weight)
+
+    def _forget_tiles(self) -> None:
+        self._tiles = None
+        self._tiles_for = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("packed", "scales", "zeros"):
+            self._forget_tiles()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles pack anew."""
+        return {**self.__dict__, "_tiles": None, "_tiles_for": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         before = self.scales
+        self._forget_tiles()
         super()._apply(fn, recurse)
         if self.scales.dtype != before.dtype:
             # Codes were made for these exact scales: .half() and .to(dtype) must not round them again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 torch.set_num_threads(1)
 
 
@@ -91,6 +94,16 @@ def toy_batches(generator: torch.Generator, count: int = 3) -> list[dict[str, Te
 @pytest.fixture
 def toy_job() -> ToyJob:
     return make_toy_job()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a Triton kernel runs: in the interpreter on the CPU, compiled on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles here, it does not interpret")
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

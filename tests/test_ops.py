@@ -25,6 +25,8 @@ compiled = pytest.mark.skipif(extension.module is None, reason="the extension is
 def forms(op: str) -> list[Any]:
     """The registered implementations of an operation that this machine can run, by backend."""
     found = [form for form in ops.implementations(op) if form.backend != "cuda" or torch.cuda.is_available()]
+    if op == "dequant_matmul":  # Triton's form multiplies 16-bit weights: tests/test_int4_matmul.py
+        found = [form for form in found if form.backend != "triton"]
     return [pytest.param(form, id=form.backend) for form in found]
 
 

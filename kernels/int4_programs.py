@@ -1,0 +1,290 @@
+"""The Triton programs behind :mod:`epmq.kernels.int4_matmul`: nibbles to 16-bit floats, product tiles, sums of parts.
+
+Weights are the left operand (``yᵀ = W · xᵀ``): an int16 tile of :mod:`epmq.kernels.layout` has the shape and the width
+of a 16-bit float operand, so the compiler reads it straight into the tensor core's register layout, and each nibble
+plane of it is a ready slice of 32 columns. Nothing is shuffled and no dequantized weight goes through memory.
+
+``ASM`` chooses how nibbles become floats: inline assembly (one ``lop3`` for two weights), or the same arithmetic on
+integers, which Triton's interpreter can run. ``WIDE`` is for bf16 in the interpreter, which computes wrongly in it:
+fp32 arithmetic, rounded to bf16 where the other form rounds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# 16-bit floats whose last mantissa bits are a code: 1024 + c in fp16, 128 + c in bf16, both exact.
+MAGIC_BITS = {"fp16": 0x6400, "bf16": 0x4300}
+
+
+def nibble_assembly(kind: str, nibble: int) -> str:
+    """PTX that makes two floats from nibble 0..3 of two int16 words; kind is ``fp16`` or ``bf16``.
+
+    The floats are ``magic + code``; for the odd nibbles of fp16, which has the mantissa bits for it,
+    ``magic + 16 · code``: nibble 1 is taken where it lies, nibble 3 shares its shift with nibble 2.
+    """
+    sixteenfold = kind == "fp16" and nibble % 2 == 1
+    mask, shift = (0x00F000F0, 4 * (nibble - 1)) if sixteenfold else (0x000F000F, 4 * nibble)
+    last = f"{mask:#010x}, {MAGIC_BITS[kind] * 0x10001:#010x}, 0xEA;"  # (word & mask) | magic
+    if shift == 0:
+        return f"lop3.b32 $0, $1, {last}"
+    return f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; lop3.b32 $0, t, {last} }}"
+
+
+FP16_0, FP16_1, FP16_2, FP16_3 = (tl.constexpr(nibble_assembly("fp16", i)) for i in range(4))
+BF16_0, BF16_1, BF16_2, BF16_3 = (tl.constexpr(nibble_assembly("bf16", i)) for i in range(4))
+FP16_MAGIC, BF16_MAGIC = tl.constexpr(MAGIC_BITS["fp16"]), tl.constexpr(MAGIC_BITS["bf16"])
+
+
+@triton.jit
+def lop3_fp16(words, text: tl.constexpr):
+    """fp16 of one nibble of int16 words, see :func:`nibble_assembly`."""
+    return tl.inline_asm_elementwise(text, "=r,r", [words], tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def lop3_bf16(words, text: tl.constexpr):
+    """bf16 of one nibble of int16 words, see :func:`nibble_assembly`."""
+    return tl.inline_asm_elementwise(text, "=r,r", [words], tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def low_half(words, FP16: tl.constexpr):
+    """The 16-bit float in the low half of int32 words."""
+    bits = (words & 0xFFFF).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True) if FP16 else bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def high_half(words, FP16: tl.constexpr):
+    """The 16-bit float in the high half of int32 words."""
+    bits = (words >> 16).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True) if FP16 else bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def centred(words, scale_words, NIBBLE: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):
+    """``code - zero`` of one nibble of words [R, 32], exact in fp16 or bf16 (fp32 if WIDE); scale_words int32 [R]."""
+    origin = high_half(scale_words, FP16)[:, None]
+    if FP16:
+        if ASM:
+            if NIBBLE == 0:
+                value = lop3_fp16(words, FP16_0)
+            elif NIBBLE == 1:
+                value = lop3_fp16(words, FP16_1)
+            elif NIBBLE == 2:
+                value = lop3_fp16(words, FP16_2)
+            else:
+                value = lop3_fp16(words, FP16_3)
+        elif NIBBLE % 2 == 1:
+            value = (((words >> (4 * NIBBLE - 4)) & 0xF0) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            value = (((words >> (4 * NIBBLE)) & 0xF) | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+        if NIBBLE % 2 == 1:
+            # (1024 + 16 c) / 16 - (64 + z), with 1024 + z at hand.
+            return tl.fma(value, tl.full(value.shape, 0.0625, tl.float16), (960.0 - origin).to(tl.float16))
+        return value - origin
+    if ASM:
+        if NIBBLE == 0:
+            value = lop3_bf16(words, BF16_0)
+        elif NIBBLE == 1:
+            value = lop3_bf16(words, BF16_1)
+        elif NIBBLE == 2:
+            value = lop3_bf16(words, BF16_2)
+        else:
+            value = lop3_bf16(words, BF16_3)
+    else:
+        value = (((words >> (4 * NIBBLE)) & 0xF) | BF16_MAGIC).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if WIDE:
+        return value.to(tl.float32) - origin.to(tl.float32)
+    return value - origin
+
+
+@triton.jit
+def nearest_bf16(value):
+    """fp32 rounded to the nearest bf16, ties to even, still fp32: the interpreter's own conversion cuts off."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled(whole, scale_words, FP16: tl.constexpr, WIDE: tl.constexpr):
+    """``(code - zero) · scale``, rounded once to 16 bits; WIDE keeps the rounded numbers in fp32."""
+    scale = low_half(scale_words, FP16)[:, None]
+    if WIDE:
+        return nearest_bf16(whole * scale.to(tl.float32))
+    return whole * scale
+
+
+@triton.jit
+def plane(
+    words,
+    scale_words,
+    NIBBLE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FP16: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The operand of one nibble: the weight in 16 bits, or ``code - zero`` where the sum is scaled (GROUP 0)."""
+    whole = centred(words, scale_words, NIBBLE, FP16, ASM, WIDE)
+    if GROUP == 0:
+        return whole
+    return scaled(whole, scale_words, FP16, WIDE)
+
+
+@triton.jit
+def group_words(base, kb, stride, NIBBLE: tl.constexpr, GROUP: tl.constexpr):
+    """int32 [R]: scale words of one nibble in block kb of 128 columns. GROUP 0 is the whole row."""
+    if GROUP == 0:
+        return tl.load(base)
+    elif GROUP >= 128:
+        return tl.load(base + (kb // (GROUP // 128)) * stride)
+    else:
+        return tl.load(base + (kb * (128 // GROUP) + NIBBLE * 32 // GROUP) * stride)
+
+
+@triton.jit(do_not_specialize=["M", "KB", "blocks_per_part"])
+def product_tiles(
+    x,
+    words,
+    scales,
+    bias,
+    out,
+    M,
+    N,
+    NP,
+    KB,
+    x_stride,
+    blocks_per_part,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    JOINED: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile of ``y = x · Wᵀ`` [BM, BN] over one part of the columns.
+
+    x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
+    scales: int32 [groups, NP]. bias: [N] if BIAS. out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT.
+    Grid: (tiles over N and M, parts).
+    """
+    FP16: tl.constexpr = x.dtype.element_ty == tl.float16
+    tiles_n = tl.cdiv(N, BN)
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    if SWIZZLE > 1:
+        # Neighbours in time share weight tiles: SWIZZLE tiles of rows at a time meet every tile of tokens.
+        span = SWIZZLE * tiles_m
+        first_n = (pid // span) * SWIZZLE
+        width = tl.minimum(tiles_n - first_n, SWIZZLE)
+        pid_n = first_n + (pid % span) % width
+        pid_m = (pid % span) // width
+    else:
+        pid_n = pid % tiles_n
+        pid_m = pid // tiles_n
+    # The last tile is moved back to end where the weight ends; what it shares with its neighbour it does not store.
+    start_n = tl.minimum(pid_n * BN, NP - BN)
+    start_n = tl.multiple_of(start_n, 64)
+    rows = tl.arange(0, BN)
+    inside = (rows // 64).to(tl.int64)[:, None] * KB * 2048 + ((rows % 64) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    first = part * blocks_per_part
+    last = tl.minimum(first + blocks_per_part, KB)
+    w_ptrs = words + ((start_n // 64).to(tl.int64) * KB + first) * 2048 + inside
+    s_ptrs = scales + start_n + rows
+    # Tokens past the end read the last one's: loads need no mask, and what comes of them is not stored.
+    tokens = pid_m * BM + tl.arange(0, BM)
+    x_rows = x + tl.minimum(tokens, M - 1).to(tl.int64) * x_stride + first * 128
+    acc = tl.zeros((BN, BM), tl.float32)
+    for kb in range(first, last):
+        w = tl.load(w_ptrs)
+        s0 = group_words(s_ptrs, kb, NP, 0, GROUP)
+        s1, s2, s3 = s0, s0, s0
+        if GROUP == 32:
+            s1 = group_words(s_ptrs, kb, NP, 1, GROUP)
+            s3 = group_words(s_ptrs, kb, NP, 3, GROUP)
+        if GROUP == 32 or GROUP == 64:
+            s2 = group_words(s_ptrs, kb, NP, 2, GROUP)
+        if GROUP == 64:
+            s3 = s2
+        if JOINED:
+            xt = tl.load(x_rows[None, :] + tl.arange(0, 128)[:, None])
+            even = tl.join(plane(w, s0, 0, GROUP, FP16, ASM, WIDE), plane(w, s2, 2, GROUP, FP16, ASM, WIDE))
+            odd = tl.join(plane(w, s1, 1, GROUP, FP16, ASM, WIDE), plane(w, s3, 3, GROUP, FP16, ASM, WIDE))
+            weight = tl.join(even, odd).permute(0, 2, 3, 1).reshape(BN, 128)
+            if WIDE:
+                xt = xt.to(tl.float32)
+            acc = tl.dot(weight, xt, acc)
+        else:
+            k32 = tl.arange(0, 32)[:, None]
+            x0 = tl.load(x_rows[None, :] + k32)
+            x1 = tl.load(x_rows[None, :] + (k32 + 32))
+            x2 = tl.load(x_rows[None, :] + (k32 + 64))
+            x3 = tl.load(x_rows[None, :] + (k32 + 96))
+            if WIDE:
+                x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+            acc = tl.dot(plane(w, s0, 0, GROUP, FP16, ASM, WIDE), x0, acc)
+            acc = tl.dot(plane(w, s1, 1, GROUP, FP16, ASM, WIDE), x1, acc)
+            acc = tl.dot(plane(w, s2, 2, GROUP, FP16, ASM, WIDE), x2, acc)
+            acc = tl.dot(plane(w, s3, 3, GROUP, FP16, ASM, WIDE), x3, acc)
+        if JOINED and ASM:
+            # No instruction: ties the sum to this iteration, without which ptxas runs wgmma one at a time.
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
+        w_ptrs += 2048
+        x_rows += 128
+    if GROUP == 0:
+        acc *= low_half(tl.load(s_ptrs), FP16).to(tl.float32)[:, None]
+    columns = start_n + rows
+    own = (columns >= pid_n * BN) & (columns < N)
+    if BIAS:
+        acc += tl.load(bias + columns, mask=own, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(acc)
+    places = tokens.to(tl.int64)[:, None] * N + columns[None, :]
+    keep = (tokens < M)[:, None] & own[None, :]
+    if WIDE and not SPLIT:
+        y = nearest_bf16(y)
+    if SPLIT:
+        tl.store(out + part.to(tl.int64) * M * N + places, y, mask=keep)
+    else:
+        tl.store(out + places, y.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["count", "N"])
+def sum_parts(
+    parts, bias, out, count, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [count] = Σ over parts [SPLITS, count] in order, plus bias [N] along the last axis, rounded once."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    total = tl.load(parts + place, mask=inside, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(parts + part * count.to(tl.int64) + place, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + place % N, mask=inside, other=0.0).to(tl.float32)
+    if WIDE:
+        total = nearest_bf16(total)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "K", "KB"])
+def dequantize_tiles(words, scales, out, N, NP, K, KB, GROUP: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):
+    """out [N, K]: the weight in its 16-bit dtype, one tile of 64 rows by 128 columns per program."""
+    FP16: tl.constexpr = out.dtype.element_ty == tl.float16
+    kb = tl.program_id(0)
+    tile = tl.program_id(1)
+    rows = tl.arange(0, 64)
+    j = tl.arange(0, 32)
+    w = tl.load(words + (tile.to(tl.int64) * KB + kb) * 2048 + rows[:, None] * 32 + j[None, :])
+    n = tile * 64 + rows
+    base = out + n.to(tl.int64)[:, None] * K
+    for i in tl.static_range(4):
+        k = kb * 128 + i * 32 + j
+        words_of_group = group_words(scales + n, kb, NP, i, GROUP)
+        value = scaled(centred(w, words_of_group, i, FP16, ASM, WIDE), words_of_group, FP16, WIDE)
+        tl.store(base + k[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

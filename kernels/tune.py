@@ -1,0 +1,236 @@
+"""Which tile sizes the int4 product runs with: tuned values where there are some, else arithmetic on the shape.
+
+Three places are asked in turn: a cache on disk that ``epmq tune`` writes (``EPMQ_CACHE``, default ``~/.cache/epmq``),
+the table ``SHIPPED``, and :func:`default`. Nothing is ever tuned behind a caller's back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from epmq.errors import ConfigError
+from epmq.files import write_text
+from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
+
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+# From this many tokens on, dequantizing once and multiplying with cuBLAS is taken to be faster. An estimate:
+# 2.5 bytes a weight at the copy rate against a fused tile at 0.85 of the matmul rate meet near 1900 tokens on H100.
+TWO_STAGES_FROM = 2048
+SHORTEST_PART = 4  # blocks of 128 columns: less leaves the pipeline no time to fill
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one product is cut: tokens and rows of a tile, parts of the columns, warps, stages, operand form.
+
+    joined: one product of 128 columns a step instead of four of 32. two_stages: dequantize, then cuBLAS; the other
+    fields are then unused.
+    """
+
+    block_m: int
+    block_n: int
+    split_k: int
+    warps: int
+    stages: int
+    joined: bool
+    two_stages: bool = False
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a configuration was tuned for. tokens is the bucket's upper end."""
+
+    arch: int
+    processors: int
+    out_features: int
+    in_features: int
+    tokens: int
+    group_size: int
+    dtype: str
+
+    def text(self) -> str:
+        """The key as written in the cache."""
+        return ",".join(str(value) for value in asdict(self).values())
+
+
+# Tuned on named GPUs and shipped. Empty: no GPU has been measured yet, see docs/kernels.md.
+SHIPPED: dict[Key, Config] = {}
+
+
+def bucket(tokens: int) -> int:
+    """The smallest bucket that holds ``tokens``; the largest one holds all above it."""
+    return next((size for size in BUCKETS if tokens <= size), BUCKETS[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(key: Key) -> Config:
+    """The configuration for a key: from the cache on disk, the shipped table, or :func:`default`."""
+    found = cached().get(key.text()) or SHIPPED.get(key)
+    return found or default(key)
+
+
+@functools.lru_cache(maxsize=4096)
+def fixed(key: Key) -> Config:
+    """The batch-invariant configuration: the same for any number of tokens, so that a row keeps its bits."""
+    return default(Key(**{**asdict(key), "tokens": 64}))
+
+
+def default(key: Key) -> Config:
+    """Tile sizes from the shape alone (docs/kernels.md says why these)."""
+    if key.tokens >= TWO_STAGES_FROM:
+        return Config(0, 0, 1, 0, 0, False, two_stages=True)
+    rows = padded(key.out_features, TILE_ROWS)
+    if has_wgmma(key.arch) and key.tokens > 64 and rows >= 256:
+        shape = Config(128, 256, 1, 8, 3, True)
+    else:
+        block_n = min(128, rows)
+        block_m = min(64 if block_n == 128 or has_wgmma(key.arch) else 32, key.tokens)
+        shape = Config(block_m, block_n, 1, 4, 4 if block_m <= 32 else 3, joins(key.arch, block_m))
+    return with_parts(shape, key)
+
+
+def with_parts(shape: Config, key: Key) -> Config:
+    """``shape`` with the number of parts that keeps the GPU full at the least cost in steps of 128 columns.
+
+    A part costs its steps and, where there are several, writing and reading its fp32 sums: a tile of BM tokens moves
+    as many bytes for that as BM / 8 steps.
+    """
+    rows, blocks = padded(key.out_features, TILE_ROWS), padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
+    tiles = -(-rows // shape.block_n) * -(-key.tokens // shape.block_m)
+    at_once = key.processors * (1 if shape.warps == 8 else 4 if shape.block_m <= 16 else 2)
+
+    def cost(parts: int) -> int:
+        sums = 2 + shape.block_m // 8 if parts > 1 else 0
+        return -(-tiles * parts // at_once) * (-(-blocks // parts) + sums)
+
+    parts = min(range(1, max(1, min(16, blocks // SHORTEST_PART)) + 1), key=cost)
+    return Config(**{**asdict(shape), "split_k": parts})
+
+
+def has_wgmma(arch: int) -> bool:
+    """Whether this is sm_90, the one generation with wgmma; tiles for sm_80 run on all others."""
+    return 90 <= arch < 100
+
+
+@functools.cache
+def joins(arch: int, block_m: int) -> bool:
+    """Whether one product of 128 columns a step is the better operand: where the tensor instruction is wgmma.
+
+    For tiles of 8 tokens that depends on Triton: 3.6 compiles them to mma, 3.9 to wgmma.
+    """
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return has_wgmma(arch) and (block_m >= 16 or version >= (3, 9))
+
+
+def candidates(key: Key) -> list[Config]:
+    """Configurations worth timing for a key, the default first."""
+    found = [default(key), Config(0, 0, 1, 0, 0, False, two_stages=True)]
+    for shape in shapes(key.arch):
+        if shape.block_n > padded(key.out_features, TILE_ROWS) or shape.block_m > max(8, 2 * key.tokens):
+            continue
+        if shape.block_m < 64 and key.tokens > 4 * shape.block_m:
+            continue
+        best = with_parts(shape, key).split_k
+        found += [Config(**{**asdict(shape), "split_k": parts}) for parts in sorted({1, max(1, best // 2), best})]
+    return list(dict.fromkeys(found))
+
+
+def shapes(arch: int) -> list[Config]:
+    """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
+    found = []
+    for block_m, stages in ((8, 4), (16, 4), (32, 4), (64, 3)):
+        # 64 by 64 spills on sm_80.
+        widths = (128,) if block_m == 64 and not has_wgmma(arch) else (64, 128)
+        found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in widths]
+    if has_wgmma(arch):
+        found += [Config(64, 256, 1, 8, 3, True), Config(128, 256, 1, 8, 3, True)]
+    return found
+
+
+# ---- the cache on disk -----------------------------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    """Where ``epmq tune`` writes."""
+    return Path(os.environ.get("EPMQ_CACHE") or Path.home() / ".cache" / "epmq") / "int4.json"
+
+
+@functools.lru_cache(maxsize=1)
+def cached() -> dict[str, Config]:
+    """What was tuned on this machine, by the text of its key. Raises ConfigError for a file that is not ours."""
+    path = cache_file()
+    if not path.is_file():
+        return {}
+    try:
+        return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a file of tuned configurations ({error}); delete it.") from error
+
+
+def store(found: dict[Key, Config]) -> Path:
+    """Add tuned configurations to the cache; returns its path."""
+    merged = {**cached(), **{key.text(): config for key, config in found.items()}}
+    write_text(cache_file(), json.dumps({key: asdict(config) for key, config in merged.items()}, indent=1))
+    cached.cache_clear()
+    choose.cache_clear()
+    return cache_file()
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def tune(keys: Iterable[Key], milliseconds: Callable[[Key, Config], float]) -> dict[Key, Config]:
+    """The fastest candidate of each key by ``milliseconds``; a candidate that is not faster leaves the default."""
+    best = {}
+    for key in keys:
+        times = {config: milliseconds(key, config) for config in candidates(key)}
+        best[key] = min(times, key=lambda config: times[config])
+    return best
+
+
+def tune_command(shapes: Iterable[str], tokens: Iterable[int], group_size: int, dtype: str) -> list[str]:
+    """``epmq tune``: lines that tell what was found. Raises ConfigError for bad arguments and without a GPU."""
+    layers = []
+    for text in shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise ConfigError(f"--shape {text}: write output by input features, such as 4096x14336.")
+        rows, columns = map(int, text.split("x"))
+        if kernel_group(group_size, columns) is None:
+            raise ConfigError(f"--group-size {group_size}: use 32, 64, a multiple of 128, or -1 for the whole row.")
+        layers.append((rows, columns))
+    if any(count < 1 for count in tokens):
+        raise ConfigError("--tokens: use positive numbers.")
+    if not torch.cuda.is_available():
+        raise ConfigError("epmq tune times kernels on an NVIDIA GPU, and torch sees none here.")
+    from epmq.kernels.timing import tune_on_gpu
+
+    narrow = next(kind for kind, name in DTYPE_NAMES.items() if name == dtype)
+    found = tune_on_gpu(layers, tokens, group_size, narrow)
+    return [f"{key.text()}: {config}" for key, config in found.items()] + [f"kept in {cache_file()}"]
+
+
+def device_key(
+    device: torch.device, out_features: int, in_features: int, tokens: int, group_size: int, dtype: torch.dtype
+) -> Key:
+    """The key of a product on a device; a CPU, where kernels are interpreted, counts as a small sm_90."""
+    arch, processors = device_facts(device)
+    return Key(arch, processors, out_features, in_features, bucket(tokens), group_size, DTYPE_NAMES[dtype])
+
+
+@functools.lru_cache(maxsize=64)
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """Compute capability times ten, and the number of multiprocessors."""
+    if device.type != "cuda":
+        return 90, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count

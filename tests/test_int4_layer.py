@@ -1,0 +1,164 @@
+"""Where the int4 product is used: the table, QuantLinear, and the check before a configuration's first use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_int4_matmul import BF16, FP16, check, problem
+from torch import Tensor, nn
+
+from epmq import QuantLinear, ops, reference
+from epmq.errors import NumericalError
+from epmq.kernels import int4_matmul as kernels
+from epmq.kernels.tune import Config
+from epmq.quantized import QuantizedTensor, pack
+
+# ---- the table and QuantLinear ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPMQ_BACKEND", "triton")
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_the_form_in_the_table(symmetric: bool, device: torch.device) -> None:
+    x, tensor, _, bias = problem(40, 200, 64, symmetric, FP16, 5, device)
+    zeros = None if tensor.zeros is None else tensor.zeros.to(device)
+    arguments = (x, pack(tensor.codes, 4).to(device), tensor.scales.to(device), zeros, bias, 4, 64)
+    assert ops.choose("dequant_matmul", *arguments).backend == "triton"
+    y = ops.dequant_matmul(*arguments)
+    check(y, x, tensor, bias)
+    # Beside the definition, whose weights are not rounded, by half a step of 16 bits a weight.
+    size = x.float().abs() @ tensor.dequantize().abs().T.to(device)
+    allowed = torch.finfo(FP16).eps * (size + y.float().abs())
+    assert bool(((y.float() - reference.dequant_matmul(*arguments).float()).abs() <= allowed).all())
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"bits": 8}, False),
+        ({"group": 48}, False),
+        ({"group": -1}, True),
+    ],
+    ids=str,
+)
+def test_calls_that_the_table_gives_to_triton(changes: dict[str, Any], wanted: bool, device: torch.device) -> None:
+    bits, group = changes.get("bits", 4), changes.get("group", 64)
+    layer = QuantLinear(192, 20, bits=bits, group_size=group, device=device, dtype=FP16)
+    x = torch.zeros(2, 192, dtype=changes.get("dtype", FP16), device=device)
+    chosen = ops.choose("dequant_matmul", x, layer.packed, layer.scales, layer.zeros, layer.bias, bits, group)
+    assert (chosen.backend == "triton") == wanted
+
+
+def test_cpu_tensors_go_to_the_interpreter_only_when_asked() -> None:
+    layer = QuantLinear(64, 8, group_size=32, dtype=FP16)
+    x = torch.zeros(2, 64, dtype=FP16)
+    chosen = ops.choose("dequant_matmul", x, layer.packed, layer.scales, layer.zeros, layer.bias, 4, 32)
+    assert chosen.backend != "triton"
+
+
+def quantized_layer(device: torch.device) -> QuantLinear:
+    torch.manual_seed(3)
+    return QuantLinear.from_linear(nn.Linear(70, 20).half(), bits=4, group_size=32).to(device)
+
+
+def check_layer(layer: QuantLinear, x: Tensor) -> None:
+    tensor = layer.quantized()
+    zeros = None if tensor.zeros is None else tensor.zeros.cpu()
+    exact = QuantizedTensor(tensor.codes.cpu(), tensor.scales.cpu(), zeros, 4, 32)
+    check(layer(x), x, exact, layer.bias)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_quant_linear_packs_once_and_after_every_change(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    layer, original = quantized_layer(device), kernels.pack_tiles
+    packed: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        packed.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(kernels, "pack_tiles", counted)
+    names = list(layer.state_dict())
+    x = torch.randn(3, 70, device=device).half()
+    with torch.no_grad():
+        check_layer(layer, x)
+        check_layer(layer, x)
+        assert len(packed) == 1
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        layer.scales.mul_(2)
+        check_layer(layer, x)
+        layer.load_state_dict(state)
+        check_layer(layer, x)
+        layer.packed = torch.zeros_like(layer.packed)
+        check_layer(layer, x)
+        assert len(packed) == 4
+        layer.bfloat16()
+        check(layer(x.bfloat16()), x.bfloat16(), QuantizedTensor(*unrounded(layer)), layer.bias)
+        assert len(packed) == 5
+    assert list(layer.state_dict()) == names
+
+
+def unrounded(layer: QuantLinear) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+    """A layer's parts with its fp16 scales as bf16, which is what a bf16 input multiplies."""
+    tensor = layer.quantized()
+    zeros = None if tensor.zeros is None else tensor.zeros.cpu()
+    return tensor.codes.cpu(), tensor.scales.bfloat16().cpu(), zeros, 4, 32
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [True, False])
+def test_quant_linear_compiles_before_and_after_it_has_packed(warm: bool, device: torch.device) -> None:
+    layer = quantized_layer(device)
+    x = torch.randn(3, 70, device=device).half().requires_grad_()
+    if warm:
+        layer(x)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first, second = compiled(x), compiled(x)
+    wanted = layer(x)
+    assert torch.equal(first, wanted) and torch.equal(second, wanted)
+    gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (second, wanted)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_quant_linear_in_inference_mode(device: torch.device) -> None:
+    with torch.inference_mode():
+        layer = quantized_layer(device)
+        check_layer(layer, torch.randn(3, 70, device=device).half())
+
+
+# ---- the check before first use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("group", [0, 32, 128, 256])
+def test_a_right_kernel_passes_its_check(group: int, dtype: torch.dtype, device: torch.device) -> None:
+    kernels.check(device, Config(8, 64, 2, 4, 4, True), group, dtype)
+
+
+def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    right = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda x, *a, **k: right(x.roll(1, 1), *a, **k))
+    with pytest.raises(NumericalError, match=r"products of small integers are wrong"):
+        kernels.check(device, Config(8, 64, 2, 4, 4, True), 64, FP16)
+
+
+def test_a_configuration_is_checked_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(kernels, "check", lambda *a: calls.append(1))
+    monkeypatch.setattr(kernels, "_checked", set())
+    x = torch.zeros(1, 128, device=device).half()
+    for config in (Config(8, 64, 1, 4, 4, True), Config(8, 64, 1, 4, 4, True), Config(8, 64, 2, 4, 4, True)):
+        kernels.ensure_checked(x, config, 64)
+    assert len(calls) == 2

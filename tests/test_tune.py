@@ -1,0 +1,139 @@
+"""How a product is cut: what is chosen for a shape, what is kept on disk, and ``epmq tune`` without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from epmq.cli import app
+from epmq.errors import ConfigError
+from epmq.kernels import tune
+from epmq.kernels.tune import Config, Key
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+LAYERS = [(6144, 4096), (4096, 14336), (57344, 8192), (1024, 1024), (40, 70), (64, 128), (1000, 100_000)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("EPMQ_CACHE", str(tmp_path))
+    forget()
+    yield tmp_path / "int4.json"
+    forget()
+
+
+def forget() -> None:
+    tune.cached.cache_clear()
+    tune.choose.cache_clear()
+
+
+def key(tokens: int = 8, arch: int = 90, layer: tuple[int, int] = (4096, 4096), group: int = 128) -> Key:
+    return Key(arch, 132, *layer, tokens, group, "fp16")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_choice_is_a_tile_that_the_gates_compile(layer: tuple[int, int], arch: int) -> None:
+    for tokens in tune.BUCKETS:
+        config = tune.default(key(tokens, arch, layer))
+        if config.two_stages:
+            assert tokens >= tune.TWO_STAGES_FROM
+            continue
+        tiles = [(s.block_m, s.block_n, s.warps, s.stages, s.joined) for s in tune.shapes(arch)]
+        assert (config.block_m, config.block_n, config.warps, config.stages, config.joined) in tiles
+        blocks = -(-layer[1] // 128)
+        assert 1 <= config.split_k <= 16
+        assert config.split_k == 1 or blocks // config.split_k >= tune.SHORTEST_PART
+        assert config.block_n <= -(-layer[0] // 64) * 64
+
+
+def test_small_batches_are_split_until_the_gpu_is_full() -> None:
+    assert tune.default(key(8)).split_k == 8
+    assert tune.default(key(8, layer=(57344, 8192))).split_k == 1
+
+
+def test_the_tokens_of_a_tile_hold_the_bucket() -> None:
+    assert [tune.default(key(tokens)).block_m for tokens in (8, 16, 32, 64, 128)] == [8, 16, 32, 64, 128]
+    assert [tune.default(key(tokens, 80)).block_m for tokens in (8, 16, 32, 64, 128)] == [8, 16, 32, 64, 64]
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, 8), (8, 8), (9, 16), (8192, 8192), (100_000, 8192)])
+def test_buckets(tokens: int, wanted: int) -> None:
+    assert tune.bucket(tokens) == wanted
+
+
+def test_the_fixed_choice_does_not_know_the_tokens() -> None:
+    assert len({tune.fixed(key(tokens)) for tokens in tune.BUCKETS}) == 1
+
+
+def test_the_fastest_candidate_is_kept_and_chosen(cache: Path) -> None:
+    wanted = tune.candidates(key(64))[3]
+    found = tune.tune([key(64)], lambda _, config: 1.0 if config == wanted else 2.0)
+    assert found == {key(64): wanted}
+    assert tune.choose(key(64)) == tune.default(key(64)) != wanted
+    assert tune.store(found) == cache
+    assert tune.choose(key(64)) == wanted
+    tune.store({key(16): wanted})
+    assert tune.choose(key(64)) == tune.choose(key(16)) == wanted
+    assert set(json.loads(cache.read_text())) == {key(64).text(), key(16).text()}
+
+
+def test_among_equals_the_default_stays() -> None:
+    assert tune.tune([key(16)], lambda *_: 1.0) == {key(16): tune.default(key(16))}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("tokens", tune.BUCKETS)
+def test_candidates_are_different_and_fit(tokens: int, arch: int) -> None:
+    found = tune.candidates(key(tokens, arch))
+    assert found[0] == tune.default(key(tokens, arch))
+    assert len(set(found)) == len(found) > 1
+    assert sum(config.two_stages for config in found) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"tile": 1}}', '{"a": 3}'])
+def test_a_foreign_cache_is_refused_by_name(text: str, cache: Path) -> None:
+    cache.write_text(text)
+    with pytest.raises(ConfigError, match=r"int4\.json.*delete it"):
+        tune.choose(key())
+
+
+def test_shipped_values_come_before_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Config(8, 64, 2, 4, 4, True)
+    monkeypatch.setattr(tune, "SHIPPED", {key(): shipped})
+    assert tune.choose(key()) == shipped
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+def test_tuning_without_a_gpu_is_one_sentence() -> None:
+    result = CliRunner().invoke(app, ["tune", "--shape", "4096x4096"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "epmq tune times kernels on an NVIDIA GPU, and torch sees none here."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--shape", "4096"], "--shape 4096"),
+        (["--shape", "0x5"], "--shape 0x5"),
+        (["--shape", "64x512", "--group-size", "48"], "--group-size 48"),
+        (["--shape", "64x512", "--tokens", "0"], "--tokens"),
+    ],
+)
+def test_bad_arguments_of_tune_are_named(arguments: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        CliRunner().invoke(app, ["tune", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_tuning_on_a_gpu(cache: Path) -> None:
+    result = CliRunner().invoke(app, ["tune", "--shape", "1024x1024", "--tokens", "1"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert len(json.loads(cache.read_text())) == 1
