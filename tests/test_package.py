@@ -38,6 +38,7 @@ def test_wheel_holds_every_module_and_no_test(wheel: Path) -> None:
     modules |= {f"epmq/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert modules <= names
     assert {"epmq/py.typed", "epmq/page/page.css", "epmq/page/page.js"} <= names
+    assert {"epmq/papers/clip.yaml", "epmq/papers/glue.yaml"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
 
 
