@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq import extension, reference
+from epmq import extension, reference, triton_forms
 from epmq.errors import ConfigError
 
 log = logging.getLogger("epmq")
@@ -81,6 +81,7 @@ def _call(op: str, *args: Any, **kwargs: Any) -> Any:
 register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
 register("dequant_matmul", "reference", reference.dequant_matmul)
+triton_forms.offer(register)
 extension.offer(register)
 
 

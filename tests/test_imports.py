@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 ORDER: list[tuple[str, ...]] = [
     ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
     ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
+    ("triton_forms",),
     ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),
     ("merge", "statistics", "recipe", "report", "augment"),
     ("solve", "distill"),
