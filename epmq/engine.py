@@ -60,10 +60,12 @@ class Engine:
         config: QuantConfig,
         sink: Sink,
         progress: Progress = lambda what, done, total: None,
+        device: torch.device | None = None,
     ):
+        self.device = device or torch.device("cpu")
         self.config, self.sink, self.progress = config, sink, progress
         self.merged, self.base, self.experts = merged, base, dict(experts)
-        self.streams = make_streams(calibration) if calibration or config.method != "rtn" else {}
+        self.streams = make_streams(calibration, self.device) if calibration or config.method != "rtn" else {}
         self._check_tasks()
         if config.rho != 1.0 and base is None:
             raise ConfigError("rho: an anchor away from the merged weights needs the base model; give base.")
@@ -80,7 +82,7 @@ class Engine:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
-        fill(self.runner.model, "", self.merged, torch.float32)
+        fill(self.runner.model, "", self.merged, torch.float32, self.device)
         if self.streams:
             for address in self.runner.follow(next(iter(self.streams.values()))[0].inputs):
                 self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
@@ -113,14 +115,14 @@ class Engine:
     def _start_expert_streams(self, address: BlockAddress) -> None:
         """Hidden states of every expert in front of a list of blocks, made with the expert's own outer weights."""
         for task, batches in self.streams.items():
-            fill(self.runner.model, "", self.experts[task], torch.float32)
+            fill(self.runner.model, "", self.experts[task], torch.float32, self.device)
             for batch in batches:
                 batch.expert_hidden = self.runner.capture(address, batch.inputs, batch.deployed).hidden
-        fill(self.runner.model, "", self.merged, torch.float32)
+        fill(self.runner.model, "", self.merged, torch.float32, self.device)
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
         block = copy.deepcopy(self.runner.block(address))
-        fill(block, address.name + ".", source, torch.float32)
+        fill(block, address.name + ".", source, torch.float32, self.device)
         return block
 
     def _block(self, address: BlockAddress) -> None:
@@ -194,14 +196,14 @@ class Engine:
         merged = stacked(linears)
         anchor = self._anchor(address, group, merged)
         rows, columns = merged.weight.shape
-        problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
+        problem, plain = self._empty(rows, columns), self._empty(0, columns)
         samples: dict[str, Sample] = {}
         automatic = config.method == "epmq" and config.anchor == "auto"
         split = (problem, problem)
         if automatic:
-            split = (Folded.empty(rows, columns), Folded.empty(rows, columns))
+            split = (self._empty(rows, columns), self._empty(rows, columns))
         for task, batches in self.streams.items():
-            expert = read_stack(self.experts[task], address, group) if self.experts else merged
+            expert = read_stack(self.experts[task], address, group, self.device) if self.experts else merged
             fitted, held = self._task_statistics(task, batches, address, block, group, captures, automatic)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
@@ -243,8 +245,8 @@ class Engine:
     ) -> tuple[TaskStatistics, TaskStatistics | None]:
         columns: int = getattr(block.get_submodule(group.first), "in_features")  # noqa: B009 (typed as Tensor | Module)
         with_target = self.uses_features and self.config.alpha > 0
-        fitted = TaskStatistics(columns, with_target)
-        held = TaskStatistics(columns, with_target) if automatic else None
+        fitted = TaskStatistics(columns, with_target, device=self.device)
+        held = TaskStatistics(columns, with_target, device=self.device) if automatic else None
         sample = max(1, SAMPLE_ROWS // len(batches))
         for number, batch in enumerate(batches):
             call = self.runner.capture(address, batch.inputs, batch.deployed)
@@ -276,7 +278,7 @@ class Engine:
         if rho == 1.0 or not self.config.needs_experts:
             return merged
         assert self.base is not None
-        base = read_stack(self.base, address, group)
+        base = read_stack(self.base, address, group, self.device)
         return Expert(torch.lerp(base.weight, merged.weight, rho), merged.bias)
 
     def _plain_gptq(self, inputs: Folded, merged: Expert, stored: torch.dtype, where: str) -> Tensor | None:
@@ -289,7 +291,7 @@ class Engine:
     def _nearest(self, address: BlockAddress, name: str, linear: nn.Linear) -> Deployed:
         group = InputGroup((name,))
         merged = stacked([linear])
-        empty = Folded.empty(0, linear.in_features)
+        empty = self._empty(0, linear.in_features)
         stored = self._scale_dtype(address, group)
         outcome = quantize_group(empty, empty, merged, 0.0, self.config, False, stored, f"{address.name}.{name}")
         return deploy(group, [linear], outcome)
@@ -297,9 +299,9 @@ class Engine:
     def _norm(self, address: BlockAddress, block: nn.Module, name: str, captures: dict[str, list[Seen]]) -> None:
         norm = block.get_submodule(name)
         weight: Tensor = norm.weight  # type: ignore[assignment]
-        moments = NormStatistics(weight.shape[0])
+        moments = NormStatistics(weight.shape[0], self.device)
         for task, batches in self.streams.items():
-            own = NormStatistics(weight.shape[0])
+            own = NormStatistics(weight.shape[0], self.device)
             for number, batch in enumerate(batches):
                 call = self.runner.capture(address, batch.inputs, batch.deployed)
                 seen: Seen = {}
@@ -307,7 +309,7 @@ class Engine:
                     call.run(block)
                 z, weights, _ = rows_of(seen[name], batch)
                 y, _, _ = rows_of(captures[task][number][name], batch)
-                own.add(z, y, torch.ones(len(z)) if weights is None else weights)
+                own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
 
@@ -330,11 +332,14 @@ class Engine:
                 assert batch.expert_hidden is not None
                 inside, weights, _ = rows_of(batch.expert_hidden, batch)
                 ours = hidden_of(batch.deployed.outputs[address.list_name]).reshape(inside.shape)
-                r = torch.ones(len(inside)) if weights is None else weights
+                r = inside.new_ones(len(inside)) if weights is None else weights
                 error += float((r.unsqueeze(1) * (ours - inside).square()).sum())
                 energy += float((r.unsqueeze(1) * inside.square()).sum())
             errors[task] = error / max(energy, 1e-30)
         return errors
+
+    def _empty(self, rows: int, columns: int) -> Folded:
+        return Folded.empty(rows, columns, device=self.device)
 
     def _scale_dtype(self, address: BlockAddress, group: InputGroup) -> torch.dtype:
         if self.config.scale_dtype != "auto":

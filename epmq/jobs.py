@@ -14,6 +14,7 @@ from epmq import files
 from epmq.api import load
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
+from epmq.devices import compute_device
 from epmq.errors import ConfigError, SourceError
 from epmq.evaluate import load_task, row, score
 from epmq.formats.native import MANIFEST_NAME, NativeWriter
@@ -86,6 +87,7 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     files.check_free(out)
     if recipe.calibration is None and recipe.quantization.method != "rtn":
         raise ConfigError(f"method {recipe.quantization.method!r} needs calibration: in the recipe.")
+    device = compute_device(recipe.device)
     started = time.perf_counter()
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
     sources = open_sources(recipe, skeleton)
@@ -102,6 +104,7 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
                 recipe.quantization,
                 writer,
                 progress,
+                device,
             )
         written = set(writer.shards.names)
         blocks = tuple(f"{row['block']}." for row in found["blocks"])

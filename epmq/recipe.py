@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from epmq.config import PRESETS, QuantConfig
 from epmq.errors import ConfigError
@@ -47,7 +48,8 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """A whole job. Paths are relative to the recipe's folder.
 
-    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint.
+    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. device: where
+    blocks are computed, ``auto`` being the first GPU, or the CPU without one.
     """
 
     base: Path
@@ -57,7 +59,15 @@ class Recipe(Settings):
     calibration: CalibrationSettings | None = None
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
+    device: str = "auto"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("use auto, cpu, cuda or cuda:0")
+        return device
 
 
 def read_recipe(path: str | Path) -> Recipe:

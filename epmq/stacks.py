@@ -20,7 +20,7 @@ def stacked(linears: list[Any]) -> Expert:
     """Weights and biases (zeros where there is none) of linears in memory."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     bias = torch.cat(
-        [linear.bias.detach() if linear.bias is not None else torch.zeros(len(linear.weight)) for linear in linears]
+        [linear.bias.detach() if linear.bias is not None else _no_bias(linear.weight) for linear in linears]
     )
     return Expert(weight, bias)
 
@@ -51,12 +51,17 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
     return result
 
 
-def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup) -> Expert:
-    """The same linears of another model, read from its source."""
+def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup, device: torch.device) -> Expert:
+    """The same linears of another model, read from its source, in fp32 on ``device``."""
     weights, biases = [], []
     for name in group.linears:
-        weight = read_finite(source, f"{address.name}.{name}.weight").float()
+        weight = read_finite(source, f"{address.name}.{name}.weight").to(device, torch.float32)
         bias = f"{address.name}.{name}.bias"
         weights.append(weight)
-        biases.append(read_finite(source, bias).float() if bias in source.keys() else torch.zeros(len(weight)))
+        known = bias in source.keys()
+        biases.append(read_finite(source, bias).to(device, torch.float32) if known else _no_bias(weight))
     return Expert(torch.cat(weights), torch.cat(biases))
+
+
+def _no_bias(weight: Tensor) -> Tensor:
+    return torch.zeros(len(weight), device=weight.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epmq.blocks import StreamState
+from epmq.devices import moved
 from epmq.errors import CalibrationError
 
 POSITION_WEIGHTS = "position_weights"
@@ -18,7 +19,7 @@ HELD_OUT_EVERY = 5
 
 @dataclass
 class Batch:
-    """One batch of a task: the model's keyword arguments and where its streams stand.
+    """One batch of a task: the model's keyword arguments and where its streams stand, all on one device.
 
     position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
     examples kept back when settings are chosen. expert_hidden: the same batch inside the task's expert, or None.
@@ -31,8 +32,10 @@ class Batch:
     expert_hidden: Tensor | None = None
 
 
-def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, list[Batch]]:
-    """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``.
+def make_streams(
+    calibration: Mapping[str, Iterable[Mapping[str, Any]]], device: torch.device | None = None
+) -> dict[str, list[Batch]]:
+    """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``, on ``device``.
 
     Positions where a 2-d ``attention_mask`` is 0 are left out of the statistics. A dict may carry
     ``position_weights`` (``[B, S]``, >= 0), which replaces the mask there and is not passed to the model.
@@ -48,7 +51,7 @@ def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict
                     f"task {task!r}: batch {number} is a {type(inputs).__name__}; give a dict of the forward's"
                     " keyword arguments."
                 )
-            batch = _make_batch(task, number, dict(inputs), examples)
+            batch = _make_batch(task, number, dict(inputs), examples, device or torch.device("cpu"))
             examples += len(batch.held)
             stream.append(batch)
         if not stream:
@@ -59,7 +62,7 @@ def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict
     return streams
 
 
-def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Batch:
+def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, device: torch.device) -> Batch:
     weights = inputs.pop(POSITION_WEIGHTS, None)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
     if not tensors:
@@ -80,7 +83,7 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Ba
         # All ones is the common case of a batch without padding: nothing to weigh.
         weights = None if bool((weights == 1).all()) else weights
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-    return Batch(inputs, weights, held)
+    return Batch(moved(inputs, device), None if weights is None else weights.to(device), held.to(device))
 
 
 def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> None:
@@ -110,9 +113,9 @@ def rows_of(x: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, bool]:
 
 def split_held(rows: Tensor, weights: Tensor | None, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Row weights ``[M]`` of the fitted part and of the held-out part of a batch."""
-    everything = torch.ones(rows.shape[0]) if weights is None else weights
+    everything = torch.ones(rows.shape[0], device=rows.device) if weights is None else weights
     if x.shape[0] == len(batch.held):
         held = batch.held.repeat_interleave(rows.shape[0] // x.shape[0])
     else:
-        held = (torch.arange(rows.shape[0]) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
+        held = (torch.arange(rows.shape[0], device=rows.device) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
     return everything * ~held, everything * held

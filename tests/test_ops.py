@@ -214,6 +214,44 @@ def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
     assert torch.equal(dirty, reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
 
 
+# ---- cholesky --------------------------------------------------------------------------------------------------------
+
+
+FACTORS = [pytest.param(form, {}, id=form.backend) for form in ops.implementations("cholesky")]
+FACTORS += [
+    pytest.param(ops.implementations("cholesky")[0], {"block": size}, id=f"blocks-of-{size}") for size in (16, 32)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("size", [1, 5, 32, 33, 100])
+@pytest.mark.parametrize("form, more", FACTORS)
+def test_cholesky(form: Any, more: dict[str, int], size: int, dtype: torch.dtype) -> None:
+    """L Lᵀ is the matrix, within the backward error of K products and roundings; only the lower triangle is read."""
+    x = seeded(size, 2 * size + 1).to(dtype)
+    matrix = x @ x.T
+    lower, info = form.function(matrix.tril() + 9.0 * torch.ones_like(matrix).triu(1), **more)
+    assert int(info) == 0 and info.dtype == torch.int32 and torch.equal(lower, lower.tril())
+    bound = product_bound(lower.double().abs() @ lower.double().abs().T, size + 1)
+    if dtype == torch.float64:
+        bound *= 2.0**-29
+    assert ((lower.double() @ lower.double().T - matrix.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("place", [0, 20, 39])
+@pytest.mark.parametrize("form, more", FACTORS)
+def test_cholesky_tells_where_a_matrix_is_not_positive_definite(form: Any, more: dict[str, int], place: int) -> None:
+    matrix = torch.eye(40)
+    matrix[place, place] = -1.0
+    assert int(form.function(matrix, **more)[1]) == place + 1
+
+
+def test_the_blocked_cholesky_runs_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.choose("cholesky", torch.eye(3)).backend == "reference"
+    monkeypatch.setenv("EPMQ_BACKEND", "blocked")
+    assert ops.choose("cholesky", torch.eye(3)).backend == "blocked"
+
+
 # ---- dequant_matmul --------------------------------------------------------------------------------------------------
 
 
