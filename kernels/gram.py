@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epmq.kernels.gptq_block import interpreting
+from epmq.rows import kept_rows
 
 TILE = 128
 # Tensor cores do not round their running sums to nearest, so sums of squares drift; the total is therefore carried in
@@ -71,26 +72,24 @@ def gram_kernel(
         left_columns = targets
     of_left = tile_row * TILE + tl.arange(0, TILE)
     of_right = tile_column * TILE + tl.arange(0, TILE)
-    depth = tl.arange(0, DEPTH)
+    # Whole matrices of addresses, advanced by addition: vectors of rows would change layout in every pass.
+    row = tl.arange(0, DEPTH)[:, None]
+    left_at = left + row * left_stride + of_left[None, :]
+    right_at = x + row * x_stride + of_right[None, :]
+    left_inside = (row >= 0) & (of_left < left_width)[None, :]
+    right_inside = (row >= 0) & (of_right < x_width)[None, :]
     sums = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, rows, DEPTH):
-        row = start + depth
-        there = row < rows
-        a = tl.load(
-            left + row[:, None] * left_stride + of_left[None, :],
-            mask=there[:, None] & (of_left < left_width)[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            x + row[:, None] * x_stride + of_right[None, :],
-            mask=there[:, None] & (of_right < x_width)[None, :],
-            other=0.0,
-        )
+        there = row < rows - start
+        a = tl.load(left_at, mask=there & left_inside, other=0.0)
+        b = tl.load(right_at, mask=there & right_inside, other=0.0)
+        left_at += DEPTH * left_stride
+        right_at += DEPTH * x_stride
         if EXACT or INTERPRETED:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         if WEIGHTED:
-            b = b * tl.load(row_weights + row, mask=there, other=0.0)[:, None]
+            b = b * tl.load(row_weights + start + row, mask=there, other=0.0)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
     place = of_left[:, None] * columns + of_right[None, :]
     inside = (of_left < left_columns)[:, None] & (of_right < columns)[None, :]
@@ -142,14 +141,9 @@ def accumulate(
     crossed = target is not None and cross is not None and sum_target is not None
     if not crossed:
         target = None
-    weighted = False
-    weights = x.new_ones(1, dtype=torch.float32)
-    if row_weights is not None:
-        index = torch.nonzero(row_weights).flatten()
-        if len(index) < len(row_weights):
-            x, target = x[index], None if target is None else target[index]
-        weights = row_weights[index].float()
-        weighted = not bool((weights == 1).all())
+    x, target, left = kept_rows(x, target, row_weights)
+    weighted = left is not None
+    weights = x.new_ones(1, dtype=torch.float32) if left is None else left
     if x.shape[0] == 0 or x.shape[1] == 0:
         return
     if target is not None and target.dtype != x.dtype:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
+    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory", "rows"),
     ("settings", "files", "sources", "blocks", "grids", "data", "devices", "extension", "reference", "blocked"),
     ("triton_forms",),
     ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),

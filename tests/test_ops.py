@@ -17,6 +17,7 @@ from torch import Tensor
 
 from epmq import extension, ops, reference
 from epmq.quantized import column_groups, dequantize, group_count, pack, packed_words
+from epmq.rows import kept_rows
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ON_GPU = ("cuda", "triton")
@@ -121,6 +122,21 @@ def test_accumulate_keeps_denormals_and_non_finite_numbers(form: Any) -> None:
     x = seeded(20, 10)
     x[3, 2], x[5, 4] = float("inf"), float("nan")
     check_accumulate(form, x, None, None)
+
+
+@pytest.mark.parametrize("kind", ["none", "ones", "mask", "weighted", "zeros"])
+def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
+    x, target = seeded(6, 3), seeded(6, 2)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    given = {"none": None, "ones": torch.ones(6), "mask": mask, "weighted": 2 * mask, "zeros": torch.zeros(6)}[kind]
+    found, found_target, weights = kept_rows(x, target, given)
+    keep = torch.ones(6, dtype=torch.bool) if given is None else given != 0
+    assert torch.equal(found, x[keep]) and found_target is not None and torch.equal(found_target, target[keep])
+    assert kept_rows(x, None, given)[1] is None
+    if kind == "weighted":
+        assert weights is not None and torch.equal(weights, torch.full((4,), 2.0))
+    else:
+        assert weights is None
 
 
 # ---- gptq_sweep ------------------------------------------------------------------------------------------------------
