@@ -8,9 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MINILM8 ?= ../shared/minilm8
 UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
+GPU_MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
+.PHONY: help setup test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check gates-gptq gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +77,15 @@ bench: $(READY)  ## tables of every operation against its rivals; JSON in benchm
 
 cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, shared memory, spills refused
 	$(BIN)/python csrc/cuda/check.py --nvcc $(NVCC)
+
+gates-gptq: $(READY)  ## compile the GPTQ and gram kernels for sm_80 and sm_90 without a GPU; refuse spills and growth
+	PYTHONPATH=. $(BIN)/python benchmarks/gates_gptq.py
+
+# No network and no virtual environment: the machine's own Python, with its CUDA build of torch, Triton and pytest.
+gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped
+	EPMQ_CUDA=1 EPMQ_EXTENSION=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=.:benchmarks $(PYTHON) -m gpu.suite --minutes $(GPU_MINUTES)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PEERS) build demo .pytest_cache .mypy_cache .ruff_cache
