@@ -2,11 +2,14 @@
 
 ``python benchmarks/gates_gptq.py`` prints the table and exits with status 1 when a limit is passed. Limits: no spills,
 no stack; GPTQ without shared memory, barriers or tensor instructions and with at most 270 instructions per column; gram
-with the tensor instruction of its architecture and, on sm_90, both operands straight from shared memory.
+with the tensor instruction of its architecture and, on sm_90, both operands straight from shared memory; no kernel may
+have over 5 % more instructions than gates_gptq.json says for this version of Triton (``--update`` writes it).
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
@@ -28,7 +31,8 @@ from epmq.kernels import gptq_block, gram
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
 LABEL = re.compile(r"^(\.L_x_\d+):")
-MOST_PER_COLUMN = 270
+BASELINE = Path(__file__).with_suffix(".json")
+MOST_PER_COLUMN, MOST_GROWTH = 270, 1.05
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -113,8 +117,7 @@ def gram_row(arch: int, dtype: str, exact: bool, weighted: bool) -> dict[str, An
     types |= dict.fromkeys(("row_weights", "hessian", "cross"), "*fp32")
     constants = {"EXACT": exact, "WEIGHTED": weighted, "INTERPRETED": False, "TILE": gram.TILE}
     constants["DEPTH"] = depth = settings.pop("DEPTH")
-    options = {**settings, "enable_fp_fusion": True}
-    made = build(gram.gram_kernel, arch, types, constants, ("rows", "h_tiles"), options)
+    made = build(gram.gram_kernel, arch, types, constants, ("rows", "h_tiles"), settings)
     wanted = "FFMA" if exact else "HGMMA" if arch >= 90 else "HMMA"
     loop = next((loop for loop in made.loops if made.count(wanted, within=loop)), (0, -1))
     found = made.count(wanted, within=loop)
@@ -163,8 +166,27 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
+def against(baseline: dict[str, int], entry: dict[str, Any]) -> None:
+    """Add to the entry's problems when it has grown; a version of Triton without a baseline has only the limits."""
+    known = baseline.get(name_of(entry))
+    if known is not None and entry["instructions"] > MOST_GROWTH * known:
+        entry["problems"] = "; ".join(filter(None, [entry["problems"], f"{known} instructions before"]))
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    return f"{entry['kernel']}, {entry['arch']}, Triton {entry['triton']}"
+
+
 def main() -> None:
-    found = rows()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="take today's counts as the baseline of this Triton")
+    update = parser.parse_args().update
+    found, baseline = rows(), json.loads(BASELINE.read_text())
+    if update:
+        baseline |= {name_of(entry): entry["instructions"] for entry in found}
+        BASELINE.write_text(json.dumps(dict(sorted(baseline.items())), indent=1) + "\n")
+    for entry in found:
+        against(baseline, entry)
     print("| " + " | ".join(found[0]) + " |\n|" + "---|" * len(found[0]))
     for entry in found:
         print("| " + " | ".join(str(value) for value in entry.values()) + " |")
