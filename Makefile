@@ -10,9 +10,11 @@ UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
+GPU_MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check gates stress clean
+.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check \
+  gates gates-gptq stress gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +108,15 @@ gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and 
 
 stress: $(READY)  ## 10,000 random int4 products against float64 (about half an hour in the interpreter)
 	EPMQ_STRESS=10000 $(BIN)/python -m pytest tests/test_int4_matmul.py -k random_problems
+
+gates-gptq: $(READY)  ## compile the GPTQ and gram kernels for sm_80 and sm_90 without a GPU; refuse spills and growth
+	PYTHONPATH=. $(BIN)/python benchmarks/gates_gptq.py
+
+# No network and no virtual environment: the machine's own Python, with its CUDA build of torch, Triton and pytest.
+gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped
+	EPMQ_CUDA=1 EPMQ_EXTENSION=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=.:benchmarks $(PYTHON) -m gpu.suite --minutes $(GPU_MINUTES)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache

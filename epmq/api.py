@@ -18,6 +18,7 @@ from epmq.adapters import open_model
 from epmq.card import write_card
 from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
+from epmq.devices import compute_device, home_of
 from epmq.errors import FormatError
 from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
@@ -42,14 +43,16 @@ def quantize(
     calibration: Mapping[str, Iterable[Mapping[str, Any]]],
     config: QuantConfig | None = None,
     base: Any = None,
+    device: str | torch.device | None = None,
 ) -> QuantResult:
     """Quantize a merged module towards its experts.
 
     model: the merged module (see :func:`epmq.merge`). experts: {task: module, state dict, checkpoint path or hub id, or
     the same of a LoRA adapter over ``base``}; may be None for methods ``gptq`` and ``rtn``. calibration: {task:
     iterable of keyword-argument dicts for the model's forward}, unlabelled; positions masked by ``attention_mask`` are
-    left out. base: what the experts were tuned from, needed for adapters and when ``config.rho`` is not 1. The inputs
-    are left as they were.
+    left out. base: what the experts were tuned from, needed for adapters and when ``config.rho`` is not 1. device:
+    where blocks are computed, ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` (None: the model's own GPU, else the first one,
+    else the CPU); weights come there block by block, the result is where ``model`` is. The inputs are left as they were.
 
     Raises CalibrationError, SourceError, ModelError, NumericalError or ConfigError, each naming what is at fault.
     """
@@ -60,11 +63,13 @@ def quantize(
     expert_sources = {
         task: open_model(expert, f"expert {task!r}", base_source) for task, expert in (experts or {}).items()
     }
+    home = home_of(model)
+    where = compute_device(device, home)
     skeleton = meta_copy(model)
-    sink = ModuleSink()
+    sink = ModuleSink(home)
     streams = {task: list(batches) for task, batches in calibration.items()}
     with progress_bar("quantizing") as progress:
-        found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress)
+        found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress, where)
     result = sink.assemble(skeleton, merged).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))

@@ -60,9 +60,11 @@ def augmented(batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Gene
             text = [*text[:-1], *(texts[row][1:-1] * 2)[: width - len(text)], *text[-1:]]
         ids[row, : len(text)] = torch.tensor(text, dtype=ids.dtype)
         mask[row, : len(text)] = 1
-    inputs: dict[str, Any] = {**batch.inputs, "input_ids": ids}
+    device = batch.inputs["input_ids"].device
+    inputs: dict[str, Any] = {**batch.inputs, "input_ids": ids.to(device)}
     if "attention_mask" not in batch.inputs:
         return Batch(inputs, None, batch.held, batch.decoder_weights)
+    mask = mask.to(device)
     return Batch({**inputs, "attention_mask": mask}, mask.float(), batch.held, batch.decoder_weights)
 
 

@@ -176,7 +176,7 @@ def _metrics(features: list[Tensor], settings: DistillSettings) -> tuple[Tensor,
     covariance = torch.cov(torch.cat(features).T)
     size = covariance.shape[0]
     own = covariance / covariance.square().sum().clamp_min(1e-30)
-    even = torch.eye(size) / covariance.trace().clamp_min(1e-30)
+    even = torch.eye(size, device=covariance.device) / covariance.trace().clamp_min(1e-30)
     share = settings.covariance_share
     return (1.0 - share) * even + share * own, own
 
@@ -190,7 +190,8 @@ def _pick(examples: list[_Example], settings: DistillSettings, generator: torch.
     varied = float(torch.rand((), generator=generator)) >= settings.originals
     pool = [example for example in examples if example.varied == varied] or examples
     chosen = pool[int(torch.randint(len(pool), (), generator=generator))]
-    rows = torch.randperm(len(chosen.feature), generator=generator)[: settings.examples]
+    # Drawn on the CPU, so that a seed means the same on every device.
+    rows = torch.randperm(len(chosen.feature), generator=generator)[: settings.examples].to(chosen.feature.device)
     return _Example(
         take(chosen.batch, rows),
         chosen.feature[rows],

@@ -64,10 +64,12 @@ class Engine:
         config: QuantConfig,
         sink: Sink,
         progress: Progress = lambda what, done, total: None,
+        device: torch.device | None = None,
     ):
+        self.device = device or torch.device("cpu")
         self.config, self.sink, self.progress = config, sink, progress
         self.merged, self.base, self.experts = merged, base, dict(experts)
-        self.streams = make_streams(calibration) if calibration or config.method != "rtn" else {}
+        self.streams = make_streams(calibration, self.device) if calibration or config.method != "rtn" else {}
         self._check_tasks()
         if config.rho != 1.0 and base is None:
             raise ConfigError("rho: an anchor away from the merged weights needs the base model; give base.")
@@ -86,7 +88,7 @@ class Engine:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
-        fill(self.runner.model, "", self.merged, torch.float32)
+        fill(self.runner.model, "", self.merged, torch.float32, self.device)
         if self.streams:
             for address in self.runner.follow(next(iter(self.streams.values()))[0].inputs):
                 self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
@@ -136,16 +138,16 @@ class Engine:
     def _start_expert_streams(self, address: BlockAddress) -> None:
         """What every expert feeds to the first block of a list, made with the expert's own outer weights."""
         for task, batches in self.streams.items():
-            fill(self.runner.model, "", self.experts[task], torch.float32)
+            fill(self.runner.model, "", self.experts[task], torch.float32, self.device)
             for batch in batches:
                 # A state of its own: these arguments are made with the expert's outer weights.
                 call = self.runner.capture(address, batch.inputs, StreamState(batch.expert.outputs))
                 batch.expert_hidden, batch.expert_sequences = call.hidden, call.sequences()
-        fill(self.runner.model, "", self.merged, torch.float32)
+        fill(self.runner.model, "", self.merged, torch.float32, self.device)
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
         block = copy.deepcopy(self.runner.block(address))
-        fill(block, address.name + ".", source, torch.float32)
+        fill(block, address.name + ".", source, torch.float32, self.device)
         return block
 
     def _block(self, address: BlockAddress) -> None:
@@ -230,14 +232,16 @@ class Engine:
         merged = stacked(linears)
         anchor = self._anchor(address, group, linears, merged)
         rows, columns = merged.weight.shape
-        problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
+        problem, plain = self._empty(rows, columns), self._empty(0, columns)
         samples: dict[str, Sample] = {}
         automatic = config.method == "epmq" and config.anchor == "auto"
         split = (problem, problem)
         if automatic:
-            split = (Folded.empty(rows, columns), Folded.empty(rows, columns))
+            split = (self._empty(rows, columns), self._empty(rows, columns))
         for task, batches in self.streams.items():
-            expert = read_stack(self.experts[task], address, group, linears) if self.experts else merged
+            expert = merged
+            if self.experts:
+                expert = read_stack(self.experts[task], address, group, linears, self.device)
             fitted, held = self._task_statistics(task, batches, address, block, group, expert, captures, automatic)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
@@ -291,8 +295,8 @@ class Engine:
         targets = None
         if self.uses_features and self.config.alpha > 0:
             targets = outputs_of if of_outputs else columns
-        fitted = TaskStatistics(columns, targets, of_outputs)
-        held = TaskStatistics(columns, targets, of_outputs) if automatic else None
+        fitted = TaskStatistics(columns, targets, of_outputs, device=self.device)
+        held = TaskStatistics(columns, targets, of_outputs, device=self.device) if automatic else None
         sample = max(1, SAMPLE_ROWS // len(batches))
         for number, batch in enumerate(batches):
             call = self.runner.capture(address, batch.inputs, batch.deployed)
@@ -326,7 +330,7 @@ class Engine:
         if rho == 1.0 or not self.config.needs_experts:
             return merged
         assert self.base is not None
-        base = read_stack(self.base, address, group, linears)
+        base = read_stack(self.base, address, group, linears, self.device)
         return Expert(torch.lerp(base.weight, merged.weight, rho), merged.bias)
 
     def _plain_gptq(
@@ -340,7 +344,7 @@ class Engine:
     def _nearest(self, address: BlockAddress, name: str, linear: nn.Module) -> Deployed:
         group = InputGroup((name,))
         merged = stacked([linear])
-        empty = Folded.empty(0, merged.weight.shape[1])
+        empty = self._empty(0, merged.weight.shape[1])
         stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
         pattern = self.config.override_of(f"{address.name}.{name}")
         self.matched.add(pattern)
@@ -351,9 +355,9 @@ class Engine:
     def _norm(self, address: BlockAddress, block: nn.Module, name: str, captures: dict[str, list[Seen]]) -> None:
         norm = block.get_submodule(name)
         weight: Tensor = norm.weight  # type: ignore[assignment]
-        moments = NormStatistics(weight.shape[0])
+        moments = NormStatistics(weight.shape[0], self.device)
         for task, batches in self.streams.items():
-            own = NormStatistics(weight.shape[0])
+            own = NormStatistics(weight.shape[0], self.device)
             for number, batch in enumerate(batches):
                 call = self.runner.capture(address, batch.inputs, batch.deployed)
                 seen: Seen = {}
@@ -361,7 +365,7 @@ class Engine:
                     call.run(block)
                 z, weights, _ = rows_of(seen[name], batch.weights_of(self.sequence))
                 y, _, _ = rows_of(captures[task][number][name], None)
-                own.add(z, y, torch.ones(len(z)) if weights is None else weights)
+                own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
 
@@ -384,11 +388,14 @@ class Engine:
                 assert batch.expert_hidden is not None
                 inside, weights, _ = rows_of(batch.expert_hidden, batch.weights_of(self.sequence))
                 ours = hidden_of(batch.deployed.outputs[address.list_name]).reshape(inside.shape)
-                r = torch.ones(len(inside)) if weights is None else weights
+                r = inside.new_ones(len(inside)) if weights is None else weights
                 error += float((r.unsqueeze(1) * (ours - inside).square()).sum())
                 energy += float((r.unsqueeze(1) * inside.square()).sum())
             errors[task] = error / max(energy, 1e-30)
         return errors
+
+    def _empty(self, rows: int, columns: int) -> Folded:
+        return Folded.empty(rows, columns, device=self.device)
 
     def _hand_out(
         self,

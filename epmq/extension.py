@@ -17,6 +17,7 @@ from torch import Tensor
 
 from epmq.errors import ConfigError, ExtensionError
 from epmq.quantized import dequantize, unpack
+from epmq.rows import kept_rows
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -87,6 +88,19 @@ def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
         and (target is None or target.dtype == x.dtype)
         and (row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()))
     )
+
+
+def _accumulate_on_cuda(
+    x: Tensor,
+    hessian: Tensor,
+    sum_x: Tensor,
+    target: Tensor | None = None,
+    cross: Tensor | None = None,
+    sum_target: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> None:
+    x, target, weights = kept_rows(x, target, row_weights)
+    torch.ops.epmq_native.accumulate(x, hessian, sum_x, target, cross, sum_target, weights)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
@@ -160,4 +174,4 @@ def offer(register: Callable[..., None]) -> None:
     register("gptq_sweep", "cpp", native.gptq_sweep, _sweeps)
     register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)
     if module.build_info()["cuda_archs"]:
-        register("accumulate", "cuda", native.accumulate, _accumulates_on_cuda)
+        register("accumulate", "cuda", _accumulate_on_cuda, _accumulates_on_cuda)

@@ -46,6 +46,7 @@ def fit_grid(
     grouped = _grouped(weight, group_size)
     low, high = grouped.amin(-1).clamp_max(0.0), grouped.amax(-1).clamp_min(0.0)
     scales, zeros = _range_to_grid(low, high, bits, sym, stored)
+    _check_storable(low, high, bits, sym, stored)
     if clip != "none":
         power = CLIP_POWER if clip == "mse" else 2.0
         importance = _importance(weight, group_size, column_weight if clip == "hessian" else None)
@@ -80,12 +81,13 @@ def refit_scales(codes: Tensor, grid: Grid, weight: Tensor, hessian: Tensor) -> 
     units = codes.to(weight.dtype) - grid.zeros[:, groups]
     member = torch.nn.functional.one_hot(groups, count).to(weight.dtype)
     normal = torch.empty(rows, count, count, dtype=weight.dtype, device=weight.device)
+    size = columns if grid.group_size == -1 else grid.group_size
     for g in range(count):
-        columns_of = torch.nonzero(groups == g).flatten()
+        columns_of = slice(g * size, (g + 1) * size)
         normal[:, g] = (units[:, columns_of] @ hessian[columns_of] * units) @ member
     right = ((weight @ hessian) * units) @ member
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    ridge[ridge == 0.0] = 1.0  # a row of zeros: its scales are as good as any others
+    ridge.masked_fill_(ridge == 0.0, 1.0)  # a row of zeros: its scales are as good as any others
     damped = normal + torch.diag_embed(ridge.expand(rows, count))
     solved = torch.linalg.solve(damped, right + ridge * grid.scales)
     solved = torch.where((solved > 0.0) & (solved <= torch.finfo(grid.stored).max), solved, grid.scales)
@@ -122,23 +124,30 @@ def _importance(weight: Tensor, group_size: int, column_weight: Tensor | None) -
 
 
 def _range_to_grid(low: Tensor, high: Tensor, bits: int, sym: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    top = 2**bits - 1
+    scales = _storable(_exact_scales(low, high, bits, sym), stored)
     if sym:
-        scales = _storable(torch.maximum(-low, high) / (top / 2), stored)
         return scales, torch.full_like(scales, 2 ** (bits - 1))
-    scales = _storable((high - low) / top, stored)
-    return scales, torch.round(-low / scales).clamp_(0, top)
+    return scales, torch.round(-low / scales).clamp_(0, 2**bits - 1)
+
+
+def _exact_scales(low: Tensor, high: Tensor, bits: int, sym: bool) -> Tensor:
+    top = 2**bits - 1
+    scales: Tensor = torch.maximum(-low, high) / (top / 2) if sym else (high - low) / top
+    return scales
+
+
+def _check_storable(low: Tensor, high: Tensor, bits: int, sym: bool, stored: torch.dtype) -> None:
+    """Raise NumericalError for scales that the stored dtype cannot hold. Ranges only shrink afterwards."""
+    largest = float(_exact_scales(low, high, bits, sym).amax()) if low.numel() else 0.0
+    if largest > torch.finfo(stored).max:
+        raise NumericalError(
+            f'a scale of {largest:.3g} does not fit {str(stored).removeprefix("torch.")}; set scale_dtype: "float32".'
+        )
 
 
 def _storable(scales: Tensor, stored: torch.dtype) -> Tensor:
     """Round to the stored dtype; a group of zeros gets scale 1, an underflow the smallest normal number."""
-    limits = torch.finfo(stored)
-    if bool((scales > limits.max).any()):
-        raise NumericalError(
-            f"a scale of {float(scales.max()):.3g} does not fit {str(stored).removeprefix('torch.')};"
-            ' set scale_dtype: "float32".'
-        )
-    positive = scales.clamp_min(limits.tiny).to(stored).to(scales.dtype)
+    positive = scales.clamp_min(torch.finfo(stored).tiny).to(stored).to(scales.dtype)
     return torch.where(scales > 0.0, positive, torch.ones_like(scales))
 
 

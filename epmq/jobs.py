@@ -18,6 +18,7 @@ from epmq.card import write_card
 from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
+from epmq.devices import compute_device
 from epmq.engine import stored_scale_dtype
 from epmq.errors import ConfigError, SourceError
 from epmq.evaluate import load_task, row, score
@@ -107,6 +108,7 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
             f"method {recipe.quantization.method!r} needs calibration texts for {names}: give calibration: in the"
             " recipe, or --calibration EXPERT=FILE beside --mergekit."
         )
+    device = compute_device(recipe.device)
     started = time.perf_counter()
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
     sources = open_sources(recipe, skeleton)
@@ -124,6 +126,7 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
                 recipe.quantization,
                 writer,
                 progress,
+                device,
             )
         written = set(writer.shards.names)
         blocks = tuple(f"{row['block']}." for row in found["blocks"])

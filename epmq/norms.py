@@ -11,12 +11,9 @@ RIDGE = 0.1
 class NormStatistics:
     """Per-channel moments of a norm's deployed outputs z and the experts' outputs y, weighted by task."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, device: torch.device | None = None):
         self.weight = 0.0
-        self.z = torch.zeros(channels)
-        self.y = torch.zeros(channels)
-        self.zz = torch.zeros(channels)
-        self.zy = torch.zeros(channels)
+        self.z, self.y, self.zz, self.zy = torch.zeros(4, channels, device=device)
 
     def add(self, z: Tensor, y: Tensor, row_weights: Tensor) -> None:
         """Add rows ``[M, K]`` with weights ``[M]``."""

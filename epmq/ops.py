@@ -2,8 +2,8 @@
 
 Each operation exists once in :mod:`epmq.reference`; faster forms are registered here under the same name and
 signature. The choice is made from device, dtype and shape, never by catching an exception.
-``EPMQ_BACKEND=reference|cpp|cuda|triton`` asks for one backend; an operation that has no such form for the tensors
-at hand runs as reference, which is logged once.
+``EPMQ_BACKEND=reference|cpp|cuda|triton|blocked`` asks for one backend; an operation that has no such form for the
+tensors at hand runs as reference, which is logged once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq import extension, reference
+from epmq import blocked, extension, reference, triton_forms
 from epmq.errors import ConfigError
 from epmq.kernels.layout import BITS, kernel_group, pack_rows
 
 log = logging.getLogger("epmq")
 
-BACKENDS = ("reference", "cpp", "cuda", "triton")
+BACKENDS = ("reference", "cpp", "cuda", "triton", "blocked")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ register("gptq_sweep", "reference", reference.gptq_sweep)
 register("dequant_matmul", "reference", reference.dequant_matmul)
 if importlib.util.find_spec("triton") is not None:
     register("dequant_matmul", "triton", _pack_and_multiply, _multiplies_tiles)
+register("cholesky", "reference", reference.cholesky)
+register("cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked")
+triton_forms.offer(register)
 extension.offer(register)
 
 
@@ -142,6 +145,12 @@ def gptq_sweep(
     """See :func:`epmq.reference.gptq_sweep`."""
     codes: Tensor = _call("gptq_sweep", weight, unit_upper, scales, zeros, group_of, bits)
     return codes
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`epmq.reference.cholesky`."""
+    factor: tuple[Tensor, Tensor] = _call("cholesky", matrix)
+    return factor
 
 
 def dequant_matmul(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from epmq.blocks import find_blocks
 from epmq.config import QuantConfig
+from epmq.devices import place_buffers
 from epmq.distill import distill
 from epmq.engine import Engine, Sink
 from epmq.linear import QuantLinear, set_submodule
@@ -24,17 +26,20 @@ Calibration = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class ModuleSink:
-    """Builds the quantized model in memory."""
+    """Builds the quantized model in memory, on the device ``home``."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: torch.device | None = None) -> None:
+        self.home = home or torch.device("cpu")
         self.pending: list[tuple[str, QuantizedTensor | Tensor, Tensor | None]] = []
 
     def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
-        self.pending.append((name, tensor, bias))
+        zeros = None if tensor.zeros is None else tensor.zeros.to(self.home)
+        at_home = replace(tensor, codes=tensor.codes.to(self.home), scales=tensor.scales.to(self.home), zeros=zeros)
+        self.pending.append((name, at_home, None if bias is None else bias.to(self.home)))
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         # What was not touched is still the source's own tensor.
-        self.pending.append((name, tensor.clone(), None))
+        self.pending.append((name, tensor.to(self.home, copy=True), None))
 
     def assemble(self, model: nn.Module, source: WeightSource) -> nn.Module:
         """Fill ``model`` (its weights may be meta), in place; what was not handed out is read from ``source``."""
@@ -47,7 +52,8 @@ class ModuleSink:
                 quantized[name] = QuantLinear.from_quantized(value, bias)
         for name in quantized:
             set_submodule(model, name, nn.Identity())
-        fill(model, "", _Overlay(tensors, source), None)
+        fill(model, "", _Overlay(tensors, source), None, self.home)
+        place_buffers(model, self.home)
         for name, layer in quantized.items():
             set_submodule(model, name, layer)
         return model
@@ -85,17 +91,41 @@ def run(
     config: QuantConfig,
     sink: Sink,
     progress: Progress,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Quantize ``merged`` and hand finished block tensors to ``sink``; returns what the report is made of.
 
-    skeleton: the model on the meta device; it is whole again afterwards. Without distillation, memory grows with one
-    block; with it, the whole model and one expert are held in fp32.
+    skeleton: the model on the meta device; it is whole again afterwards. device: where blocks are computed (None: the
+    CPU); weights come to it from their sources block by block, finished tensors are handed out there. It also holds the
+    calibration inputs and hidden states. Without distillation, memory grows with one block; with it, the whole model
+    and one expert are held in fp32.
     """
+    device = device or torch.device("cpu")
+    place_buffers(skeleton, device)
+    found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device)
+    found["device"] = str(device)
+    if device.type == "cuda":
+        found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
+        found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def _stages(
+    skeleton: nn.Module,
+    merged: WeightSource,
+    base: WeightSource | None,
+    experts: Mapping[str, WeightSource],
+    calibration: Calibration,
+    config: QuantConfig,
+    sink: Sink,
+    progress: Progress,
+    device: torch.device,
+) -> dict[str, Any]:
     if config.distill is None:
-        return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress)
+        return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress, device)
     first = config.model_copy(update={"bits": None, "overrides": {}, "distill": None, "diagnostics": False})
-    closed = ModuleSink()
-    found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress)
+    closed = ModuleSink(device)
+    found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress, device)
     model = closed.assemble(copy.deepcopy(skeleton), merged).float()
     del closed
     addresses = find_blocks(model)
@@ -103,14 +133,14 @@ def run(
 
     def open_expert(task: str) -> nn.Module:
         expert = copy.deepcopy(skeleton)
-        fill(expert, "", experts[task], torch.float32)
+        fill(expert, "", experts[task], torch.float32, device)
         return expert
 
     stage = distill(
         model,
         [model.get_submodule(address.name) for address in tuned],
         open_expert,
-        make_streams(calibration),
+        make_streams(calibration, device),
         config.distill,
         progress,
     )
@@ -124,7 +154,7 @@ def run(
         return {**found, "stages": stages}
     last = config.model_copy(update={"rho": 1.0, "distill": None})
     same = dict.fromkeys(experts, target)
-    return {**_one_pass(skeleton, target, None, same, calibration, last, sink, progress), "stages": stages}
+    return {**_one_pass(skeleton, target, None, same, calibration, last, sink, progress, device), "stages": stages}
 
 
 def _one_pass(
@@ -136,8 +166,9 @@ def _one_pass(
     config: QuantConfig,
     sink: Sink,
     progress: Progress,
+    device: torch.device,
 ) -> dict[str, Any]:
-    engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress)
+    engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress, device)
     try:
         return engine.run()
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from epmq.config import PRESETS, Format, QuantConfig
 from epmq.errors import ConfigError, SourceError
@@ -52,7 +53,8 @@ class Recipe(Settings):
     experts LoRA adapters over the base (:mod:`epmq.adapters`).
 
     Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. format: of the
-    quantized folder, see docs/formats.md.
+    quantized folder, see docs/formats.md. device: where blocks are computed, ``auto`` being the first GPU, or the CPU
+    without one.
     """
 
     base: Path
@@ -63,7 +65,15 @@ class Recipe(Settings):
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
     format: Format = "compressed-tensors"
+    device: str = "auto"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("use auto, cpu, cuda or cuda:0")
+        return device
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -87,6 +87,13 @@ def gptq_sweep(
     return codes
 
 
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower triangular L with L Lᵀ = matrix ``[K, K]``, whose lower triangle is read, and an int32 scalar that is
+    0 where the matrix is positive definite; L means nothing otherwise. Does not synchronise with the device."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower, info
+
+
 def dequant_matmul(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> Tensor:

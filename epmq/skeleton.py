@@ -30,9 +30,15 @@ def stored_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.state_dict(keep_vars=True).items()
 
 
-def fill(module: nn.Module, prefix: str, source: WeightSource, dtype: torch.dtype | None) -> None:
-    """Give every stored tensor of ``module`` its value ``source[prefix + name]``, floats cast to ``dtype`` (None: as
-    stored). Tied tensors are read once, under whichever of their names the source has.
+def fill(
+    module: nn.Module,
+    prefix: str,
+    source: WeightSource,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+) -> None:
+    """Give every stored tensor of ``module`` its value ``source[prefix + name]``, floats cast to ``dtype``, on
+    ``device`` (None: as stored, and where it is). Tied tensors are read once, under whichever name the source has.
 
     Raises SourceError when a tensor is absent under all its names, has another shape, or holds NaN or Inf.
     """
@@ -51,8 +57,7 @@ def fill(module: nn.Module, prefix: str, source: WeightSource, dtype: torch.dtyp
                 f"{source.name}: tensor {prefix + found!r} has shape {list(value.shape)},"
                 f" the model expects {list(target.shape)}."
             )
-        if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
+        value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
         # A block may write into its buffers, and a source in memory hands out its own tensors.
         replacement: Tensor = value.clone()
         if isinstance(target, nn.Parameter):

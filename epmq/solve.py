@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmq import ops
 from epmq.config import DAMP_LIMIT
 from epmq.errors import NumericalError
 from epmq.statistics import Folded
@@ -49,13 +50,13 @@ def factorize(hessian: Tensor, added: float, damp: float, where: str) -> Factor:
         scale = 1.0
     hessian.diagonal().add_(added * scale)
     # A column no input ever excited has a zero row: any positive diagonal keeps the anchor's weight there.
-    hessian.diagonal()[hessian.diagonal() == 0.0] = scale
+    hessian.diagonal().masked_fill_(hessian.diagonal() == 0.0, scale)
     diagonal = hessian.diagonal().clone()
     while True:
         hessian.diagonal().copy_(diagonal + damp * scale)
         # J H J = L Lᵀ, R = J L J
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+        lower, info = ops.cholesky(hessian.flip(0, 1))
+        if bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
             break
         stronger = max(FIRST_ESCALATION, 10.0 * damp)
         if stronger > DAMP_LIMIT * 1.0001:
@@ -91,9 +92,10 @@ def choose_anchor(fit: Folded, held: Folded) -> float:
     linear = (projected * (held.pull @ vectors)).sum(0)
     best: float = ANCHOR_GRID[-1]
     best_error = float("inf")
-    for relative in ANCHOR_GRID:
-        d = 1.0 / (values.clamp_min(0.0) + relative * scale)
-        error = float(d @ quadratic @ d - 2.0 * (linear @ d))
+    inverses = [1.0 / (values.clamp_min(0.0) + relative * scale) for relative in ANCHOR_GRID]
+    # One transfer for the whole grid.
+    errors = torch.stack([d @ quadratic @ d - 2.0 * (linear @ d) for d in inverses]).tolist()
+    for relative, error in zip(ANCHOR_GRID, errors, strict=True):
         if error < best_error:
             best, best_error = relative, error
     return best

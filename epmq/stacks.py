@@ -23,7 +23,7 @@ def stacked(linears: list[Any]) -> Expert:
     """Weights and biases (zeros where there is none) of linears in memory."""
     weights = [weight_of(linear) for linear in linears]
     biases = [
-        torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+        _no_bias(weight) if linear.bias is None else linear.bias.detach()
         for linear, weight in zip(linears, weights, strict=True)
     ]
     return Expert(torch.cat(weights), torch.cat(biases))
@@ -86,12 +86,19 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
     return result
 
 
-def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup, linears: list[Any]) -> Expert:
-    """The same linears of another model, read from its source."""
+def read_stack(
+    source: WeightSource, address: BlockAddress, group: InputGroup, linears: list[Any], device: torch.device
+) -> Expert:
+    """The same linears of another model, read from its source, in fp32 on ``device``."""
     weights, biases = [], []
     for name, linear in zip(group.linears, linears, strict=True):
-        weight = oriented(linear, read_finite(source, f"{address.name}.{name}.weight")).float()
+        weight = oriented(linear, read_finite(source, f"{address.name}.{name}.weight")).to(device, torch.float32)
         bias = f"{address.name}.{name}.bias"
         weights.append(weight)
-        biases.append(read_finite(source, bias).float() if bias in source.keys() else torch.zeros(len(weight)))
+        known = bias in source.keys()
+        biases.append(read_finite(source, bias).to(device, torch.float32) if known else _no_bias(weight))
     return Expert(torch.cat(weights), torch.cat(biases))
+
+
+def _no_bias(weight: Tensor) -> Tensor:
+    return torch.zeros(len(weight), device=weight.device)

@@ -27,11 +27,18 @@ class TaskStatistics:
     weight: Σ r. A thin sample of rows is kept for reporting errors. targets is P, or None when alpha is 0.
     """
 
-    def __init__(self, columns: int, targets: int | None, of_outputs: bool = False, dtype: torch.dtype = torch.float32):
-        self.hessian = torch.zeros(columns, columns, dtype=dtype)
-        self.sum_x = torch.zeros(columns, dtype=dtype)
-        self.cross = None if targets is None else torch.zeros(targets, columns, dtype=dtype)
-        self.sum_target = None if targets is None else torch.zeros(targets, dtype=dtype)
+    def __init__(
+        self,
+        columns: int,
+        targets: int | None,
+        of_outputs: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ):
+        self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
+        self.sum_x = torch.zeros(columns, dtype=dtype, device=device)
+        self.cross = None if targets is None else torch.zeros(targets, columns, dtype=dtype, device=device)
+        self.sum_target = None if targets is None else torch.zeros(targets, dtype=dtype, device=device)
         self.of_outputs = of_outputs
         self.weight = 0.0
         self.sample_x: list[Tensor] = []
@@ -42,7 +49,8 @@ class TaskStatistics:
         ops.accumulate(x, self.hessian, self.sum_x, target, self.cross, self.sum_target, row_weights)
         self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
         if sample:
-            kept = torch.arange(x.shape[0]) if row_weights is None else torch.nonzero(row_weights).flatten()
+            everything = torch.arange(x.shape[0], device=x.device)
+            kept = everything if row_weights is None else torch.nonzero(row_weights).flatten()
             kept = kept[:: max(1, len(kept) // sample)][:sample]
             self.sample_x.append(x[kept].float())
             if target is not None:
@@ -114,12 +122,14 @@ class Folded:
     weight: float = 0.0
 
     @classmethod
-    def empty(cls, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Folded:
+    def empty(
+        cls, rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Folded:
         return cls(
-            torch.zeros(columns, columns, dtype=dtype),
-            torch.zeros(rows, columns, dtype=dtype),
-            torch.zeros(columns, dtype=dtype),
-            torch.zeros(rows, dtype=dtype),
+            torch.zeros(columns, columns, dtype=dtype, device=device),
+            torch.zeros(rows, columns, dtype=dtype, device=device),
+            torch.zeros(columns, dtype=dtype, device=device),
+            torch.zeros(rows, dtype=dtype, device=device),
         )
 
     def of_rows(self, rows: Tensor | slice) -> Folded:

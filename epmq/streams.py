@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epmq.blocks import StreamState
+from epmq.devices import moved
 from epmq.errors import CalibrationError
 
 POSITION_WEIGHTS = "position_weights"
@@ -23,7 +24,7 @@ IGNORED_LABEL = -100
 
 @dataclass
 class Batch:
-    """One batch of a task: the model's keyword arguments and where its streams stand.
+    """One batch of a task: the model's keyword arguments and where its streams stand, all on one device.
 
     position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
     examples kept back when settings are chosen. decoder_weights: the same for the positions of a decoder. deployed,
@@ -53,8 +54,10 @@ class Batch:
         return self.weights_of(next((key for key in DECODER_SEQUENCES[:2] if key in self.inputs), None))
 
 
-def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, list[Batch]]:
-    """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``.
+def make_streams(
+    calibration: Mapping[str, Iterable[Mapping[str, Any]]], device: torch.device | None = None
+) -> dict[str, list[Batch]]:
+    """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``, on ``device``.
 
     Positions where a 2-d ``attention_mask`` is 0 are left out of the statistics, and those of a decoder where
     ``decoder_attention_mask`` is 0 or, without one, ``labels`` are -100. A dict may carry ``position_weights``
@@ -71,7 +74,7 @@ def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict
                     f"task {task!r}: batch {number} is a {type(inputs).__name__}; give a dict of the forward's"
                     " keyword arguments."
                 )
-            batch = _make_batch(task, number, dict(inputs), examples)
+            batch = _make_batch(task, number, dict(inputs), examples, device or torch.device("cpu"))
             examples += len(batch.held)
             stream.append(batch)
         if not stream:
@@ -82,7 +85,7 @@ def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict
     return streams
 
 
-def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Batch:
+def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, device: torch.device) -> Batch:
     weights = inputs.pop(POSITION_WEIGHTS, None)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
     if not tensors:
@@ -99,11 +102,9 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Ba
     unlabelled = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
     where = f"task {task!r}: batch {number}"
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
+    decoder = _usable_weights(inputs.get("decoder_attention_mask", unlabelled), where)
     return Batch(
-        inputs,
-        _usable_weights(weights, where),
-        held,
-        _usable_weights(inputs.get("decoder_attention_mask", unlabelled), where),
+        moved(inputs, device), moved(_usable_weights(weights, where), device), held.to(device), moved(decoder, device)
     )
 
 
@@ -145,9 +146,9 @@ def rows_of(x: Tensor, position_weights: Tensor | None) -> tuple[Tensor, Tensor 
 
 def split_held(rows: Tensor, weights: Tensor | None, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Row weights ``[M]`` of the fitted part and of the held-out part of a batch."""
-    everything = torch.ones(rows.shape[0]) if weights is None else weights
+    everything = torch.ones(rows.shape[0], device=rows.device) if weights is None else weights
     if x.shape[0] == len(batch.held):
         held = batch.held.repeat_interleave(rows.shape[0] // x.shape[0])
     else:
-        held = (torch.arange(rows.shape[0]) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
+        held = (torch.arange(rows.shape[0], device=rows.device) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
     return everything * ~held, everything * held

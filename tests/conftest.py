@@ -14,6 +14,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run in the interpreter here
 
 
 class ToyBlock(nn.Module):
@@ -89,6 +91,20 @@ def toy_batches(generator: torch.Generator, count: int = 3) -> list[dict[str, Te
         lengths = torch.randint(4, 13, (8, 1), generator=generator)
         batches.append({"input_ids": ids, "attention_mask": (torch.arange(12) < lengths).long()})
     return batches
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")],
+        ),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run: on the GPU, or without one in the interpreter."""
+    return str(request.param)
 
 
 @pytest.fixture

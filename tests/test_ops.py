@@ -17,17 +17,30 @@ from torch import Tensor
 
 from epmq import extension, ops, reference
 from epmq.quantized import column_groups, dequantize, group_count, pack, packed_words
+from epmq.rows import kept_rows
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ON_GPU = ("cuda", "triton")
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 
 
 def forms(op: str) -> list[Any]:
-    """The registered implementations of an operation that this machine can run, by backend."""
-    found = [form for form in ops.implementations(op) if form.backend != "cuda" or torch.cuda.is_available()]
+    """The registered implementations of an operation that this machine can run, by backend.
+
+    The Triton forms run in the interpreter without a GPU, slowly: test_gptq_block.py and test_gram.py choose shapes.
+    """
+    found = [form for form in ops.implementations(op) if form.backend not in ON_GPU or torch.cuda.is_available()]
     if op == "dequant_matmul":  # Triton's form multiplies 16-bit weights: tests/test_int4_matmul.py
         found = [form for form in found if form.backend != "triton"]
-    return [pytest.param(form, id=form.backend) for form in found]
+    return [
+        pytest.param(form, id=form.backend, marks=[pytest.mark.gpu] if form.backend in ON_GPU else []) for form in found
+    ]
+
+
+def placed(form: Any, *tensors: Any) -> list[Any]:
+    """The tensors (or None) where a form runs."""
+    device = "cuda" if form.backend in ON_GPU and torch.cuda.is_available() else "cpu"
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
 
 def seeded(*shape: int) -> Tensor:
@@ -51,11 +64,10 @@ def run_accumulate(function: Any, x: Tensor, target: Tensor | None, sums: list[T
 
 def check_accumulate(form: Any, x: Tensor, target: Tensor | None, rows: Tensor | None) -> None:
     """Both moments of one call against float64."""
-    device = "cuda" if form.backend in ("cuda", "triton") else "cpu"
     before = moments(x.shape[1], None if target is None else target.shape[1])
-    actual = [None if t is None else t.clone().to(device) for t in before]
-    run_accumulate(form.function, x.to(device), None if target is None else target.to(device), actual,
-                   None if rows is None else rows.to(device))  # fmt: skip
+    actual = placed(form, *[None if t is None else t.clone() for t in before])
+    given, given_target, given_rows = placed(form, x, target, rows)
+    run_accumulate(form.function, given, given_target, actual, given_rows)
     exact = [None if t is None else t.double() for t in before]
     size = [None if t is None else t.double().abs() for t in before]
     wide, wide_target = x.double(), None if target is None else target.double()
@@ -114,6 +126,21 @@ def test_accumulate_keeps_denormals_and_non_finite_numbers(form: Any) -> None:
     check_accumulate(form, x, None, None)
 
 
+@pytest.mark.parametrize("kind", ["none", "ones", "mask", "weighted", "zeros"])
+def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
+    x, target = seeded(6, 3), seeded(6, 2)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    given = {"none": None, "ones": torch.ones(6), "mask": mask, "weighted": 2 * mask, "zeros": torch.zeros(6)}[kind]
+    found, found_target, weights = kept_rows(x, target, given)
+    keep = torch.ones(6, dtype=torch.bool) if given is None else given != 0
+    assert torch.equal(found, x[keep]) and found_target is not None and torch.equal(found_target, target[keep])
+    assert kept_rows(x, None, given)[1] is None
+    if kind == "weighted":
+        assert weights is not None and torch.equal(weights, torch.full((4,), 2.0))
+    else:
+        assert weights is None
+
+
 # ---- gptq_sweep ------------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +183,12 @@ SWEEPS = [(64, 256, 128), (30, 200, 32), (1, 130, -1), (49, 127, 48), (25, 384, 
 @pytest.mark.parametrize("shape", SWEEPS, ids=str)
 @pytest.mark.parametrize("form", forms("gptq_sweep"))
 def test_gptq_sweep(form: Any, shape: tuple[int, int, int], bits: int, symmetric: bool) -> None:
+    check_sweep(form, sweep_problem(*shape, bits, symmetric), bits)
+
+
+def check_sweep(form: Any, problem: tuple[Tensor, ...], bits: int) -> Tensor:
     """Each code is the rounding of its float64 value, except within the fp32 error of a tie."""
-    problem = sweep_problem(*shape, bits, symmetric)
-    codes = form.function(*problem, bits)
+    codes: Tensor = form.function(*placed(form, *problem), bits).cpu()
     assert codes.dtype == torch.uint8 and codes.shape == problem[0].shape
     value, bound = pre_rounding(codes, *problem)
     top = 2**bits - 1
@@ -168,11 +198,12 @@ def test_gptq_sweep(form: Any, shape: tuple[int, int, int], bits: int, symmetric
     above = (codes == top) & (value < top - 0.5 - bound)
     wrong = (inside & (excess > 0)) | below | above
     assert not wrong.any(), f"{int(wrong.sum())} codes are not the nearest; first at {wrong.nonzero()[0].tolist()}"
+    return codes
 
 
 @pytest.mark.parametrize("form", forms("gptq_sweep"))
 def test_gptq_sweep_is_the_same_for_any_number_of_threads_and_rows(form: Any) -> None:
-    weight, upper, scales, zeros, groups = sweep_problem(200, 300, 64, 4, True)
+    weight, upper, scales, zeros, groups = placed(form, *sweep_problem(200, 300, 64, 4, True))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -181,7 +212,7 @@ def test_gptq_sweep_is_the_same_for_any_number_of_threads_and_rows(form: Any) ->
         two = form.function(weight, upper, scales, zeros, groups, 4)
     finally:
         torch.set_num_threads(threads)
-    if form.backend == "reference":
+    if form.backend in ("reference", "triton"):  # their products are torch's, whose bits depend on the shape
         assert (one != two).float().mean() < 1e-3
         return
     assert torch.equal(one, two)
@@ -191,7 +222,7 @@ def test_gptq_sweep_is_the_same_for_any_number_of_threads_and_rows(form: Any) ->
 
 @pytest.mark.parametrize("form", forms("gptq_sweep"))
 def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
-    weight, upper, scales, zeros, groups = sweep_problem(30, 140, 64, 4, True)
+    weight, upper, scales, zeros, groups = placed(form, *sweep_problem(30, 140, 64, 4, True))
     assert form.function(weight[:0], upper, scales[:0], zeros[:0], groups, 4).shape == (0, 140)
     clean = form.function(weight, upper, scales, zeros, groups, 4)
     weight[5, 60] = float("nan")
@@ -199,6 +230,44 @@ def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
     others = torch.arange(30) != 5
     assert torch.equal(dirty[others], clean[others]) and torch.equal(dirty[5, :60], clean[5, :60])
     assert torch.equal(dirty, reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
+
+
+# ---- cholesky --------------------------------------------------------------------------------------------------------
+
+
+FACTORS = [pytest.param(form, {}, id=form.backend) for form in ops.implementations("cholesky")]
+FACTORS += [
+    pytest.param(ops.implementations("cholesky")[0], {"block": size}, id=f"blocks-of-{size}") for size in (16, 32)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("size", [1, 5, 32, 33, 100])
+@pytest.mark.parametrize("form, more", FACTORS)
+def test_cholesky(form: Any, more: dict[str, int], size: int, dtype: torch.dtype) -> None:
+    """L Lᵀ is the matrix, within the backward error of K products and roundings; only the lower triangle is read."""
+    x = seeded(size, 2 * size + 1).to(dtype)
+    matrix = x @ x.T
+    lower, info = form.function(matrix.tril() + 9.0 * torch.ones_like(matrix).triu(1), **more)
+    assert int(info) == 0 and info.dtype == torch.int32 and torch.equal(lower, lower.tril())
+    bound = product_bound(lower.double().abs() @ lower.double().abs().T, size + 1)
+    if dtype == torch.float64:
+        bound *= 2.0**-29
+    assert ((lower.double() @ lower.double().T - matrix.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("place", [0, 20, 39])
+@pytest.mark.parametrize("form, more", FACTORS)
+def test_cholesky_tells_where_a_matrix_is_not_positive_definite(form: Any, more: dict[str, int], place: int) -> None:
+    matrix = torch.eye(40)
+    matrix[place, place] = -1.0
+    assert int(form.function(matrix, **more)[1]) == place + 1
+
+
+def test_the_blocked_cholesky_runs_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.choose("cholesky", torch.eye(3)).backend == "reference"
+    monkeypatch.setenv("EPMQ_BACKEND", "blocked")
+    assert ops.choose("cholesky", torch.eye(3)).backend == "blocked"
 
 
 # ---- dequant_matmul --------------------------------------------------------------------------------------------------
@@ -382,10 +451,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_the_package_works_without_the_extension() -> None:
-    code = "from epmq import extension, ops; print(extension.module, len(ops.implementations('gptq_sweep')))"
+    code = "from epmq import extension, ops; print(extension.module, ops.implementations('gptq_sweep')[-1].backend)"
     result = run_python(code, EPMQ_EXTENSION="0")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "None 1"
+    assert result.stdout.strip() == "None reference"
 
 
 @compiled

@@ -1,7 +1,7 @@
 // Second and first moments of a batch on the GPU: the lower triangle of H and all of the cross-covariance in one launch.
 //
-// One block computes one 128 x 128 tile of output over all rows and alone adds it to the running sum, so the result does
-// not depend on scheduling. fp16 and bf16 rows go through the tensor cores with fp32 accumulators; fp32 rows, and
+// One block computes one 128 x 128 tile of output over up to 8192 rows and alone adds it to the running sum, so the
+// result does not depend on scheduling, and what tensor cores lose by not rounding to nearest stays small. fp16 and bf16 rows go through the tensor cores with fp32 accumulators; fp32 rows, and
 // weighted ones (a product with a weight does not fit 16 bits), through fp32 multiply-adds. Column sums are taken
 // from the shared-memory tiles by the blocks that hold the columns anyway.
 #include <cuda_bf16.h>
@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -25,6 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kTile = 128;     // output rows and columns per block
+constexpr int64_t kRowsPerLaunch = 8192;
 constexpr int kThreads = 256;  // 8 warps: 4 x 2 of 32 x 64 outputs
 
 struct Operand {
@@ -205,9 +207,16 @@ Operand operand_of(const Tensor& tensor, int64_t element) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), static_cast<int>(tensor.size(1)), vector};
 }
 
-float* sums_of(const Tensor& tensor, const char* name, int64_t elements) {
+// `rows` further rows of `operand`.
+Operand advanced(Operand operand, int64_t rows, int64_t element) {
+  operand.data = static_cast<const char*>(operand.data) + rows * operand.row_stride * element;
+  return operand;
+}
+
+float* sums_of(const Tensor& tensor, const char* name, int64_t elements, const Tensor& x) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == elements, name,
                   ": expected a contiguous float32 tensor of ", elements, " elements");
+  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), name, ": expected the device of x");
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
@@ -222,35 +231,44 @@ void accumulate(const Tensor x, const Tensor hessian, const Tensor sum_x, const 
   Arguments a{};
   a.x = operand_of(x, element);
   a.rows = rows;
-  a.hessian = sums_of(hessian, "hessian", columns * columns);
-  a.sum_x = sums_of(sum_x, "sum_x", columns);
+  a.hessian = sums_of(hessian, "hessian", columns * columns, x);
+  a.sum_x = sums_of(sum_x, "sum_x", columns, x);
   if (crossed) {
     STD_TORCH_CHECK(target->dim() == 2 && target->size(0) == rows, "target: expected as many rows as x");
     STD_TORCH_CHECK(target->scalar_type() == dtype, "target: expected the dtype of x");
+    STD_TORCH_CHECK(target->get_device_index() == x.get_device_index(), "target: expected the device of x");
     a.target = operand_of(*target, element);
-    a.cross = sums_of(*cross, "cross", target->size(1) * columns);
-    a.sum_target = sums_of(*sum_target, "sum_target", target->size(1));
+    a.cross = sums_of(*cross, "cross", target->size(1) * columns, x);
+    a.sum_target = sums_of(*sum_target, "sum_target", target->size(1), x);
   }
   if (row_weights) {
     STD_TORCH_CHECK(row_weights->scalar_type() == ScalarType::Float && row_weights->is_contiguous() &&
-                        row_weights->numel() == rows,
-                    "row_weights: expected contiguous float32, one per row of x");
+                        row_weights->numel() == rows && row_weights->get_device_index() == x.get_device_index(),
+                    "row_weights: expected contiguous float32, one per row of x, on its device");
     a.weights = static_cast<const float*>(row_weights->const_data_ptr());
   }
   if (rows == 0 || columns == 0) return;
   a.h_tiles = tiles_of(static_cast<int>(columns), kTile);
   const int blocks = tile_count(a.h_tiles, crossed ? tiles_of(a.target.columns, kTile) : 0);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const auto queue = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case ScalarType::Float: launch<float>(a, blocks, false, queue); break;
-    case ScalarType::Half: launch<__half>(a, blocks, !row_weights, queue); break;
-    case ScalarType::BFloat16: launch<__nv_bfloat16>(a, blocks, !row_weights, queue); break;
-    default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
+  for (int64_t start = 0; start < rows; start += kRowsPerLaunch) {
+    Arguments part = a;
+    part.rows = rows - start < kRowsPerLaunch ? rows - start : kRowsPerLaunch;
+    part.x = advanced(a.x, start, element);
+    if (crossed) part.target = advanced(a.target, start, element);
+    if (row_weights) part.weights = a.weights + start;
+    switch (dtype) {
+      case ScalarType::Float: launch<float>(part, blocks, false, queue); break;
+      case ScalarType::Half: launch<__half>(part, blocks, !row_weights, queue); break;
+      case ScalarType::BFloat16: launch<__nv_bfloat16>(part, blocks, !row_weights, queue); break;
+      default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
+    }
+    const cudaError_t status = cudaGetLastError();
+    STD_TORCH_CHECK(status == cudaSuccess, "accumulate: ", cudaGetErrorString(status));
   }
-  const cudaError_t status = cudaGetLastError();
-  STD_TORCH_CHECK(status == cudaSuccess, "accumulate: ", cudaGetErrorString(status));
 }
 
 }  // namespace

@@ -1,0 +1,55 @@
+"""Which device computes, and moving what a model's forward is given to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.errors import ConfigError
+
+
+def compute_device(wanted: str | torch.device | None, home: torch.device | None = None) -> torch.device:
+    """The device to compute on: ``cpu``, ``cuda``, ``cuda:1`` and the like, or ``auto`` (None), which is where the
+    model lives (``home``) if that is not the CPU, else the first GPU that CUDA offers, else the CPU.
+
+    Raises ConfigError for a name torch does not know, or a CUDA device that is not there.
+    """
+    if wanted is None or wanted == "auto":
+        if home is not None and home.type not in ("cpu", "meta"):
+            return home
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"device: {wanted!r} is not a device; use auto, cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {wanted!r} is not there, CUDA offers {torch.cuda.device_count()}; use auto or cpu.")
+    return device
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where a module's first tensor lives; the CPU for one without tensors."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The value with every tensor in it, also in dicts, lists and tuples, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(item, device) for item in value)
+    return value
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that hold memory, those a checkpoint does not store, in place."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)

@@ -1,0 +1,211 @@
+"""Second moments of a batch on a GPU: the lower triangle of H = XᵀX and all of the cross-covariance in one launch.
+
+The form ``triton`` of :func:`epmq.reference.accumulate`. One program computes one 128 x 128 tile of output over up to
+8192 rows and alone adds it to the running sum: no atomics, the same bits each time. The gain over two matrix products
+is the symmetry, half of H is never computed; reading X once gains next to nothing, the work is bound by arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epmq.kernels.gptq_block import interpreting
+from epmq.rows import kept_rows
+
+TILE = 128
+# Tensor cores do not round their running sums to nearest, so sums of squares drift; the total is therefore carried in
+# the fp32 result, and a sum in registers never covers more rows than this.
+ROWS_PER_LAUNCH = 8192
+# Fusion is named because Triton's default for it changes in 3.10. More depth for fp32, or four warps, spills.
+NARROW = {"DEPTH": 64, "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}  # fp16 and bf16, on the tensor cores
+WIDE = {"DEPTH": 16, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}  # fp32 multiply-adds
+
+
+@triton.jit
+def tile_at(index, h_tiles):
+    """(tile row, tile column, is cross): the triangle of H row by row, row r from r (r + 1) / 2 on, then all of C."""
+    row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The square root is approximate: off by one at most.
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+    column = index - row * (row + 1) // 2
+    rest = index - h_tiles * (h_tiles + 1) // 2
+    cross = rest >= 0
+    return tl.where(cross, rest // h_tiles, row), tl.where(cross, rest % h_tiles, column), cross
+
+
+@triton.jit
+def gram_kernel(
+    x,  # [M, K], rows x_stride apart
+    target,  # [M, P], rows target_stride apart, of x's dtype
+    row_weights,  # fp32 [M], read when WEIGHTED
+    hessian,  # fp32 [columns, columns]
+    cross,  # fp32 [P, columns]
+    rows,  # M
+    columns,  # K
+    targets,  # P
+    x_width,  # readable columns of x: K, or K and the zeros after it
+    target_width,
+    x_stride,
+    target_stride,
+    h_tiles,
+    EXACT: tl.constexpr,  # fp32 multiply-adds
+    WEIGHTED: tl.constexpr,  # rows are multiplied by their weights, which EXACT allows
+    INTERPRETED: tl.constexpr,  # the interpreter cannot multiply bf16
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    tile_row, tile_column, is_cross = tile_at(tl.program_id(0), h_tiles)
+    left = x
+    left_stride = x_stride
+    left_width = x_width
+    out = hessian
+    left_columns = columns
+    if is_cross:
+        left = target
+        left_stride = target_stride
+        left_width = target_width
+        out = cross
+        left_columns = targets
+    of_left = tile_row * TILE + tl.arange(0, TILE)
+    of_right = tile_column * TILE + tl.arange(0, TILE)
+    # Whole matrices of addresses, advanced by addition: vectors of rows would change layout in every pass.
+    row = tl.arange(0, DEPTH)[:, None]
+    left_at = left + row * left_stride + of_left[None, :]
+    right_at = x + row * x_stride + of_right[None, :]
+    left_inside = (row >= 0) & (of_left < left_width)[None, :]
+    right_inside = (row >= 0) & (of_right < x_width)[None, :]
+    sums = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, rows, DEPTH):
+        there = row < rows - start
+        a = tl.load(left_at, mask=there & left_inside, other=0.0)
+        b = tl.load(right_at, mask=there & right_inside, other=0.0)
+        left_at += DEPTH * left_stride
+        right_at += DEPTH * x_stride
+        if EXACT or INTERPRETED:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if WEIGHTED:
+            b = b * tl.load(row_weights + start + row, mask=there, other=0.0)
+        sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
+    place = of_left[:, None] * columns + of_right[None, :]
+    inside = (of_left < left_columns)[:, None] & (of_right < columns)[None, :]
+    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + sums, mask=inside)
+
+
+@triton.jit
+def column_sum_kernel(
+    x,  # [M, K], rows stride apart
+    row_weights,  # fp32 [M], read when WEIGHTED
+    sums,  # fp32 [K]
+    rows,
+    columns,
+    stride,
+    WEIGHTED: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for start in range(0, rows, DEPTH):
+        row = start + tl.arange(0, DEPTH)
+        there = row < rows
+        value = tl.load(
+            x + row[:, None] * stride + column[None, :], mask=there[:, None] & (column < columns)[None, :], other=0.0
+        ).to(tl.float32)
+        if WEIGHTED:
+            value = value * tl.load(row_weights + row, mask=there, other=0.0)[:, None]
+        total += tl.sum(value, 0)
+    inside = column < columns
+    tl.store(sums + column, tl.load(sums + column, mask=inside, other=0.0) + total, mask=inside)
+
+
+def accumulate(
+    x: Tensor,
+    hessian: Tensor,
+    sum_x: Tensor,
+    target: Tensor | None = None,
+    cross: Tensor | None = None,
+    sum_target: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> None:
+    """See :func:`epmq.reference.accumulate`; contiguous fp32 sums.
+
+    Rows of weight 0 are left out beforehand, which synchronises with the device. fp16 and bf16 rows go through the
+    tensor cores when all that is left weighs 1; a product with another weight does not fit 16 bits, so those, and fp32
+    rows, go through fp32 multiply-adds.
+    """
+    crossed = target is not None and cross is not None and sum_target is not None
+    if not crossed:
+        target = None
+    x, target, left = kept_rows(x, target, row_weights)
+    weighted = left is not None
+    weights = x.new_ones(1, dtype=torch.float32) if left is None else left
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return
+    if target is not None and target.dtype != x.dtype:
+        x, target = x.float(), target.float()
+    exact = weighted or x.dtype == torch.float32
+    rows = _readable(x)
+    targets = rows if target is None else _readable(target)
+    columns, count = x.shape[1], 0 if target is None else target.shape[1]
+    h_tiles = triton.cdiv(columns, TILE)
+    grid = (h_tiles * (h_tiles + 1) // 2 + triton.cdiv(count, TILE) * h_tiles,)
+    with torch.cuda.device_of(x):
+        for start in range(0, x.shape[0], ROWS_PER_LAUNCH):
+            some = slice(start, start + ROWS_PER_LAUNCH)
+            part, part_targets = rows[some], targets[some]
+            part_weights = weights[some] if weighted else weights
+            gram_kernel[grid](
+                part,
+                part_targets,
+                part_weights,
+                hessian,
+                hessian if cross is None else cross,
+                part.shape[0],
+                columns,
+                count,
+                part.shape[1],
+                part_targets.shape[1],
+                part.stride(0),
+                part_targets.stride(0),
+                h_tiles,
+                EXACT=exact,
+                WEIGHTED=weighted,
+                INTERPRETED=interpreting(),
+                TILE=TILE,
+                **(WIDE if exact else NARROW),
+            )
+            _add_column_sums(part, part_weights, sum_x, weighted)
+            if target is not None and sum_target is not None:
+                _add_column_sums(part_targets, part_weights, sum_target, weighted)
+
+
+def _add_column_sums(rows: Tensor, weights: Tensor, sums: Tensor, weighted: bool) -> None:
+    grid = (triton.cdiv(sums.shape[0], 64),)
+    column_sum_kernel[grid](
+        rows,
+        weights,
+        sums,
+        rows.shape[0],
+        sums.shape[0],
+        rows.stride(0),
+        WEIGHTED=weighted,
+        TILE=64,
+        DEPTH=64,
+        enable_fp_fusion=True,
+    )
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """The rows as the kernel reads them, 16 bytes at a time: as they are, or copied with zeros behind them."""
+    step = 16
+    element = rows.element_size()
+    fits = rows.stride(1) == 1 and rows.shape[1] % step == 0 and rows.stride(0) % step == 0
+    if fits and rows.data_ptr() % (step * element) == 0:
+        return rows
+    return F.pad(rows, (0, -rows.shape[1] % step)).contiguous()

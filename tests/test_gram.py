@@ -1,0 +1,165 @@
+"""The Triton form of accumulate against float64, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_ops import DTYPES, check_accumulate, seeded
+from torch import Tensor
+
+from epmq import extension, ops, reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+gram = pytest.importorskip("epmq.kernels.gram")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from epmq.kernels.gram import tile_at  # noqa: E402
+
+STRESS = int(os.environ.get("EPMQ_STRESS", "25"))
+
+
+@triton.jit
+def list_tiles(found, count, h_tiles, FIRST: tl.constexpr = 0, SIZE: tl.constexpr = 1):
+    index = tl.arange(0, SIZE)
+    row, column, cross = tile_at(index + FIRST, h_tiles)
+    there = index < count
+    tl.store(found + 3 * index, row, mask=there)
+    tl.store(found + 3 * index + 1, column, mask=there)
+    tl.store(found + 3 * index + 2, cross.to(tl.int32), mask=there)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The kernel as an entry of the table."""
+
+    function: Any = gram.accumulate
+    backend: str = "triton"
+
+
+def row_weights(kind: str, count: int) -> Tensor | None:
+    if kind == "ones":
+        return None
+    kept = (torch.arange(count) % 3 != 1).float()
+    return kept if kind == "mask" else kept * torch.linspace(0.5, 2.0, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kind", ["ones", "mask", "weighted"])
+@pytest.mark.parametrize(
+    "shape", [(150, 64, 40), (1, 24, 8), (0, 16, 8), (97, 100, None), (70, 129, 131), (65, 33, 5), (5, 1, 1)], ids=str
+)
+def test_both_moments(kernel_device: str, shape: tuple[int, int, int | None], kind: str, dtype: torch.dtype) -> None:
+    count, columns, targets = shape
+    x = seeded(count, columns).to(dtype)
+    target = None if targets is None else seeded(count, targets).to(dtype)
+    check_accumulate(Form(), x, target, row_weights(kind, count))
+
+
+def test_strided_rows_and_columns(kernel_device: str) -> None:
+    base = seeded(90, 200)
+    check_accumulate(Form(), base[::2, 10:70], base[::2, 100:150], None)
+    check_accumulate(Form(), base.T[:100, ::3], None, None)
+    narrow = base.half()
+    check_accumulate(Form(), narrow[:, 16:64], narrow[:, 3:20], None)
+
+
+def test_masked_rows_may_hold_anything(kernel_device: str) -> None:
+    x = seeded(40, 30)
+    rows = torch.ones(40)
+    rows[7] = rows[31] = 0
+    x[7], x[31, 3] = float("nan"), float("inf")
+    for dtype in DTYPES.values():
+        check_accumulate(Form(), x.to(dtype), x[:, :10].to(dtype), rows)
+    check_accumulate(Form(), x, x[:, :10].clone(), torch.zeros(40))
+
+
+def test_denormals_and_non_finite_numbers(kernel_device: str) -> None:
+    check_accumulate(Form(), torch.full((9, 20), 1e-41), None, None)
+    x = seeded(20, 10)
+    x[3, 2], x[5, 4] = float("inf"), float("nan")
+    check_accumulate(Form(), x, None, None)
+
+
+def test_rows_and_targets_of_different_dtypes(kernel_device: str) -> None:
+    check_accumulate(Form(), seeded(20, 24).half(), seeded(20, 9), None)
+
+
+def test_more_rows_than_one_launch_takes(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "ROWS_PER_LAUNCH", 64)
+    check_accumulate(Form(), seeded(150, 20).half(), seeded(150, 9).half(), row_weights("weighted", 150))
+
+
+def test_two_runs_have_the_same_bits(kernel_device: str) -> None:
+    x = seeded(100, 140).half().to(kernel_device)
+    found = []
+    for _ in range(2):
+        sums = [torch.zeros(140, 140, device=kernel_device), torch.zeros(140, device=kernel_device)]
+        gram.accumulate(x, *sums)
+        found.append(sums)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (40, 3)])
+def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
+    kernel_device: str, h_tiles: int, cross_tiles: int
+) -> None:
+    """The same list as the CUDA form's, whose arithmetic it is held to where that is built."""
+    wanted = [(row, column, False) for row in range(h_tiles) for column in range(row + 1)]
+    wanted += [(row, column, True) for row in range(cross_tiles) for column in range(h_tiles)]
+    if extension.module is not None:
+        assert extension.module.statistics_tiles(h_tiles, cross_tiles) == wanted
+    found = torch.empty(len(wanted), 3, dtype=torch.int32, device=kernel_device)
+    list_tiles[(1,)](found, len(wanted), h_tiles, SIZE=2 ** math.ceil(math.log2(len(wanted) + 1)))
+    assert [(row, column, bool(cross)) for row, column, cross in found.tolist()] == wanted
+
+
+def test_the_last_tile_of_the_largest_triangle(kernel_device: str) -> None:
+    """The index where the square root has least room: the ends of row 1023, K = 131,072."""
+    for index, wanted in [(1023 * 1024 // 2, [1023, 0, 0]), (1024 * 1025 // 2 - 1, [1023, 1023, 0])]:
+        found = torch.empty(1, 3, dtype=torch.int32, device=kernel_device)
+        list_tiles[(1,)](found, 1, 1024, FIRST=index, SIZE=1)
+        assert found.tolist() == [wanted]
+
+
+def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.MonkeyPatch, kernel_device: str) -> None:
+    x = seeded(20, 30).half().to(kernel_device)
+    hessian, sum_x = torch.zeros(30, 30, device=kernel_device), torch.zeros(30, device=kernel_device)
+    if kernel_device == "cpu":
+        assert ops.choose("accumulate", x, hessian, sum_x).backend != "triton"
+    monkeypatch.setenv("EPMQ_BACKEND", "triton")
+    assert ops.choose("accumulate", x, hessian, sum_x).backend == "triton"
+    ops.accumulate(x, hessian, sum_x)
+    assert torch.allclose(reference.symmetrize(hessian).cpu(), x.cpu().float().T @ x.cpu().float(), rtol=1e-5)
+    assert ops.choose("accumulate", x, hessian.double(), sum_x.double()).backend == "reference"
+
+
+def test_random_problems(kernel_device: str) -> None:
+    """EPMQ_STRESS of them (25): sizes, dtypes, weights and strides drawn from one seed."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for number in range(STRESS):
+        count, columns, targets = draw(0, 90), draw(1, 50), draw(0, 40)
+        dtype = list(DTYPES.values())[draw(0, 2)]
+        kind = ("ones", "mask", "weighted")[draw(0, 2)]
+        first = draw(0, 5)
+        print(f"problem {number}: {count} x {columns}, {targets} targets, {dtype}, {kind}, from column {first}")
+        x = seeded(count, columns + first).to(dtype)[:, first:]
+        target = None if targets == 0 else seeded(count, targets).to(dtype)
+        check_accumulate(Form(), x, target, row_weights(kind, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_many_rows_of_real_width_on_a_gpu(dtype: torch.dtype) -> None:
+    check_accumulate(Form(), seeded(20000, 384).to(dtype), seeded(20000, 200).to(dtype), None)
