@@ -52,7 +52,7 @@ def quantize(
     iterable of keyword-argument dicts for the model's forward}, unlabelled; positions masked by ``attention_mask`` are
     left out. base: what the experts were tuned from, needed for adapters and when ``config.rho`` is not 1. device:
     where blocks are computed, ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` (None: the model's own GPU, else the first one,
-    else the CPU); weights come there block by block, the result is where ``model`` is. The inputs are left as they were.
+    else the CPU); weights come there block by block, the result is where ``model`` is. The inputs stay as they were.
 
     Raises CalibrationError, SourceError, ModelError, NumericalError or ConfigError, each naming what is at fault.
     """
