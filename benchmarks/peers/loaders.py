@@ -336,6 +336,7 @@ def others() -> dict[str, Callable[[Path], Callable[[], Any]]]:
 
 def read(folder: Path, only: str | None) -> int:
     path = folder / SEEN
+    os.chdir(folder)  # some packages leave logs where they are run
     seen: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
     surprises = 0
     columns, made = loaders(), others()
@@ -400,7 +401,7 @@ def main() -> int:
     if arguments.verb == "write":
         write(arguments.folder)
     elif arguments.verb == "read":
-        return read(arguments.folder, arguments.case)
+        return read(arguments.folder.resolve(), arguments.case)
     else:
         table(arguments.folder, arguments.page)
     return 0
