@@ -332,11 +332,11 @@ def table(folder: Path, page: Path) -> None:
     lines = [START]
     for format in ("compressed-tensors", "gptq"):
         rows = [case.name for case in CASES if case.format == format]
-        columns = [column for column in seen if any(row in seen[column] for row in rows)]
+        columns = sorted((column for column in seen if any(row in seen[column] for row in rows)), reverse=True)
         lines += ["", f"| our file | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {row} | {' | '.join(seen[column].get(row, '–') for column in columns)} |" for row in rows]
     lines += ["", "| written by | `epmq.load` |", "|---|---|"]
-    lines += [f"| {row} | {outcome} |" for row, outcome in seen.get(OURS, {}).items()]
+    lines += [f"| {row} | {outcome} |" for row, outcome in sorted(seen.get(OURS, {}).items())]
     text = page.read_text()
     before, rest = text.split(START)
     page.write_text(before + "\n".join([*lines, "", END]) + rest.split(END)[1])
