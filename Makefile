@@ -82,11 +82,11 @@ peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, e
 	  PYTHONPATH=. $(PEERS)/$$peer/bin/python benchmarks/peers/merge.py || exit 1; done
 	PYTHONPATH=. $(PEERS)/llmcompressor/bin/python benchmarks/peers/gptq.py
 	rm -rf $(LOADERS)
-	$(BIN)/python benchmarks/peers/loaders.py write $(LOADERS)
-	$(BIN)/python benchmarks/peers/loaders.py read $(LOADERS)
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/peers/loaders.py write $(LOADERS)
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/peers/loaders.py read $(LOADERS)
 	for peer in llmcompressor transformers4 gptqmodel; do \
-	  PYTHONPATH=. $(PEERS)/$$peer/bin/python benchmarks/peers/loaders.py read $(LOADERS) || exit 1; done
-	$(BIN)/python benchmarks/peers/loaders.py table $(LOADERS) docs/formats.md
+	  PYTHONPATH=.:tests $(PEERS)/$$peer/bin/python benchmarks/peers/loaders.py read $(LOADERS) || exit 1; done
+	PYTHONPATH=.:tests $(BIN)/python benchmarks/peers/loaders.py table $(LOADERS) docs/formats.md
 
 bench: $(READY)  ## tables of every operation against its rivals; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/run.py

@@ -177,6 +177,41 @@ def test_an_asymmetric_mixture_is_refused_by_transformers_and_never_loaded_wrong
     assert torch.equal(answers(epmq.load(tmp_path / "out")), answers(model))
 
 
+@pytest.mark.parametrize("group_size", [32, None])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_file_that_the_package_itself_writes_is_read(sym: bool, group_size: int | None, tmp_path: Path) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    theirs: Any = tiny("llama")
+    strategy = "channel" if group_size is None else "group"
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=sym, strategy=strategy, group_size=group_size)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    apply_quantization_config(
+        theirs, QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="pack-quantized")
+    )
+    for module in theirs.modules():
+        if hasattr(module, "weight_scale"):
+            grouped = module.weight.detach().reshape(len(module.weight), module.weight_scale.shape[1], -1)
+            module.weight_scale.data = grouped.abs().amax(-1) / 6.0
+            if not sym:
+                module.weight_zero_point.data = torch.randint(-3, 3, module.weight_scale.shape, dtype=torch.int8)
+    compressor = ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.save_pretrained(tmp_path / "out")
+    compressor.update_config(tmp_path / "out")
+    compressor.decompress_model(theirs)
+    ours = epmq.load(tmp_path / "out")
+    assert len(quantized_names(ours)) == 14
+    for name in quantized_names(ours):
+        assert torch.equal(ours.get_submodule(name).weight, theirs.get_parameter(f"{name}.weight")), name  # type: ignore[arg-type]
+
+
 def test_permuted_columns_as_older_files_have_them(tmp_path: Path) -> None:
     model = quantized("llama", 4, False, 32)
     epmq.save(model, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Tiny random transformers models with QuantLinears inside, for the tests of checkpoint formats."""
+"""Tiny random transformers models with QuantLinears inside, for tests of formats and benchmarks/peers/loaders.py."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@
     loaders.py table FOLDER FILE.md   what was seen, between the markers of FILE.md
 
 A file counts as loaded when no tensor is missing or left over, every quantized weight is bit for bit the one that was
-written, and the logits are within 1 % of the dequantized model's. ``read`` also lets llm-compressor and
-GPTQModel quantize a tiny model, where they are installed, and loads that with epmq. ``--case`` restricts both to one
-row. The exit status is 1 when a cell differs from what this script expects of that pair of versions.
+written, and the logits are within 1 % of the dequantized model's. ``read`` also lets llm-compressor and GPTQModel
+quantize a tiny model, where they are installed, and loads that with epmq. ``--case`` restricts both to one row. The
+exit status is 1 when a cell differs from what this script expects of that pair of versions. PYTHONPATH holds the
+checkout and its tests, whose tiny models these are.
 """
 
 from __future__ import annotations
@@ -31,19 +32,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from tiny import KEPT, answers, dequantized, tiny
+from torch import Tensor
 
 import epmq
 from epmq import QuantLinear, replace_linear
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
-VISION: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
-    "patch_size": 8,
-}  # fmt: skip
-KEPT = ("lm_head", "classifier", "projection")
 REFERENCE = "reference.safetensors"
 SEEN = "seen.json"
 START, END = "<!-- loaders: begin -->", "<!-- loaders: end -->"
@@ -95,68 +89,26 @@ CASES = [
 # -- write -----------------------------------------------------------------------------------------------------------
 
 
-def tiny(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module
-    if kind == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
-    elif kind == "bert":
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
-    elif kind == "t5":
-        t5 = transformers.T5Config(vocab_size=64, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4)
-        model = transformers.T5ForConditionalGeneration(t5)
-    else:
-        clip = transformers.CLIPConfig(text_config=SIZES, vision_config=VISION, projection_dim=32)
-        model = transformers.CLIPModel(clip)
-    return model.eval()
-
-
-def answers(model: Any, kind: str) -> Tensor:
-    """Logits on fixed inputs, in float32."""
-    ids = torch.arange(24).reshape(2, 12) + 1
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if kind == "t5":
-        inputs["decoder_input_ids"] = ids
-    if kind == "clip":
-        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
-    with torch.no_grad():
-        out = model(**inputs)
-    return (out.logits_per_text if kind == "clip" else out.logits).float()
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Words at blanks; GPTQModel asks for one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2, **{f"w{i}": i + 3 for i in range(61)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]"
-    )
-    fast.save_pretrained(folder)
-
-
 def write_case(case: Case, folder: Path) -> None:
     model = tiny(case.kind).to(case.dtype)
     if case.others is not None:
         replace_linear(model, case.others, case.group_size, case.sym, include=["down_proj"])
     replace_linear(model, case.bits, case.group_size, case.sym, exclude=KEPT)
     epmq.save(model, folder, format=case.format)
-    write_tokenizer(folder)
     reloaded = epmq.load(folder)
     reference = {n: m.weight for n, m in reloaded.named_modules() if isinstance(m, QuantLinear)}
-    epmq.restore_linear(reloaded)
-    save_file({**reference, "logits": answers(reloaded, case.kind)}, folder / REFERENCE)
+    save_file({**reference, "logits": answers(dequantized(reloaded)).float()}, folder / REFERENCE)
 
 
 def write(folder: Path) -> None:
+    from checkpoints import write_tokenizer  # GPTQModel asks for a tokenizer
+
     tiny("llama").half().save_pretrained(folder / BASE)
     write_tokenizer(folder / BASE)
     for case in CASES:
         shutil.rmtree(folder / case.name, ignore_errors=True)
         write_case(case, folder / case.name)
+        write_tokenizer(folder / case.name)
         print(case.name)
 
 
@@ -200,13 +152,13 @@ class Silent(Exception):
     """Loaded without an error, and wrong."""
 
 
-def weights_and_answers(model: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+def weights_and_answers(model: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Dequantized weights in float32, and logits."""
     layers = {name: model.get_submodule(name) for name in names}
     # GPTQModel's layers give their weights before the first forward, which repacks them; those of compressed-tensors
     # have one after it.
     weights = {n: m.dequantize_weight().T for n, m in layers.items() if hasattr(m, "dequantize_weight")}
-    logits = answers(model, kind)
+    logits = answers(model).float()
     weights.update({n: m.weight for n, m in layers.items() if n not in weights})
     return {name: weight.detach().float() for name, weight in weights.items()}, logits
 
@@ -217,7 +169,7 @@ def judge(case: Case, folder: Path, load: Callable[[Case, Path], Any]) -> str:
     logits = reference.pop("logits")
     try:
         model = load(case, folder).eval()
-        weights, found = weights_and_answers(model, case.kind, reference)
+        weights, found = weights_and_answers(model, reference)
         if not all(torch.equal(weights[name], wanted.float()) for name, wanted in reference.items()):
             raise Silent("weights differ")
         if not found.isfinite().all() or (found - logits).norm() > MOST_DISTANCE * logits.norm():
@@ -251,8 +203,8 @@ def judge_ours(folder: Path, make: Callable[[Path], Callable[[], Any]]) -> str:
     load = make(folder)
     model = epmq.load(folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found = answers(model, "llama")
-    weights, logits = weights_and_answers(load().eval(), "llama", layers)
+    found = answers(model).float()
+    weights, logits = weights_and_answers(load().eval(), layers)
     for name, layer in layers.items():
         if not torch.equal(weights[name], layer.weight.float()):
             return f"WRONG: {name} differs"
@@ -336,6 +288,7 @@ def others() -> dict[str, Callable[[Path], Callable[[], Any]]]:
 
 def read(folder: Path, only: str | None) -> int:
     path = folder / SEEN
+    os.chdir(folder)  # some packages leave logs where they are run
     seen: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
     surprises = 0
     columns, made = loaders(), others()
@@ -379,11 +332,11 @@ def table(folder: Path, page: Path) -> None:
     lines = [START]
     for format in ("compressed-tensors", "gptq"):
         rows = [case.name for case in CASES if case.format == format]
-        columns = [column for column in seen if any(row in seen[column] for row in rows)]
+        columns = sorted((column for column in seen if any(row in seen[column] for row in rows)), reverse=True)
         lines += ["", f"| our file | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {row} | {' | '.join(seen[column].get(row, '–') for column in columns)} |" for row in rows]
     lines += ["", "| written by | `epmq.load` |", "|---|---|"]
-    lines += [f"| {row} | {outcome} |" for row, outcome in seen.get(OURS, {}).items()]
+    lines += [f"| {row} | {outcome} |" for row, outcome in sorted(seen.get(OURS, {}).items())]
     text = page.read_text()
     before, rest = text.split(START)
     page.write_text(before + "\n".join([*lines, "", END]) + rest.split(END)[1])
@@ -400,7 +353,7 @@ def main() -> int:
     if arguments.verb == "write":
         write(arguments.folder)
     elif arguments.verb == "read":
-        return read(arguments.folder, arguments.case)
+        return read(arguments.folder.resolve(), arguments.case)
     else:
         table(arguments.folder, arguments.page)
     return 0
