@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_toy_job
 from test_ops import check_sweep, placed, seeded, sweep_problem
 from torch import Tensor
 
+import epmq
 from epmq import ops, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -141,6 +143,21 @@ def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.M
     assert torch.equal(ops.choose("gptq_sweep", *problem, 4).function(*problem, 4).cpu(), by_reference(on_cpu, 4))
     wide = [tensor.double() for tensor in problem[:4]]
     assert ops.choose("gptq_sweep", *wide, problem[4], 4).backend == "reference"
+
+
+def test_a_whole_quantization_through_the_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels at work in the engine: the same errors as the reference's, to what a code at a tie can change."""
+    job = make_toy_job(2, 8, 1)
+    few = {task: batches[:1] for task, batches in job.calibration.items()}
+    errors = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("EPMQ_BACKEND", backend)
+        config = epmq.QuantConfig(group_size=4, diagnostics=False, include=("query", "key", "down"))
+        errors[backend] = epmq.quantize(job.merged, job.experts, few, config, device=kernel_device).report[
+            "average_error"
+        ]
+    for task, by_method in errors["reference"].items():
+        assert errors["triton"][task]["epmq"] == pytest.approx(by_method["epmq"], rel=0.01)
 
 
 def test_random_problems(kernel_device: str) -> None:
