@@ -12,7 +12,9 @@ from epmq.api import quantize
 from epmq.config import QuantConfig, preset
 from epmq.errors import ConfigError
 
-METHODS = ("rtn", "gptq", "regmean", "fp", "fp+gptq", "epmq-paper", "epmq-closed", "epmq")
+METHODS = ("rtn", "gptq", "regmean", "fp", "fp+gptq", "epmq-paper", "epmq")
+# The closed form alone: the default of QuantConfig. Tables of a whole merge leave it out.
+CLOSED = "epmq-closed"
 REGMEAN_SHRINKAGE = 0.9
 
 
@@ -52,7 +54,7 @@ class Comparison:
             return self._quantized(method, self._closed_form, self._config(bits, method="gptq"))
         if method == "epmq-paper":
             return self._quantized(method, self.merged, preset("paper", **self._grid(bits)))
-        if method == "epmq-closed":
+        if method == CLOSED:
             return self._quantized(method, self.merged, self._config(bits))
         if method == "epmq":
             # The preset's two stages: its tuning does not depend on the bits, so one serves them all.
@@ -61,7 +63,7 @@ class Comparison:
             result = quantize(tuned, dict.fromkeys(self.experts, tuned), self.calibration, config)
             self.reports[method, bits] = result.report
             return result.model
-        raise ConfigError(f"unknown method {method!r}; known are {', '.join(METHODS)}.")
+        raise ConfigError(f"unknown method {method!r}; known are {', '.join((*METHODS, CLOSED))}.")
 
     def _grid(self, bits: int) -> dict[str, Any]:
         size = self.group_size if isinstance(self.group_size, int) else self.group_size[bits]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from epmq.compare import METHODS
+from epmq.compare import CLOSED, METHODS
 from epmq.config import QuantConfig
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
@@ -39,7 +39,7 @@ class DataSet(Settings):
 class Row(Settings):
     """A row to measure: a method of :class:`epmq.compare.Comparison`, or pretrained, expert, merged; bits, or null."""
 
-    method: Literal[(*UNQUANTIZED, *METHODS)]  # type: ignore[valid-type]
+    method: Literal[(*UNQUANTIZED, *METHODS, CLOSED)]  # type: ignore[valid-type]
     bits: int | None = None
 
 
