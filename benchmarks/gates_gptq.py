@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import epmq.kernels.gptq_block as gptq_block
+import epmq.kernels.gram as gram
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from epmq.kernels import gptq_block, gram
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")

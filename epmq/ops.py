@@ -112,7 +112,8 @@ def _pack_and_multiply(
     from epmq.kernels.int4_matmul import int4_matmul
 
     weight = pack_rows(packed, scales, zeros, bits, group_size, x.shape[1], x.dtype)
-    return int4_matmul(x, weight, bias)
+    y: Tensor = int4_matmul(x, weight, bias)
+    return y
 
 
 register("accumulate", "reference", reference.accumulate)

@@ -53,9 +53,9 @@ def _accumulates(
 
 
 def _accumulate(*args: Any, **kwargs: Any) -> None:
-    from epmq.kernels import gram
+    from epmq.kernels.gram import accumulate
 
-    gram.accumulate(*args, **kwargs)
+    accumulate(*args, **kwargs)
 
 
 def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int) -> bool:
@@ -64,9 +64,10 @@ def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, g
 
 
 def _gptq_sweep(*args: Any, **kwargs: Any) -> Tensor:
-    from epmq.kernels import gptq_block
+    from epmq.kernels.gptq_block import gptq_sweep
 
-    return gptq_block.gptq_sweep(*args, **kwargs)
+    codes: Tensor = gptq_sweep(*args, **kwargs)
+    return codes
 
 
 def offer(register: Callable[..., None]) -> None:

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterable
 
 import torch
-
-from epmq.kernels import tune
 from epmq.kernels.int4_matmul import ensure_checked, run
 from epmq.kernels.layout import WHOLE_ROW, grid_words, kernel_group, packed_shapes
 from epmq.kernels.tune import DTYPE_NAMES, Config, Key
+
+from epmq.kernels import tune
 from epmq.quantized import group_count
 
 LAUNCHES = 32  # in a CUDA graph, so that the cost of a launch from Python is not timed
@@ -31,7 +31,7 @@ def tune_on_gpu(
         for n, k in shapes
         for count in buckets
     ]
-    found = tune.tune(keys, milliseconds)
+    found: dict[Key, Config] = tune.tune(keys, milliseconds)
     tune.store(found)
     return found
 

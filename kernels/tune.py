@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 from epmq.errors import ConfigError
 from epmq.files import write_text
-from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -111,9 +111,10 @@ def with_parts(shape: Config, key: Key) -> Config:
 
     def cost(parts: int) -> int:
         sums = 2 + shape.block_m // 8 if parts > 1 else 0
-        return -(-tiles * parts // at_once) * (-(-blocks // parts) + sums)
+        steps: int = -(-tiles * parts // at_once) * (-(-blocks // parts) + sums)
+        return steps
 
-    parts = min(range(1, max(1, min(16, blocks // SHORTEST_PART)) + 1), key=cost)
+    parts: int = min(range(1, max(1, min(16, blocks // SHORTEST_PART)) + 1), key=cost)
     return Config(**{**asdict(shape), "split_k": parts})
 
 
