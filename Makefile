@@ -13,7 +13,7 @@ TRANSFORMERS4 := .venv-transformers4
 GPU_MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check \
+.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory whole-job tables bench peers cuda-check \
   gates gates-gptq stress gpu clean
 
 help:  ## list the targets
@@ -72,8 +72,15 @@ minilm8: $(READY)  ## the table of eight real experts (about an hour on 2 cores)
 	for seed in 1 2; do $(BIN)/python benchmarks/minilm8.py --data $(UNFOLDED) --seed $$seed \
 	  --merge task_arithmetic --method regmean epmq-paper epmq --bits 4 --json benchmarks/results/minilm8-seed$$seed.json || exit 1; done
 
+whole-job: $(READY)  ## a whole quantization beside llm-compressor's (make peers sets that up): seconds and memory
+	test -d $(UNFOLDED)/base || $(BIN)/python $(MINILM8)/unfold.py $(UNFOLDED)
+	$(BIN)/python benchmarks/whole_job.py --data $(UNFOLDED)
+
+tables: $(READY)  ## the tables of README.md and docs/ from benchmarks/results/
+	$(BIN)/python benchmarks/tables.py
+
 memory: $(READY)  ## peak memory by depth and number of experts
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
 peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment
 	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4; do \
