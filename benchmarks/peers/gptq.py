@@ -50,7 +50,8 @@ def error(quantized: Tensor, weight: Tensor, hessian: Tensor) -> float:
 def compare(bits: int, group: int, sym: bool, act_order: bool) -> tuple[float, float, float]:
     """Share of equal codes, our error, their error."""
     weight, hessian = problem(bits)
-    config = QuantConfig(method="gptq", bits=bits, group_size=group, sym=sym, act_order=act_order)
+    # Like with like: the clip search that is ours by default below 4 bits would give another grid.
+    config = QuantConfig(method="gptq", bits=bits, group_size=group, sym=sym, act_order=act_order, clip="none")
     order = column_order(hessian, act_order)
     factor = factorize(hessian[order][:, order], 0.0, DAMP, "peer")
     ours = quantize_weight(weight, hessian, factor, order, config, torch.float32)
