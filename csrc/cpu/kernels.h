@@ -85,6 +85,32 @@ struct MatmulArgs {
   int bits;
 };
 
+// ---- int4 matmul on matrix tiles -----------------------------------------------------------------------------------
+
+constexpr int64_t kTileUnit = 128;  // codes of a row that are decoded together: 64 bytes
+
+// The same product with bf16 tiles: bf16(q - z) is exact, and so is x as a sum of `parts` bf16 numbers. Columns of
+// tile products are (row of x, part) pairs, `width` to a column tile; tiles hold 32 codes of a segment in the order of
+// tile_matmul.h.
+struct TileMatmulArgs : MatmulArgs {
+  const uint16_t* words;   // [256][32]: bf16(q - z) for each z, twice 16 codes
+  uint16_t* columns;       // prepared x: [tile][step][16 pairs of codes][width][2]
+  uint8_t* ordinary;       // [M]: 1 where no product or sum of the row can leave the normal numbers
+  void* y;                 // [M, N] in x's type; MatmulArgs::out is not used
+  int parts;
+  int64_t width, tiles;    // columns per tile, number of tiles
+};
+
+struct TileKernels {
+  bool (*takes)(const MatmulArgs&);
+  void (*shape)(TileMatmulArgs&);                      // fills parts, width and tiles
+  int64_t (*column_words)(const TileMatmulArgs&);      // size of `columns`
+  int64_t panel_rows;                                  // weight rows per task
+  int64_t (*scratch)(const TileMatmulArgs&);           // bytes per thread
+  void (*prepare)(const TileMatmulArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*matmul)(const TileMatmulArgs&, int64_t row_begin, int64_t row_end, void* scratch);
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -103,12 +129,15 @@ struct Kernels {
   int64_t (*matmul_scratch)(const MatmulArgs&);  // floats per thread
   void (*prepare)(const MatmulArgs&, int64_t tile_begin, int64_t tile_end);
   void (*matmul)(const MatmulArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+
+  const TileKernels* tile;  // null without matrix tiles
 };
 
 const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // The table in use: the best that this CPU runs, or the one that EPMQ_CPU names.
