@@ -44,7 +44,7 @@ struct PackArgs {
   int64_t kept;
   float* plain;           // or null
   float* weighted;        // null without weights
-  float* sum;             // [columns], += (weighted) column sums
+  float* sum;             // [columns] or null, += (weighted) column sums
 };
 
 // One rectangle of the product: out[i, j] += sum_m left[m, i] * right[m, j].
@@ -56,6 +56,28 @@ struct ProductArgs {
   int64_t row_begin, row_end;        // i, multiples of outer_b except the end
   int64_t column_begin;              // j; Kernels::product_columns of them, cut at column_end
   int64_t column_end;
+  float* out;
+  int64_t out_stride;
+};
+
+// The same on matrix tiles: rows in steps of 32 (zero beyond `kept`), columns in tiles of 16 and tiles in pairs,
+// [tile][step][part][16][32] bf16 numbers; the layout of one part is in tile_statistics.h.
+struct TilePackArgs : PackArgs {
+  int64_t steps;
+  uint16_t* left;      // plain
+  uint16_t* right;     // weighted, or null
+  int left_parts, right_parts;
+  uint8_t* ordinary;   // set to 0 by numbers that are not for tiles
+};
+
+struct TileProductArgs {
+  const uint16_t* left;
+  const uint16_t* right;
+  int left_parts, right_parts;
+  int64_t steps;
+  int64_t row_begin, row_end;        // i, begins at a pair of tiles
+  int64_t column_begin, column_end;  // j, begins at a pair of tiles
+  bool triangle;                     // only j <= i counts
   float* out;
   int64_t out_stride;
 };
@@ -102,6 +124,10 @@ struct TileMatmulArgs : MatmulArgs {
 };
 
 struct TileKernels {
+  int (*parts)(Dtype);  // bf16 parts that hold every number of a type
+  void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*product)(const TileProductArgs&);
+
   bool (*takes)(const MatmulArgs&);
   void (*shape)(TileMatmulArgs&);                      // fills parts, width and tiles
   int64_t (*column_words)(const TileMatmulArgs&);      // size of `columns`

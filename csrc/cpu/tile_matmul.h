@@ -17,7 +17,7 @@ struct TileMatmul {
   static constexpr int64_t pair_rows = 32;        // weight rows of two left operands
   static constexpr int64_t panel_rows = 256;      // weight rows whose sums stay in the second cache
   static constexpr int64_t pass_units = 4;        // decoded at once for a large batch: a pair fills the first cache
-  static constexpr int64_t few_tiles = 3;         // a small batch: decoded codes are used at once
+  static constexpr int64_t few_tiles = 12;        // a small batch: decoded codes are used at once
   static constexpr int64_t batch_tiles = 18;      // column tiles of a pass that stay in the second cache
   // No product or partial sum of q - z with a number of this range, or with its parts, is denormal or overflows.
   static constexpr uint32_t lowest = bits_of_power(-103), highest = bits_of_power(96);
