@@ -1,6 +1,6 @@
 """Every registered form of every operation against the definition in float64.
 
-EPMQ_CPU=plain and EPMQ_CPU=avx2 run the same tests through the other instruction sets (``make test-levels``).
+EPMQ_CPU=plain|avx2|avx512|amx runs the same tests through one instruction set (``make test-levels``: through each).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "../ops.h"
@@ -17,7 +18,7 @@ namespace epmq {
 namespace {
 
 constexpr int64_t kPacked = 1 << 21;  // floats of packed columns per chunk: few chunks, since threads meet after each
-constexpr int64_t kTileSteps = 32;    // steps of 32 rows per chunk and part, on matrix tiles
+constexpr int64_t kTileSteps = 48;    // steps of 32 rows per chunk and part, on matrix tiles
 constexpr int64_t kSegment = 192;     // output rows per rectangle, the unit of work given to a thread
 
 struct Rectangle {
@@ -157,23 +158,25 @@ void by_vectors(const Kernels& kernel, const Batch& batch, int64_t begin_row, in
   }
 }
 
-// Squares of `side` outputs whose operands stay in the second cache: the lower triangle, then the full matrix.
-std::vector<TileProductArgs> squares(const Batch& batch, int64_t side) {
+// Rectangles of at most `height` x `width` outputs: those that reach the lower triangle, then the full matrix.
+std::vector<TileProductArgs> tile_rectangles(const Batch& batch, int64_t height, int64_t width) {
   std::vector<TileProductArgs> all;
   for (const bool cross : {false, true}) {
     const int64_t rows = cross ? batch.targets : batch.columns;
-    for (int64_t row = 0; row < rows; row += side)
-      for (int64_t column = 0; column < (cross ? batch.columns : row + 1); column += side) {
+    for (int64_t row = 0; row < rows; row += height) {
+      const int64_t end = std::min(row + height, rows);
+      for (int64_t column = 0; column < (cross ? batch.columns : end); column += width) {
         TileProductArgs args{};
         args.row_begin = row;
-        args.row_end = std::min(row + side, rows);
+        args.row_end = end;
         args.column_begin = column;
-        args.column_end = std::min(column + side, batch.columns);
+        args.column_end = std::min(column + width, batch.columns);
         args.triangle = !cross;
         args.out = cross ? batch.cross : batch.hessian;
         args.out_stride = batch.columns;
         all.push_back(args);
       }
+    }
   }
   return all;
 }
@@ -191,7 +194,9 @@ void by_tiles(const Kernels& kernel, const Batch& batch) {
   const Tensor left = buffer(x_tiles, x_parts), right = buffer(x_tiles, right_parts);
   const Tensor left_target = buffer(target_tiles, target_parts);
   const auto data = [](const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); };
-  std::vector<TileProductArgs> work = squares(batch, batch.columns + batch.targets <= 1024 ? 96 : 256);
+  // The right operands of a rectangle stay in the second cache while the left ones pass by.
+  const bool small = batch.columns + batch.targets <= 1024;
+  const std::vector<TileProductArgs> work = tile_rectangles(batch, small ? 192 : 1024, small ? 96 : 256);
 
   for (int64_t begin = 0; begin < kept; begin += chunk_steps * depth) {
     const int64_t size = std::min(chunk_steps * depth, kept - begin), steps = (size + depth - 1) / depth;
@@ -208,8 +213,10 @@ void by_tiles(const Kernels& kernel, const Batch& batch) {
       by_vectors(kernel, batch, begin, begin + size, false);
       continue;
     }
-    at::parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) {
+    // Rectangles differ in size: each thread takes the next one that is left.
+    std::atomic<size_t> next{0};
+    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+      for (size_t i = next++; i < work.size(); i = next++) {
         TileProductArgs args = work[i];
         args.left = data(args.triangle ? left : left_target);
         args.left_parts = args.triangle ? x_parts : target_parts;

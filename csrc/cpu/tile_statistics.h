@@ -26,44 +26,87 @@ struct TileStatistics {
     return _mm512_loadu_ps(lanes);
   }
 
-  // Pairs of rows as bf16 parts: [part][16 pairs of rows][16 columns][2]; transposed: [part][16 columns][32 rows].
-  static EPMQ_INLINE void write(__m512 (&values)[32], int parts, bool transposed, uint16_t* out) {
-    for (int part = 0; part < parts; part++, out += kTileWords) {
-      __m512i pairs[16];
-      EPMQ_UNROLL
-      for (int p = 0; p < 16; p++) {
-        const __m512i even = take_bfloat(values[2 * p]), odd = take_bfloat(values[2 * p + 1]);
-        pairs[p] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+  // Magnitudes seen, as bits.
+  struct Range {
+    __m512i low, high;
+
+    // Zero counts as the largest of the low ones.
+    EPMQ_INLINE void see(__m512 value) {
+      const __m512i one = _mm512_set1_epi32(1);
+      const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+      low = _mm512_min_epu32(low, _mm512_sub_epi32(magnitude, one));
+      high = _mm512_max_epu32(high, magnitude);
+    }
+    bool ordinary() const {
+      return _mm512_reduce_min_epu32(low) >= lowest - 1 && _mm512_reduce_max_epu32(high) <= highest;
+    }
+  };
+
+  // The next part of 32 rows: 16 pairs of rows x 16 columns.
+  static EPMQ_INLINE void take_pairs(__m512 (&values)[32], __m512i (&pairs)[16]) {
+    EPMQ_UNROLL
+    for (int p = 0; p < 16; p++) {
+      const __m512i even = take_bfloat(values[2 * p]), odd = take_bfloat(values[2 * p + 1]);
+      pairs[p] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+  }
+
+  static EPMQ_INLINE void store_pairs(const __m512i (&pairs)[16], uint16_t* out) {
+    EPMQ_UNROLL
+    for (int p = 0; p < 16; p++) _mm512_storeu_si512(out + p * kTileDepth, pairs[p]);
+  }
+
+  // Right operands are pairs of rows, [part][16 pairs][16 columns][2]; left ones columns, [part][16 columns][32 rows].
+  template <bool Weighted>
+  static EPMQ_INLINE void pack_tile(const epmq::TilePackArgs& a, int64_t t, int64_t step, __m512& sum, Range& range) {
+    uint16_t* left = a.left + (t * a.steps + step) * a.left_parts * kTileWords;
+    uint16_t* right = a.right ? a.right + (t * a.steps + step) * a.right_parts * kTileWords : nullptr;
+    __m512 values[32], weighted[32];
+    __m512i pairs[16];
+    for (int64_t r = 0; r < kTileDepth; r++) {
+      const int64_t m = step * kTileDepth + r;
+      values[r] = read(a, m, t * 16);
+      range.see(values[r]);
+      if (Weighted) {
+        weighted[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(m < a.kept ? a.weights[m] : 0.0f));
+        range.see(weighted[r]);
       }
-      if (transposed) transpose(pairs);
-      EPMQ_UNROLL
-      for (int p = 0; p < 16; p++) _mm512_storeu_si512(out + p * kTileDepth, pairs[p]);
+      sum = _mm512_add_ps(sum, Weighted ? weighted[r] : values[r]);
+    }
+    for (int part = 0; part < a.left_parts; part++) {
+      take_pairs(values, pairs);
+      if (!Weighted && right) store_pairs(pairs, right + part * kTileWords);
+      transpose(pairs);
+      store_pairs(pairs, left + part * kTileWords);
+    }
+    for (int part = 0; Weighted && right && part < a.right_parts; part++) {
+      take_pairs(weighted, pairs);
+      store_pairs(pairs, right + part * kTileWords);
+    }
+  }
+
+  template <bool Weighted>
+  static void pack_tiles(const epmq::TilePackArgs& a, int64_t tile_begin, int64_t tile_end) {
+    constexpr int64_t strip = 16;  // tiles that are walked together, so that rows are read a kilobyte at a time
+    for (int64_t first = tile_begin; first < tile_end; first += strip) {
+      const int64_t last = first + strip < tile_end ? first + strip : tile_end;
+      __m512 sums[strip];
+      for (int64_t t = first; t < last; t++) sums[t - first] = _mm512_setzero_ps();
+      Range range = {_mm512_set1_epi32(-1), _mm512_setzero_si512()};
+      for (int64_t step = 0; step < a.steps; step++)
+        for (int64_t t = first; t < last; t++) pack_tile<Weighted>(a, t, step, sums[t - first], range);
+      if (!range.ordinary()) __atomic_store_n(a.ordinary, (uint8_t)0, __ATOMIC_RELAXED);
+      for (int64_t t = first; t < last; t++) {
+        float lanes[16];
+        _mm512_storeu_ps(lanes, sums[t - first]);
+        for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++) a.sum[t * 16 + l] += lanes[l];
+      }
     }
   }
 
   static void pack(const epmq::TilePackArgs& a, int64_t tile_begin, int64_t tile_end) {
-    for (int64_t t = tile_begin; t < tile_end; t++) {
-      __m512 sum = _mm512_setzero_ps();
-      bool ordinary = true;
-      for (int64_t step = 0; step < a.steps; step++) {
-        const int64_t first = step * kTileDepth;
-        __m512 plain[32], weighted[32];
-        for (int r = 0; r < 32; r++) {
-          plain[r] = read(a, first + r, t * 16);
-          weighted[r] = plain[r];
-          if (a.weights && first + r < a.kept)
-            weighted[r] = _mm512_mul_ps(plain[r], _mm512_set1_ps(a.weights[first + r]));
-          ordinary = ordinary && all_between(plain[r], lowest, highest) && all_between(weighted[r], lowest, highest);
-          sum = _mm512_add_ps(sum, weighted[r]);
-        }
-        write(plain, a.left_parts, true, a.left + (t * a.steps + step) * a.left_parts * kTileWords);
-        if (a.right) write(weighted, a.right_parts, false, a.right + (t * a.steps + step) * a.right_parts * kTileWords);
-      }
-      if (!ordinary) __atomic_store_n(a.ordinary, (uint8_t)0, __ATOMIC_RELAXED);
-      float lanes[16];
-      _mm512_storeu_ps(lanes, sum);
-      for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++) a.sum[t * 16 + l] += lanes[l];
-    }
+    const auto tiles = a.weights ? pack_tiles<true> : pack_tiles<false>;
+    tiles(a, tile_begin, tile_end);
   }
 
   // ---- products -------------------------------------------------------------------------------------------------
