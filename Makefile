@@ -33,8 +33,8 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
 
 test-levels: $(READY)  ## the operator tests through each instruction set, and without the extension
-	EPMQ_CPU=plain $(BIN)/python -m pytest tests/test_ops.py
-	EPMQ_CPU=avx2 $(BIN)/python -m pytest tests/test_ops.py
+	for level in $$($(BIN)/python -c 'from epmq import extension; print(*extension.build_report()["cpu_levels"])'); do \
+	  echo "EPMQ_CPU=$$level"; EPMQ_CPU=$$level $(BIN)/python -m pytest tests/test_ops.py || exit 1; done
 	EPMQ_EXTENSION=0 $(BIN)/python -m pytest tests/test_ops.py
 
 test-transformers4:  ## the table of model families with the last transformers 4, in an environment of its own

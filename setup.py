@@ -20,9 +20,9 @@ CUDA_ARCHS = ("80", "90")
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
 CUDA_SOURCES = ["csrc/cuda/statistics.cu"]
 # No -march: instruction sets are chosen at run time. No contraction: every fused multiply-add is written as one.
-# maybe-uninitialized: GCC's own AVX-512 headers trip over it.
+# uninitialized: GCC's own AVX-512 headers trip over it.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-QUIET = ["-Wno-maybe-uninitialized", "-Wno-unknown-pragmas", "-Wno-psabi"]
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas", "-Wno-psabi"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 

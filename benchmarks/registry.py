@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from cache import rotating
+from torch import Tensor
 
 from epmq import ops
 from epmq.quantized import column_groups, pack
@@ -64,33 +67,55 @@ def sweep_case(rows: int, columns: int) -> Case:
     )
 
 
-def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Case:
-    """int4 g128 against dense products of the same size, and torch's own int4 product in bf16."""
-    x = torch.randn(tokens, columns)
+@functools.lru_cache(maxsize=1)
+def matmul_weights(rows: int, columns: int) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """One weight in every form that is timed; each call of a form takes another copy, so that it comes from memory."""
     weight = torch.randn(rows, columns)
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    packed, scales = pack(codes, 4), 0.01 + 0.1 * torch.rand(rows, columns // 128)
+    scales = 0.01 + 0.1 * torch.rand(rows, columns // 128)
+    forms = {
+        "int4": rotating(pack(codes, 4), scales),
+        "dense fp32": rotating(weight),
+        "dense bf16": rotating(weight.to(torch.bfloat16)),
+    }
+    if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        repacked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+        grid = torch.stack((scales, torch.zeros_like(scales)), -1).transpose(0, 1).contiguous().to(torch.bfloat16)
+        forms["aten int4pack"] = rotating(repacked, grid)
+    return forms
+
+
+def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Case:
+    """int4 g128 against dense products of the same size, and torch's own int4 product in bf16."""
+    forms = matmul_weights(rows, columns)
+    x = torch.randn(tokens, columns).to(dtype)
     rivals: dict[str, Call] = {}
     absent: tuple[str, ...] = ()
-    given = x.to(dtype)
     if dtype == torch.float32:
-        rivals["dense fp32 F.linear"] = lambda: F.linear(x, weight)
+        rivals["dense fp32 F.linear"] = lambda: F.linear(x, *forms["dense fp32"]())
     else:
-        narrow = weight.to(dtype)
-        rivals["dense bf16 F.linear"] = lambda: F.linear(given, narrow)
-        aten = torch.ops.aten
-        if hasattr(aten, "_weight_int4pack_mm_for_cpu"):
-            repacked = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
-            grid = torch.stack((scales, torch.zeros_like(scales)), -1).transpose(0, 1).contiguous().to(dtype)
-            rivals["aten int4pack bf16"] = lambda: aten._weight_int4pack_mm_for_cpu(given, repacked, 128, grid)
+        rivals["dense bf16 F.linear"] = lambda: F.linear(x, *forms["dense bf16"]())
+        if "aten int4pack" in forms:
+
+            def int4pack() -> Tensor:
+                repacked, grid = forms["aten int4pack"]()
+                product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, repacked, 128, grid)
+                return product
+
+            rivals["aten int4pack bf16"] = int4pack
         else:
             absent = ("aten int4pack bf16",)
+
+    def ours() -> Tensor:
+        packed, scales = forms["int4"]()
+        return ops.dequant_matmul(x, packed, scales, None, None, 4, 128)
+
     return Case(
         "dequant_matmul",
         f"M={tokens} N={rows} K={columns} {str(dtype).removeprefix('torch.')}",
-        lambda: ops.dequant_matmul(given, packed, scales, None, None, 4, 128),
+        ours,
         rivals,
-        bytes_read=packed.numel() * 4 + scales.numel() * 4,
+        bytes_read=rows * columns // 2 + rows * columns // 128 * 4,
         flops=2 * tokens * rows * columns,
         absent=absent,
     )

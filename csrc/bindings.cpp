@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, module) {
     return info;
   }, "Compiler, flags, torch version and CUDA architectures of this build ('' without CUDA).");
   module.def("cpu_levels", epmq::cpu_levels, "Instruction sets of this build that this CPU runs, best last.");
-  module.def("cpu_level", epmq::cpu_level, "The instruction set in use; EPMQ_CPU=plain|avx2|avx512 chooses it.");
+  module.def("cpu_level", epmq::cpu_level, "The instruction set in use; EPMQ_CPU=plain|avx2|avx512|amx chooses it.");
   module.def("get_threads", [] { return at::get_num_threads(); });
   module.def("set_threads", [](int count) {
     if (count < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(count));

@@ -1,6 +1,6 @@
 """Every registered form of every operation against the definition in float64.
 
-EPMQ_CPU=plain and EPMQ_CPU=avx2 run the same tests through the other instruction sets (``make test-levels``).
+EPMQ_CPU=plain|avx2|avx512|amx runs the same tests through one instruction set (``make test-levels``: through each).
 """
 
 from __future__ import annotations
@@ -139,6 +139,18 @@ def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
         assert weights is not None and torch.equal(weights, torch.full((4,), 2.0))
     else:
         assert weights is None
+
+
+@compiled
+def test_products_below_the_normal_numbers_may_count_as_zero() -> None:
+    """Matrix tiles flush products (never operands of ordinary size) below 2^-126; every other form keeps them."""
+    x, hessian, sum_x = seeded(40, 30) * 2.0**-64, torch.zeros(30, 30), torch.zeros(30)
+    torch.ops.epmq_native.accumulate(x, hessian, sum_x)
+    exact = x.double().T @ x.double()
+    flushed = 6 * x.shape[0] * 2.0**-126
+    bound = product_bound(x.double().abs().T @ x.double().abs(), x.shape[0] + 2) + flushed
+    assert_close(hessian.tril(), exact.tril(), bound.tril(), "hessian")
+    assert_close(sum_x, x.double().sum(0), product_bound(x.double().abs().sum(0), x.shape[0] + 2), "sum_x")
 
 
 # ---- gptq_sweep ------------------------------------------------------------------------------------------------------
@@ -349,18 +361,40 @@ def test_dequant_matmul_of_strided_denormal_and_non_finite_activations(form: Any
     assert torch.equal(y[y.isinf()], wanted[wanted.isinf()])
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN in the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0, 1e4, -1e4), b.nan_to_num(0, 1e4, -1e4))
+
+
 @compiled
-@pytest.mark.parametrize("bits, group", [(4, 128), (4, 32), (4, -1), (4, 48), (3, 64), (8, 128), (2, -1)])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int, group: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bits, group", [(4, 128), (4, 64), (4, 32), (4, -1), (4, 48), (3, 64), (8, 128), (2, -1)])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int, group: int, dtype: torch.dtype) -> None:
     function = torch.ops.epmq_native.dequant_matmul
     columns = 1184  # three passes, the last one short
     codes, scales, zeros = matmul_problem(107, columns, group, bits, False)
     packed = pack(codes, bits)
-    x = seeded(150, columns)
+    x = seeded(150, columns).to(dtype)
+    x[3, 5], x[40, 7], x[41, 8], x[149, 9] = float("inf"), 1e-39, float("nan"), 3e38
     whole = function(x, packed, scales, zeros, None, bits, group)
     for first, last in [(0, 1), (7, 8), (3, 5), (10, 13), (20, 24), (31, 64), (100, 150), (149, 150)]:
         part = function(x[first:last], packed, scales, zeros, None, bits, group)
-        assert torch.equal(part, whole[first:last]), f"rows {first}..{last}"
+        assert same_bits(part, whole[first:last]), f"rows {first}..{last}"
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_statistics_are_the_same_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, target = seeded(600, 300).to(dtype), seeded(600, 170).to(dtype)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        sums = [torch.zeros(300, 300), torch.zeros(300), torch.zeros(170, 300), torch.zeros(170)]
+        torch.ops.epmq_native.accumulate(x, sums[0], sums[1], target, sums[2], sums[3])
+        results.append([sums[0].tril(), *sums[1:]])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @compiled

@@ -3,6 +3,13 @@
 
 #include <cstdlib>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../ops.h"
 #include "kernels.h"
@@ -17,6 +24,27 @@ struct Level {
   const Kernels& (*table)();
 };
 
+#if defined(__x86_64__)
+// Matrix tiles with bf16: the CPU has them, and Linux lets this process use their registers.
+bool has_tiles() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if ((d & (bf16 | tile)) != (bf16 | tile)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned states = 1u << 17 | 1u << 18;
+  if ((low & states) != states) return false;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best last. __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
@@ -28,6 +56,7 @@ const std::vector<Level>& levels() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     found.push_back({"avx2", avx2, avx2_kernels});
     found.push_back({"avx512", avx512, avx512_kernels});
+    found.push_back({"amx", avx512 && has_tiles(), amx_kernels});
 #endif
     return found;
   }();
@@ -45,7 +74,7 @@ const Kernels& choose() {
   std::string names;
   for (const Level& level : levels()) {
     if (level.name == std::string(wanted)) {
-      TORCH_CHECK_VALUE(level.runs, "EPMQ_CPU=", wanted, " asks for instructions that this CPU does not have.");
+      TORCH_CHECK_VALUE(level.runs, "EPMQ_CPU=", wanted, " asks for instructions that this CPU does not have or this system does not allow.");
       return level.table();
     }
     names += (names.empty() ? "" : ", ") + std::string(level.name);

@@ -44,7 +44,7 @@ struct PackArgs {
   int64_t kept;
   float* plain;           // or null
   float* weighted;        // null without weights
-  float* sum;             // [columns], += (weighted) column sums
+  float* sum;             // [columns] or null, += (weighted) column sums
 };
 
 // One rectangle of the product: out[i, j] += sum_m left[m, i] * right[m, j].
@@ -56,6 +56,28 @@ struct ProductArgs {
   int64_t row_begin, row_end;        // i, multiples of outer_b except the end
   int64_t column_begin;              // j; Kernels::product_columns of them, cut at column_end
   int64_t column_end;
+  float* out;
+  int64_t out_stride;
+};
+
+// The same on matrix tiles: rows in steps of 32 (zero beyond `kept`), columns in tiles of 16 and tiles in pairs,
+// [tile][step][part][16][32] bf16 numbers; the layout of one part is in tile_statistics.h.
+struct TilePackArgs : PackArgs {
+  int64_t steps;
+  uint16_t* left;      // plain
+  uint16_t* right;     // weighted, or null
+  int left_parts, right_parts;
+  uint8_t* ordinary;   // set to 0 by numbers that are not for tiles
+};
+
+struct TileProductArgs {
+  const uint16_t* left;
+  const uint16_t* right;
+  int left_parts, right_parts;
+  int64_t steps;
+  int64_t row_begin, row_end;        // i, begins at a pair of tiles
+  int64_t column_begin, column_end;  // j, begins at a pair of tiles
+  bool triangle;                     // only j <= i counts
   float* out;
   int64_t out_stride;
 };
@@ -85,6 +107,36 @@ struct MatmulArgs {
   int bits;
 };
 
+// ---- int4 matmul on matrix tiles -----------------------------------------------------------------------------------
+
+constexpr int64_t kTileUnit = 128;  // codes of a row that are decoded together: 64 bytes
+
+// The same product with bf16 tiles: bf16(q - z) is exact, and so is x as a sum of `parts` bf16 numbers. Columns of
+// tile products are (row of x, part) pairs, `width` to a column tile; tiles hold 32 codes of a segment in the order of
+// tile_matmul.h.
+struct TileMatmulArgs : MatmulArgs {
+  const uint16_t* words;   // [256][32]: bf16(q - z) for each z, twice 16 codes
+  uint16_t* columns;       // prepared x: [tile][step][16 pairs of codes][width][2]
+  uint8_t* ordinary;       // [M]: 1 where no product or sum of the row can leave the normal numbers
+  void* y;                 // [M, N] in x's type; MatmulArgs::out is not used
+  int parts;
+  int64_t width, tiles;    // columns per tile, number of tiles
+};
+
+struct TileKernels {
+  int (*parts)(Dtype);  // bf16 parts that hold every number of a type
+  void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*product)(const TileProductArgs&);
+
+  bool (*takes)(const MatmulArgs&);
+  void (*shape)(TileMatmulArgs&);                      // fills parts, width and tiles
+  int64_t (*column_words)(const TileMatmulArgs&);      // size of `columns`
+  int64_t panel_rows;                                  // weight rows per task
+  int64_t (*scratch)(const TileMatmulArgs&);           // bytes per thread
+  void (*prepare)(const TileMatmulArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*matmul)(const TileMatmulArgs&, int64_t row_begin, int64_t row_end, void* scratch);
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -103,12 +155,15 @@ struct Kernels {
   int64_t (*matmul_scratch)(const MatmulArgs&);  // floats per thread
   void (*prepare)(const MatmulArgs&, int64_t tile_begin, int64_t tile_end);
   void (*matmul)(const MatmulArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+
+  const TileKernels* tile;  // null without matrix tiles
 };
 
 const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // The table in use: the best that this CPU runs, or the one that EPMQ_CPU names.

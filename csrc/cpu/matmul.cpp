@@ -1,10 +1,16 @@
-// Matmul with packed weights: checks, activations, threads; the arithmetic is in matmul_kernel.h.
+// Matmul with packed weights: checks, activations, threads; the arithmetic is in matmul_kernel.h and tile_matmul.h.
+//
+// Matrix tiles count denormals as zero and do not overflow as fp32 does, so a row of x with numbers that could lead
+// there goes through the vector kernels. That depends on the row alone, not on its batch.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "../ops.h"
 #include "kernels.h"
@@ -28,6 +34,20 @@ const uint8_t* code_tables() {
     return filled;
   }();
   return tables.data();
+}
+
+// The whole numbers as 16-bit bf16, each table twice: a byte shuffle of words looks at five bits.
+const uint16_t* code_words() {
+  static const std::array<uint16_t, 256 * 32> words = [] {
+    std::array<uint16_t, 256 * 32> filled{};
+    for (int zero = 0; zero < 256; zero++)
+      for (int code = 0; code < 32; code++) {
+        const uint8_t* table = code_tables() + zero * 32 + code % 16;
+        filled[zero * 32 + code] = static_cast<uint16_t>(table[0] | table[16] << 8);
+      }
+    return filled;
+  }();
+  return words.data();
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
@@ -61,6 +81,65 @@ Tensor rows_contiguous(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : tensor.contiguous();
 }
 
+// fp32 [M, N] through the vector kernels.
+Tensor by_vectors(const Kernels& kernel, MatmulArgs args, const Tensor& x) {
+  const int64_t block = 8 * kernel.lanes, padded = (args.k + block - 1) / block * block;
+  args.x = x.const_data_ptr();
+  args.m = x.size(0);
+  args.x_row_stride = x.stride(0);
+  args.x_column_stride = x.stride(1);
+  Tensor out = at::empty({args.m, args.n}, x.options().dtype(at::kFloat));
+  Tensor prepared = at::empty({args.m * padded}, out.options());
+  args.prepared = prepared.mutable_data_ptr<float>();
+  args.out = out.mutable_data_ptr<float>();
+  const int64_t tiles = (args.m + kernel.inner_m - 1) / kernel.inner_m;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / padded),
+                   [&](int64_t begin, int64_t end) { kernel.prepare(args, begin, end); });
+  // Threads take whole panels; a panel's arithmetic does not depend on where it starts.
+  const int64_t rows = kernel.panel_rows, panels = (args.n + rows - 1) / rows;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (rows * padded * (args.m + 1)));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({kernel.matmul_scratch(args)}, out.options());
+    kernel.matmul(args, begin * rows, std::min(end * rows, args.n), scratch.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
+// [M, N] in x's type through matrix tiles; rows that are not for them through the vector kernels.
+Tensor by_tiles(const Kernels& kernel, const MatmulArgs& common, const Tensor& x) {
+  const TileKernels& tile = *kernel.tile;
+  TileMatmulArgs args{common};
+  tile.shape(args);
+  Tensor out = at::empty({args.m, args.n}, x.options());
+  const auto bytes = x.options().dtype(at::kByte);
+  // Columns that stand for no row are multiplied too: zero, lest they hold numbers that make it slow.
+  const int64_t column_bytes = 2 * tile.column_words(args);
+  Tensor columns = args.m % args.width == 0 ? at::empty({column_bytes}, bytes) : at::zeros({column_bytes}, bytes);
+  std::vector<uint8_t> ordinary(args.m, 1);
+  args.words = code_words();
+  args.columns = reinterpret_cast<uint16_t*>(columns.mutable_data_ptr<uint8_t>());
+  args.ordinary = ordinary.data();
+  args.y = out.mutable_data_ptr();
+  const int64_t units = (args.k + kTileUnit - 1) / kTileUnit;
+  at::parallel_for(0, units, std::max<int64_t>(1, 256 / (args.m * args.parts)),
+                   [&](int64_t begin, int64_t end) { tile.prepare(args, begin, end); });
+  const int64_t rows = tile.panel_rows, panels = (args.n + rows - 1) / rows;
+  const int64_t grain = std::max<int64_t>(1, 262144 / (rows * args.k));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({tile.scratch(args)}, bytes);
+    tile.matmul(args, begin * rows, std::min(end * rows, args.n), scratch.mutable_data_ptr());
+  });
+
+  std::vector<int64_t> rest;
+  for (int64_t m = 0; m < args.m; m++)
+    if (!ordinary[m]) rest.push_back(m);
+  if (!rest.empty()) {
+    const Tensor index = at::tensor(rest);
+    out.index_copy_(0, index, by_vectors(kernel, common, x.index_select(0, index)).to(x.scalar_type()));
+  }
+  return out;
+}
+
 }  // namespace
 
 Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& scales_any,
@@ -71,22 +150,17 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& s
   const Tensor zeros = zeros_any ? rows_contiguous(*zeros_any) : Tensor();
   const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const int64_t m = x.size(0), k = x.size(1), n = packed.size(0);
-  Tensor out = at::empty({m, n}, x.options().dtype(at::kFloat));
-  if (m == 0 || n == 0) return out.to(x.scalar_type());
+  if (m == 0 || n == 0) return at::empty({m, n}, x.options());
   if (k == 0) {
-    out.zero_();
-    return (bias ? out.add_(offset) : out).to(x.scalar_type());
+    Tensor out = at::zeros({m, n}, x.options());
+    return bias ? out.add_(offset) : out;
   }
 
-  const Kernels& kernel = kernels();
-  const int64_t block = 8 * kernel.lanes, padded = (k + block - 1) / block * block;
   MatmulArgs args{};
-  Tensor prepared = at::empty({m * padded}, out.options());
   args.x = x.const_data_ptr();
   args.x_dtype = dtype_of(x, "x");
   args.x_row_stride = x.stride(0);
   args.x_column_stride = x.stride(1);
-  args.prepared = prepared.mutable_data_ptr<float>();
   args.packed = reinterpret_cast<const uint8_t*>(packed.const_data_ptr<int32_t>());
   args.row_bytes = packed.size(1) * 4;
   args.scales = scales.const_data_ptr();
@@ -96,25 +170,15 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& s
   args.zero_stride = zeros_any ? zeros.stride(0) : 0;
   args.bias = bias ? offset.const_data_ptr<float>() : nullptr;
   args.tables = code_tables();
-  args.out = out.mutable_data_ptr<float>();
   args.m = m;
   args.n = n;
   args.k = k;
   args.groups = scales.size(1);
   args.group_size = group_size == -1 ? k : group_size;
   args.bits = static_cast<int>(bits);
-
-  const int64_t tiles = (m + kernel.inner_m - 1) / kernel.inner_m;
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / padded),
-                   [&](int64_t begin, int64_t end) { kernel.prepare(args, begin, end); });
-  // Threads take whole panels; a panel's arithmetic does not depend on where it starts.
-  const int64_t rows = kernel.panel_rows, panels = (n + rows - 1) / rows;
-  const int64_t grain = std::max<int64_t>(1, 65536 / (rows * padded * (m + 1)));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    Tensor scratch = at::empty({kernel.matmul_scratch(args)}, out.options());
-    kernel.matmul(args, begin * rows, std::min(end * rows, n), scratch.mutable_data_ptr<float>());
-  });
-  return x.scalar_type() == at::kFloat ? out : out.to(x.scalar_type());
+  const Kernels& kernel = kernels();
+  if (kernel.tile != nullptr && kernel.tile->takes(args)) return by_tiles(kernel, args, x);
+  return by_vectors(kernel, args, x).to(x.scalar_type());
 }
 
 }  // namespace epmq

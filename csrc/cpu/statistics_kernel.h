@@ -30,7 +30,7 @@ struct StatisticsKernel {
           sums[t - first] = sums[t - first] + scaled;
         }
       }
-      for (int64_t t = first; t < last; t++) {
+      for (int64_t t = first; a.sum && t < last; t++) {
         float lanes[L];
         sums[t - first].store(lanes);
         for (int l = 0; l < L && t * L + l < a.columns; l++) a.sum[t * L + l] += lanes[l];

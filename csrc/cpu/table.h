@@ -21,7 +21,8 @@
                                   MatmulKernel::panel_rows,                                                 \
                                   MatmulKernel::scratch,                                                    \
                                   MatmulKernel::prepare,                                                    \
-                                  MatmulKernel::run};                                                       \
+                                  MatmulKernel::run,                                                        \
+                                  nullptr};                                                                 \
     return table;                                                                                           \
   }                                                                                                         \
   }

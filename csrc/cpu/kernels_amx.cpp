@@ -1,0 +1,32 @@
+// Kernels for x86-64 CPUs with AMX-BF16 beside AVX-512, called only where dispatch.cpp has found them.
+#if defined(__x86_64__)
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define EPMQ_AVX512
+#include "tile_matmul.h"
+#include "tile_statistics.h"
+
+namespace epmq {
+
+// What has no form of its own runs as AVX-512.
+const Kernels& amx_kernels() {
+  static const TileKernels tile = {parts_of,
+                                   TileStatistics::pack,
+                                   TileStatistics::product,
+                                   TileMatmul::takes,
+                                   TileMatmul::shape,
+                                   TileMatmul::column_words,
+                                   TileMatmul::pair_rows,
+                                   TileMatmul::scratch,
+                                   TileMatmul::prepare,
+                                   TileMatmul::run};
+  static const Kernels table = [] {
+    Kernels all = avx512_kernels();
+    all.name = "amx";
+    all.tile = &tile;
+    return all;
+  }();
+  return table;
+}
+
+}  // namespace epmq
+#endif

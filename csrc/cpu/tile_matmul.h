@@ -1,0 +1,375 @@
+// y = x * dequant(W)^T + bias on matrix tiles, with one order of summation whatever the batch.
+//
+// A row of W is cut into segments of at most 128 codes, all of one group. q - z is exact in bf16 and x is an exact sum
+// of one (bf16), two (fp16) or three (fp32) bf16 parts, so a segment's products are exact; a tile sums them in fp32
+// (tiles.h), and one fused multiply-add per segment scales the sum and adds it to the output of that part. The parts
+// are added last, smallest first. Every (row of x, part) is a column of its own and no step mixes columns, so a row's
+// result has the same bits alone and in a batch.
+#pragma once
+
+#include "tiles.h"
+
+namespace {
+
+struct TileMatmul {
+  static constexpr int64_t unit = epmq::kTileUnit;
+  static constexpr int64_t unit_steps = unit / kTileDepth;
+  static constexpr int64_t pair_rows = 32;        // weight rows of two left operands
+  static constexpr int64_t panel_rows = 256;      // weight rows whose sums stay in the second cache
+  static constexpr int64_t pass_units = 4;        // decoded at once for a large batch: a pair fills the first cache
+  static constexpr int64_t few_tiles = 12;        // a small batch: decoded codes are used at once
+  static constexpr int64_t batch_tiles = 18;      // column tiles of a pass that stay in the second cache
+  // No product or partial sum of q - z with a number of this range, or with its parts, is denormal or overflows.
+  static constexpr uint32_t lowest = bits_of_power(-103), highest = bits_of_power(96);
+
+  static bool takes(const epmq::MatmulArgs& a) {
+    return a.bits == 4 && (a.group_size >= a.k || a.group_size % kTileDepth == 0);
+  }
+
+  static int64_t units_of(const epmq::MatmulArgs& a) { return (a.k + unit - 1) / unit; }
+
+  // Tile products per segment.
+  static int64_t segment_of(const epmq::MatmulArgs& a) {
+    if (a.group_size >= a.k || a.group_size % unit == 0) return unit_steps;
+    return a.group_size % (2 * kTileDepth) == 0 ? 2 : 1;
+  }
+
+  // All parts of a small batch share one column tile.
+  static bool shared(const epmq::TileMatmulArgs& a) { return a.parts * a.m <= kTileRows; }
+
+  static void shape(epmq::TileMatmulArgs& a) {
+    a.parts = parts_of(a.x_dtype);
+    a.width = shared(a) ? a.parts * a.m : a.m < kTileRows ? a.m : kTileRows;
+    a.tiles = shared(a) ? 1 : (a.m + kTileRows - 1) / kTileRows * a.parts;
+  }
+
+  static int64_t tile_words(const epmq::TileMatmulArgs& a) { return units_of(a) * unit * a.width; }
+  static int64_t column_words(const epmq::TileMatmulArgs& a) { return a.tiles * tile_words(a); }
+
+  struct Place {
+    int64_t tile, column;
+  };
+
+  static Place place_of(const epmq::TileMatmulArgs& a, int64_t m, int part) {
+    if (shared(a)) return {0, part * a.m + m};
+    return {m / kTileRows * a.parts + part, m % kTileRows};
+  }
+
+  // ---- order of codes -------------------------------------------------------------------------------------------
+
+  // Long segments: nibble j of each 16-bit word of 64 bytes goes to step j, so step j holds codes 4 e + j.
+  // Others: bytes of 32 codes spread to words, low nibbles first, so a step holds its even codes, then its odd ones.
+  template <bool Long>
+  static int64_t slot_of(int64_t at) {
+    if (Long) return at % 4 * kTileWords + at / 4;
+    return at / kTileDepth * kTileWords + at % 2 * 16 + at % kTileDepth / 2;
+  }
+
+  // 128 words of x in the order of the four steps.
+  template <bool Long>
+  static EPMQ_INLINE void order(const __m512i (&in)[4], __m512i (&out)[4]) {
+    uint16_t index[32];
+    for (int j = 0; j < 4; j++) {
+      for (int e = 0; e < 32; e++) index[e] = (uint16_t)(Long ? (4 * e + j) % 64 : e % 16 * 2 + e / 16);
+      const __m512i from = _mm512_loadu_si512(index);
+      if (Long) {
+        const __m512i first = _mm512_permutex2var_epi16(in[0], from, in[1]);
+        out[j] = _mm512_mask_blend_epi32(0xff00, first, _mm512_permutex2var_epi16(in[2], from, in[3]));
+      } else {
+        out[j] = _mm512_permutexvar_epi16(from, in[j]);
+      }
+    }
+  }
+
+  // ---- activations ----------------------------------------------------------------------------------------------
+
+  template <bool Long>
+  static void prepare_units(const epmq::TileMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
+    for (int64_t u = unit_begin; u < unit_end; u++)
+      for (int64_t m = 0; m < a.m; m++) {
+        __m512 values[8];
+        read_unit(a, m, u * unit, values);
+        bool ordinary = true;
+        for (int i = 0; i < 8; i++) ordinary = ordinary && all_between(values[i], lowest, highest);
+        if (!ordinary) __atomic_store_n(a.ordinary + m, (uint8_t)0, __ATOMIC_RELAXED);
+        for (int part = 0; part < a.parts; part++) {
+          __m512i words[4], steps[4];
+          for (int i = 0; i < 4; i++) {
+            const __m256i low = _mm512_cvtepi32_epi16(take_bfloat(values[2 * i]));
+            const __m256i high = _mm512_cvtepi32_epi16(take_bfloat(values[2 * i + 1]));
+            words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+          }
+          order<Long>(words, steps);
+          const Place place = place_of(a, m, part);
+          uint16_t* out = a.columns + place.tile * tile_words(a) + u * unit * a.width + 2 * place.column;
+          for (int j = 0; j < 4; j++) {
+            uint32_t pairs[16];
+            _mm512_storeu_si512(pairs, steps[j]);
+            for (int p = 0; p < 16; p++, out += 2 * a.width) memcpy(out, pairs + p, 4);
+          }
+        }
+      }
+  }
+
+  static EPMQ_INLINE void read_unit(const epmq::MatmulArgs& a, int64_t m, int64_t k, __m512 (&values)[8]) {
+    const int64_t row = m * a.x_row_stride;
+    if (a.x_column_stride == 1 && k + unit <= a.k) {
+      for (int i = 0; i < 8; i++) values[i] = read_vector(a.x, a.x_dtype, row + k + 16 * i).r;
+    } else {
+      float numbers[unit];
+      for (int at = 0; at < unit; at++)
+        numbers[at] = k + at < a.k ? read_element(a.x, a.x_dtype, row + (k + at) * a.x_column_stride) : 0.0f;
+      for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(numbers + 16 * i);
+    }
+  }
+
+  static void prepare(const epmq::TileMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
+    const auto units = segment_of(a) == unit_steps ? prepare_units<true> : prepare_units<false>;
+    units(a, unit_begin, unit_end);
+  }
+
+  // ---- weights --------------------------------------------------------------------------------------------------
+
+  // What a task keeps beside its sums.
+  struct Work {
+    int32_t* groups;     // [segments]: the group of each
+    float* scales;       // [panel blocks][G][16]
+    float* sums;         // [panel blocks][batch tiles][16][width]
+    float* products;     // [2][2][16][width]
+    uint16_t* weights;   // [2][pass steps][16][32]
+  };
+
+  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch, int64_t& size) {
+    const int64_t blocks = panel_rows / kTileRows, tile = kTileRows * a.width;
+    const int64_t batch = a.tiles < batch_tiles ? a.tiles : batch_tiles;
+    char* at = (char*)scratch;
+    auto take = [&](int64_t bytes) {
+      char* begin = at;
+      at += (bytes + 63) / 64 * 64;
+      return begin;
+    };
+    Work work;
+    work.weights = (uint16_t*)take(2 * pass_units * unit_steps * kTileWords * 2);
+    work.products = (float*)take(4 * tile * 4);
+    work.sums = (float*)take(blocks * batch * tile * 4);
+    work.scales = (float*)take(blocks * a.groups * kTileRows * 4);
+    work.groups = (int32_t*)take(units_of(a) * unit_steps * 4);
+    size = at - (char*)scratch;
+    return work;
+  }
+
+  static int64_t scratch(const epmq::TileMatmulArgs& a) {
+    int64_t size;
+    work_of(a, nullptr, size);
+    return size;
+  }
+
+  // Scales of 16 weight rows, one vector per group; rows past the end repeat the last.
+  static void read_scales(const epmq::MatmulArgs& a, int64_t row, float* out) {
+    for (int64_t g = 0; g < a.groups; g += 16) {
+      const int64_t count = a.groups - g < 16 ? a.groups - g : 16;
+      const __mmask16 mask = (__mmask16)((1u << count) - 1);
+      __m512i v[16];
+      for (int r = 0; r < 16; r++) {
+        const int64_t at = (row + r < a.n ? row + r : a.n - 1) * a.scale_stride + g;
+        if (a.scale_dtype == epmq::Dtype::kFloat) {
+          v[r] = _mm512_maskz_loadu_epi32(mask, (const float*)a.scales + at);
+        } else {
+          const __m256i words = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)a.scales + at);
+          v[r] = a.scale_dtype == epmq::Dtype::kHalf ? _mm512_castps_si512(_mm512_cvtph_ps(words))
+                                                     : _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+        }
+      }
+      transpose(v);
+      for (int64_t i = 0; i < count; i++) _mm512_storeu_si512(out + (g + i) * 16, v[i]);
+    }
+  }
+
+  template <bool Symmetric>
+  static EPMQ_INLINE const uint16_t* table_of(const epmq::TileMatmulArgs& a, int64_t row, int64_t group) {
+    return a.words + kTileDepth * (Symmetric ? 8 : a.zeros[row * a.zero_stride + group]);
+  }
+
+  // Units [from, to) of 16 weight rows: [step][row][32].
+  template <bool Long, bool Symmetric>
+  static EPMQ_INLINE void decode(const epmq::TileMatmulArgs& a, int64_t row, int64_t from, int64_t to,
+                                 const Work& work, uint16_t* out) {
+    const int64_t segment = segment_of(a), per_unit = unit_steps / segment, units = units_of(a);
+    const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
+    for (int64_t u = from; u < to; u++, out += unit_steps * kTileWords) {
+      if (rows < kTileRows) memset(out, 0, sizeof(uint16_t) * (size_t)(unit_steps * kTileWords));
+      const int32_t* groups = work.groups + u * per_unit;
+      const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
+      if ((u + 1) * unit > a.k) {
+        for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, out + r * kTileDepth);
+        continue;
+      }
+      // Some way along the row, or at the same place of the rows that come next.
+      const int64_t ahead = u + 6 < units ? 6 * (unit / 2) : pair_rows * a.row_bytes - (units - 6) * (unit / 2);
+      for (int64_t r = 0; r < rows; r++) {
+        __builtin_prefetch(codes + ahead);
+        uint16_t* to_row = out + r * kTileDepth;
+        if (Long) {
+          const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[0]));
+          const __m512i words = _mm512_loadu_si512(codes);
+          _mm512_storeu_si512(to_row, _mm512_permutexvar_epi16(words, table));
+          _mm512_storeu_si512(to_row + kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
+          _mm512_storeu_si512(to_row + 2 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
+          _mm512_storeu_si512(to_row + 3 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
+        } else {
+          EPMQ_UNROLL
+          for (int j = 0; j < unit_steps; j++) {
+            const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[j / segment]));
+            const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(codes + 16 * j)));
+            const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+            _mm512_storeu_si512(to_row + j * kTileWords, _mm512_permutexvar_epi16(words, table));
+          }
+        }
+        codes += a.row_bytes;
+      }
+    }
+  }
+
+  // The last unit of a row, zero past its end.
+  template <bool Long, bool Symmetric>
+  static void decode_end(const epmq::TileMatmulArgs& a, int64_t row, int64_t k, uint16_t* out) {
+    const uint8_t* codes = a.packed + row * a.row_bytes;
+    for (int64_t at = 0; at < unit; at++) {
+      uint16_t value = 0;
+      if (k + at < a.k)
+        value = table_of<Symmetric>(a, row, (k + at) / a.group_size)[codes[(k + at) / 2] >> (4 * (at % 2)) & 15];
+      out[slot_of<Long>(at)] = value;
+    }
+  }
+
+  // ---- sums -----------------------------------------------------------------------------------------------------
+
+  // sums += scales * products, one tile [16][width]; `rows` says which weight row an element belongs to.
+  static EPMQ_INLINE void scale(int64_t width, const __m512i* rows, const float* scales, const float* products,
+                                float* sums) {
+    if (width == 16) {
+      EPMQ_UNROLL
+      for (int n = 0; n < 16; n++) {
+        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(scales[n]), _mm512_loadu_ps(products + 16 * n),
+                                           _mm512_loadu_ps(sums + 16 * n));
+        _mm512_storeu_ps(sums + 16 * n, sum);
+      }
+      return;
+    }
+    const __m512 all = _mm512_loadu_ps(scales);
+    for (int64_t v = 0; v < width; v++) {
+      const __m512 sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(rows[v], all), _mm512_loadu_ps(products + 16 * v),
+                                         _mm512_loadu_ps(sums + 16 * v));
+      _mm512_storeu_ps(sums + 16 * v, sum);
+    }
+  }
+
+  // Segments of units [from, to) of one pair of weight blocks against Right column tiles.
+  template <int Right>
+  static void multiply(const epmq::TileMatmulArgs& a, int64_t from, int64_t to, int64_t tile, const Work& work,
+                       const float* scales, const __m512i* rows, float* sums, int64_t block_sums) {
+    const int64_t steps = segment_of(a), size = kTileRows * a.width;
+    const uint16_t* columns = a.columns + tile * tile_words(a) + from * unit * a.width;
+    const uint16_t* weights = work.weights;
+    const int32_t* groups = work.groups + from * unit_steps / steps;
+    for (int64_t s = 0; s < (to - from) * unit_steps; s += steps, groups++) {
+      clear_tiles<Right>();
+      multiply_tiles<Right>(steps, weights + s * kTileWords, pass_units * unit_steps * kTileWords,
+                            columns + s * kTileDepth * a.width, tile_words(a), a.width);
+      store_tiles<Right>(work.products, a.width);
+      for (int right = 0; right < Right; right++)
+        for (int left = 0; left < 2; left++)
+          scale(a.width, rows, scales + (left * a.groups + *groups) * kTileRows,
+                work.products + (2 * right + left) * size, sums + left * block_sums + right * size);
+    }
+  }
+
+  // ---- results --------------------------------------------------------------------------------------------------
+
+  static EPMQ_INLINE void write(const epmq::TileMatmulArgs& a, int64_t at, __mmask16 mask, __m512 y) {
+    if (a.x_dtype == epmq::Dtype::kFloat) {
+      _mm512_mask_storeu_ps((float*)a.y + at, mask, y);
+    } else if (a.x_dtype == epmq::Dtype::kHalf) {
+      _mm256_mask_storeu_epi16((uint16_t*)a.y + at, mask, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+      __m512 rest = y;
+      const __m512i words = _mm512_mask_mov_epi32(take_bfloat(rest), nan, _mm512_set1_epi32(0x7fc0));
+      _mm256_mask_storeu_epi16((uint16_t*)a.y + at, mask, _mm512_cvtepi32_epi16(words));
+    }
+  }
+
+  // Parts are added, smallest first, and 16 weight rows of each row of x are written.
+  static void finish(const epmq::TileMatmulArgs& a, int64_t row, int64_t first_tile, int64_t m_begin, int64_t m_end,
+                     const float* sums) {
+    const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
+    const __mmask16 mask = (__mmask16)((1u << rows) - 1);
+    const __m512 bias = a.bias ? _mm512_maskz_loadu_ps(mask, a.bias + row) : _mm512_setzero_ps();
+    const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                             _mm512_set1_epi32((int)a.width));
+    for (int64_t m = m_begin; m < m_end; m++) {
+      __m512 y = _mm512_setzero_ps();
+      for (int part = a.parts - 1; part >= 0; part--) {
+        const Place place = place_of(a, m, part);
+        const float* from = sums + (place.tile - first_tile) * kTileRows * a.width + place.column;
+        y = _mm512_add_ps(y, _mm512_i32gather_ps(lanes, from, 4));
+      }
+      write(a, m * a.n + row, mask, a.bias ? _mm512_add_ps(y, bias) : y);
+    }
+  }
+
+  template <bool Long, bool Symmetric>
+  static void panels(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+    int64_t bytes;
+    const Work work = work_of(a, scratch, bytes);
+    const int64_t units = units_of(a), segment = segment_of(a);
+    for (int64_t s = 0; s < units * unit_steps / segment; s++) {
+      const int64_t group = s * segment * kTileDepth / a.group_size;
+      work.groups[s] = (int32_t)(group < a.groups ? group : a.groups - 1);
+    }
+    __m512i rows[15];
+    for (int v = 0; v < 15; v++) {
+      int32_t owner[16];
+      for (int l = 0; l < 16; l++) owner[l] = (int32_t)((16 * v + l) / a.width);
+      rows[v] = _mm512_loadu_si512(owner);
+    }
+    const bool few = a.tiles <= few_tiles;
+    const int64_t height = few ? pair_rows : panel_rows, pass = few ? 1 : pass_units;
+    const int64_t batch = batch_tiles / a.parts * a.parts, tile = kTileRows * a.width;
+    const TileScope scope(a.width);
+    for (int64_t first = 0; first < a.tiles; first += batch) {
+      const int64_t count = a.tiles - first < batch ? a.tiles - first : batch;
+      const int64_t m_begin = first / a.parts * kTileRows, m_end = first + count == a.tiles ? a.m : m_begin + count / a.parts * kTileRows;
+      for (int64_t row = row_begin; row < row_end; row += height) {
+        const int64_t pairs = ((row_end - row < height ? row_end - row : height) + pair_rows - 1) / pair_rows;
+        for (int64_t b = 0; b < 2 * pairs; b++)
+          read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
+        memset(work.sums, 0, sizeof(float) * (size_t)(2 * pairs * count * tile));
+        for (int64_t from = 0; from < units; from += pass) {
+          const int64_t to = from + pass < units ? from + pass : units;
+          for (int64_t p = 0; p < pairs; p++) {
+            for (int64_t b = 0; b < 2; b++)
+              decode<Long, Symmetric>(a, row + p * pair_rows + b * kTileRows, from, to, work,
+                                      work.weights + b * pass_units * unit_steps * kTileWords);
+            const float* scales = work.scales + 2 * p * a.groups * kTileRows;
+            float* sums = work.sums + 2 * p * count * tile;
+            int64_t t = 0;
+            for (; t + 2 <= count; t += 2)
+              multiply<2>(a, from, to, first + t, work, scales, rows, sums + t * tile, count * tile);
+            if (t < count) multiply<1>(a, from, to, first + t, work, scales, rows, sums + t * tile, count * tile);
+          }
+        }
+        for (int64_t b = 0; b < 2 * pairs && row + b * kTileRows < row_end; b++)
+          finish(a, row + b * kTileRows, first, m_begin, m_end, work.sums + b * count * tile);
+      }
+    }
+  }
+
+  static void run(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+    const bool whole = segment_of(a) == unit_steps;
+    if (a.zeros) return whole ? panels<true, false>(a, row_begin, row_end, scratch) : panels<false, false>(a, row_begin, row_end, scratch);
+    return whole ? panels<true, true>(a, row_begin, row_end, scratch) : panels<false, true>(a, row_begin, row_end, scratch);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,152 @@
+// Matrix tiles (AMX): 16 rows of 64 bytes, and the numbers that they multiply. Only kernels_amx.cpp includes this.
+//
+// C[n][m] += sum over 16 pairs p of A[n][2p] B[p][2m] + A[n][2p+1] B[p][2m+1], A and B bf16, C fp32. Products are exact;
+// even and odd terms are each summed by fused multiply-adds, then added, then added to C, all rounded to nearest.
+// Denormal operands and results count as zero whatever the rounding mode register says.
+#pragma once
+
+#include "read.h"
+
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTilePairs = 16;
+constexpr int64_t kTileDepth = 32;                        // terms per product
+constexpr int64_t kTileWords = kTileRows * kTileDepth;    // bf16 numbers in a full tile
+
+// Accumulators 0..3 ([left][right] = 2 * right + left), left operands 4 and 5, right operands 6 and 7.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Right operands and accumulators have `width` columns.
+  explicit TileConfig(int64_t width) {
+    for (int i = 0; i < 8; i++) {
+      rows[i] = kTileRows;
+      row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * width);
+    }
+  }
+};
+
+// The compiler does not know that tile instructions touch memory: nothing may be moved across them.
+EPMQ_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
+
+// Holds the tile registers of this thread for a scope.
+struct TileScope {
+  explicit TileScope(int64_t width) {
+    const TileConfig config(width);
+    settle();
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// One left operand pair (tiles 4, 5) against Right right operands (tiles 6, 7), `steps` products deep.
+// Strides are in bf16 numbers; right operands and accumulators are `width` columns wide and dense.
+template <int Right>
+EPMQ_INLINE void multiply_tiles(int64_t steps, const uint16_t* left, int64_t left_stride, const uint16_t* right,
+                                int64_t right_stride, int64_t width) {
+  settle();
+  for (int64_t s = 0; s < steps; s++) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 4 * width);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, left + left_stride, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    if (Right == 2) {
+      _tile_loadd(7, right + right_stride, 4 * width);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    left += kTileWords;
+    right += kTilePairs * 2 * width;
+  }
+}
+
+template <int Right>
+EPMQ_INLINE void clear_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Right == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+// Accumulators to [right][left][16][width].
+template <int Right>
+EPMQ_INLINE void store_tiles(float* out, int64_t width) {
+  const int64_t size = kTileRows * width;
+  _tile_stored(0, out, 4 * width);
+  _tile_stored(1, out + size, 4 * width);
+  if (Right == 2) {
+    _tile_stored(2, out + 2 * size, 4 * width);
+    _tile_stored(3, out + 3 * size, 4 * width);
+  }
+  settle();
+}
+
+// ---- fp32 as a sum of bf16 numbers ----------------------------------------------------------------------------------
+
+// 24 significant bits are three times 8: `value` becomes value minus its nearest bf16, which is returned as 16 bits
+// in the low half of each lane. Subtraction is exact. For finite numbers whose parts are normal.
+EPMQ_INLINE __m512i take_bfloat(__m512& value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i top = _mm512_srli_epi32(rounded, 16);
+  value = _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
+  return top;
+}
+
+// Parts that hold every number of a type.
+inline int parts_of(epmq::Dtype dtype) {
+  return dtype == epmq::Dtype::kBfloat ? 1 : dtype == epmq::Dtype::kHalf ? 2 : 3;
+}
+
+// Whether all lanes are 0 or of a magnitude in [low, high], given as bits: false for infinities and NaN.
+EPMQ_INLINE bool all_between(__m512 value, uint32_t low, uint32_t high) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+  const __mmask16 zero = _mm512_cmpeq_epi32_mask(magnitude, _mm512_setzero_si512());
+  const __m512i above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32((int)low));
+  const __mmask16 inside = _mm512_cmple_epu32_mask(above, _mm512_set1_epi32((int)(high - low)));
+  return (__mmask16)(zero | inside) == 0xffff;
+}
+
+constexpr uint32_t bits_of_power(int exponent) { return (uint32_t)(exponent + 127) << 23; }
+
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+// v[i] lane j <-> v[j] lane i.
+EPMQ_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  EPMQ_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+}  // namespace
