@@ -21,6 +21,9 @@ TORCH_LIBRARY(epmq_native, library) {
   library.def(
       "gptq_sweep(Tensor weight, Tensor unit_upper, Tensor scales, Tensor zeros, Tensor group_of, int bits) -> Tensor");
   library.def(
+      "grid_losses(Tensor weight, Tensor scales, Tensor zeros, int bits, int group_size, float power, "
+      "Tensor? importance=None) -> Tensor");
+  library.def(
       "dequant_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
       "int group_size) -> Tensor");
 }
@@ -28,6 +31,7 @@ TORCH_LIBRARY(epmq_native, library) {
 TORCH_LIBRARY_IMPL(epmq_native, CPU, library) {
   library.impl("accumulate", epmq::accumulate);
   library.impl("gptq_sweep", epmq::gptq_sweep);
+  library.impl("grid_losses", epmq::grid_losses);
   library.impl("dequant_matmul", epmq::dequant_matmul);
 }
 

@@ -21,6 +21,10 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
 Tensor gptq_sweep(const Tensor& weight, const Tensor& unit_upper, const Tensor& scales, const Tensor& zeros,
                   const Tensor& group_of, int64_t bits);
 
+// weight [N, K], scales and zeros [S, N, G], importance [K] or none, fp32 -> losses [S, N, G].
+Tensor grid_losses(const Tensor& weight, const Tensor& scales, const Tensor& zeros, int64_t bits, int64_t group_size,
+                   double power, const std::optional<Tensor>& importance);
+
 // x [M, K] fp32|fp16|bf16, packed int32 [N, ceil(K bits / 32)], scales [N, G] fp32|fp16|bf16, zeros uint8 [N, G] or
 // none, bias [N] or none -> [M, N] in x's dtype.
 Tensor dequant_matmul(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,

@@ -112,6 +112,19 @@ def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, g
     return _on("cpu", *floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
 
 
+def _weighs_grids(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    power: float,
+    importance: Tensor | None = None,
+) -> bool:
+    given = [tensor for tensor in (weight, scales, zeros, importance) if tensor is not None]
+    return _on("cpu", *given) and all(tensor.dtype == torch.float32 for tensor in given)
+
+
 def _multiplies(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> bool:
@@ -137,12 +150,23 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return weight.new_empty(weight.shape, dtype=torch.uint8)
 
+    def grid_losses(
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
+        group_size: int,
+        power: float,
+        importance: Tensor | None = None,
+    ) -> Tensor:
+        return scales.new_empty(scales.shape)
+
     def dequant_matmul(
         x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
     ) -> Tensor:
         return x.new_empty((x.shape[0], packed.shape[0]))
 
-    for fake in (accumulate, gptq_sweep, dequant_matmul):
+    for fake in (accumulate, gptq_sweep, grid_losses, dequant_matmul):
         torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,6 +196,7 @@ def offer(register: Callable[..., None]) -> None:
     native = torch.ops.epmq_native
     register("accumulate", "cpp", native.accumulate, _accumulates_on_cpu)
     register("gptq_sweep", "cpp", native.gptq_sweep, _sweeps)
+    register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)
     if module.build_info()["cuda_archs"]:
         register("accumulate", "cuda", _accumulate_on_cuda, _accumulates_on_cuda)

@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from epmq import ops
 from epmq.errors import NumericalError
 from epmq.quantized import column_groups, group_count
 
 CLIP_STEPS = tuple(1.0 - 0.02 * step for step in range(26))
 CLIP_POWER = 2.4
+TRIED_AT_ONCE = 2**22  # scales of all shrunken ranges, to bound their memory
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ def fit_grid(
     _check_storable(low, high, bits, sym, stored)
     if clip != "none":
         power = CLIP_POWER if clip == "mse" else 2.0
-        importance = _importance(weight, group_size, column_weight if clip == "hessian" else None)
-        best = _rounding_loss(grouped, scales, zeros, bits, power, importance)
-        for keep in CLIP_STEPS[1:]:
-            tried_scales, tried_zeros = _range_to_grid(low * keep, high * keep, bits, sym, stored)
-            loss = _rounding_loss(grouped, tried_scales, tried_zeros, bits, power, importance)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            scales = torch.where(better, tried_scales, scales)
-            zeros = torch.where(better, tried_zeros, zeros)
+        importance = column_weight if clip == "hessian" else None
+        for rows in torch.arange(len(weight)).split(max(1, TRIED_AT_ONCE // (len(CLIP_STEPS) * scales.shape[1]))):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            tried = [_range_to_grid(low[part] * keep, high[part] * keep, bits, sym, stored) for keep in CLIP_STEPS]
+            some_scales, some_zeros = (torch.stack(each) for each in zip(*tried, strict=True))
+            losses = ops.grid_losses(weight[part], some_scales, some_zeros, bits, group_size, power, importance)
+            # The first of equals: the widest range.
+            best = losses.argmin(0, keepdim=True)
+            scales[part], zeros[part] = some_scales.gather(0, best)[0], some_zeros.gather(0, best)[0]
     return Grid(scales, zeros, bits, group_size, sym, stored)
 
 
@@ -113,16 +115,6 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:
     return weight.view(rows, count, size)
 
 
-def _importance(weight: Tensor, group_size: int, column_weight: Tensor | None) -> Tensor:
-    """``[1, G, size]``: what a column's error counts, ones when None; what fills a short last group counts 0."""
-    columns = weight.shape[1]
-    importance = _grouped(
-        (weight.new_ones(columns) if column_weight is None else column_weight).unsqueeze(0), group_size
-    )
-    importance.view(-1)[columns:] = 0.0
-    return importance
-
-
 def _range_to_grid(low: Tensor, high: Tensor, bits: int, sym: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     scales = _storable(_exact_scales(low, high, bits, sym), stored)
     if sym:
@@ -149,12 +141,3 @@ def _storable(scales: Tensor, stored: torch.dtype) -> Tensor:
     """Round to the stored dtype; a group of zeros gets scale 1, an underflow the smallest normal number."""
     positive = scales.clamp_min(torch.finfo(stored).tiny).to(stored).to(scales.dtype)
     return torch.where(scales > 0.0, positive, torch.ones_like(scales))
-
-
-def _rounding_loss(
-    grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int, power: float, importance: Tensor
-) -> Tensor:
-    s, z = scales.unsqueeze(-1), zeros.unsqueeze(-1)
-    rounded = (torch.round(grouped / s) + z).clamp_(0, 2**bits - 1)
-    error = ((rounded - z) * s - grouped).abs_().pow_(power)
-    return (error * importance).sum(-1)

@@ -118,6 +118,7 @@ def _pack_and_multiply(
 
 register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
+register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
 if importlib.util.find_spec("triton") is not None:
     register("dequant_matmul", "triton", _pack_and_multiply, _multiplies_tiles)
@@ -152,6 +153,20 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`epmq.reference.cholesky`."""
     factor: tuple[Tensor, Tensor] = _call("cholesky", matrix)
     return factor
+
+
+def grid_losses(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    power: float,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """See :func:`epmq.reference.grid_losses`."""
+    losses: Tensor = _call("grid_losses", weight, scales, zeros, bits, group_size, power, importance)
+    return losses
 
 
 def dequant_matmul(

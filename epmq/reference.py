@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epmq.quantized import dequantize, unpack
+from epmq.quantized import column_groups, dequantize, unpack
 
 SWEEP_BLOCK = 128
 
@@ -92,6 +92,31 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     0 where the matrix is positive definite; L means nothing otherwise. Does not synchronise with the device."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     return lower, info
+
+
+def grid_losses(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    power: float,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """``Σ h_j |q_j - w_j|^power`` of each group when the weight is rounded to each of S grids: ``[S, N, G]``.
+
+    weight: ``[N, K]``. scales: ``[S, N, G]`` positive; zeros: ``[S, N, G]`` whole numbers, same dtype. group_size: -1
+    is the whole row; the last group may be short. importance h: ``[K]``, ones when None.
+    """
+    groups = column_groups(weight.shape[1], group_size, weight.device).long()
+    losses = torch.empty_like(scales)
+    for number, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        s, z = scale[:, groups], zero[:, groups]
+        codes = torch.clamp(torch.round(weight * (1.0 / scale)[:, groups]) + z, 0, 2**bits - 1)
+        cost = ((codes - z) * s - weight).abs_().pow_(power)
+        cost = cost if importance is None else cost * importance
+        losses[number] = torch.zeros_like(scale).index_add_(1, groups, cost)
+    return losses
 
 
 def dequant_matmul(

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 ORDER: list[tuple[str, ...]] = [
     ("errors", "quantized", "ties", "norms", "reuse", "console", "memory", "orientation", "rows"),
     ("page.markup", "page.numbers", "page.layout"),
-    ("settings", "schedules", "hub", "files", "sources", "blocks", "grids", "data", "devices", "extension"),
+    ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "extension"),
     ("reference", "blocked"),
     ("triton_forms",),
     ("config", "merge_config", "adapters", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate"),
-    ("formats.shards", "perplexity", "card"),
+    ("grids", "formats.shards", "perplexity", "card"),
     ("merge", "mergekit", "statistics", "report", "augment"),
     ("solve", "distill", "recipe"),
     ("page.charts", "page.heat"),

@@ -244,6 +244,39 @@ def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
     assert torch.equal(dirty, reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
 
 
+# ---- grid_losses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+@pytest.mark.parametrize(
+    "shape", [(5, 40, 16), (3, 33, 8), (1, 1, -1), (2, 1300, -1), (0, 16, 8), (7, 1100, 700)], ids=str
+)
+@pytest.mark.parametrize("form", forms("grid_losses"))
+def test_grid_losses(form: Any, shape: tuple[int, int, int], weighted: bool, power: float) -> None:
+    rows, columns, group_size = shape
+    weight, groups = seeded(rows, columns), group_count(columns, group_size)
+    weight[: rows // 2, ::3] = 0.0
+    scales = 0.05 + 0.2 * seeded(4, rows, groups).abs()
+    zeros = torch.tensor([0.0, 3.0, 8.0, 15.0]).view(4, 1, 1).expand(4, rows, groups)
+    importance = seeded(columns).abs() if weighted else None
+    placed_weight, *grid = placed(form, weight, scales, zeros)
+    (counts,) = placed(form, importance)
+    found = form.function(placed_weight, *grid, 4, group_size, power, counts).cpu()
+    # The same roundings in fp32, everything after them in fp64.
+    of = column_groups(columns, group_size).long()
+    codes = (torch.round(weight * (1.0 / scales)[..., of]) + zeros[..., of]).clamp(0, 15).double()
+    error = ((codes - zeros[..., of].double()) * scales[..., of].double() - weight.double()).abs()
+    cost = error.pow(power) * (1.0 if importance is None else importance.double())
+    exact = torch.zeros(4, rows, groups, dtype=torch.float64).index_add_(2, of, cost)
+    # An error is a difference of numbers of the size of the weight; its power is within 2 powers of that, and 1e-5.
+    size = weight.double().abs() + scales[..., of].double() * 15
+    slack = power * size * torch.finfo(torch.float32).eps * error.pow(power - 1.0)
+    slack = (4.0 * slack + 1e-5 * error.pow(power)) * (1.0 if importance is None else importance.double())
+    bound = torch.zeros_like(exact).index_add_(2, of, slack) + (columns + 2) * torch.finfo(torch.float32).eps * exact
+    assert_close(found, exact, bound + 2.0**-100, "losses")
+
+
 # ---- cholesky --------------------------------------------------------------------------------------------------------
 
 

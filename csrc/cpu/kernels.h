@@ -137,6 +137,19 @@ struct TileKernels {
   void (*matmul)(const TileMatmulArgs&, int64_t row_begin, int64_t row_end, void* scratch);
 };
 
+// ---- choice of grids --------------------------------------------------------------------------------------------
+
+struct GridArgs {
+  const float* weight;      // [N, K]
+  int64_t weight_stride;
+  const float* scales;      // [S, N, G]
+  const float* zeros;       // [S, N, G]
+  const float* importance;  // [K], or null for ones
+  float* losses;            // [S, N, G]
+  int64_t grids, rows, columns, groups, group_size;
+  float top, power;
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -155,6 +168,8 @@ struct Kernels {
   int64_t (*matmul_scratch)(const MatmulArgs&);  // floats per thread
   void (*prepare)(const MatmulArgs&, int64_t tile_begin, int64_t tile_end);
   void (*matmul)(const MatmulArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+
+  void (*grid_losses)(const GridArgs&, int64_t row_begin, int64_t row_end);
 
   const TileKernels* tile;  // null without matrix tiles
 };

@@ -1,6 +1,7 @@
 // The table of one instruction set. Included last by each kernel file.
 #pragma once
 
+#include "grid_kernel.h"
 #include "matmul_kernel.h"
 #include "statistics_kernel.h"
 #include "sweep_kernel.h"
@@ -22,6 +23,7 @@
                                   MatmulKernel::scratch,                                                    \
                                   MatmulKernel::prepare,                                                    \
                                   MatmulKernel::run,                                                        \
+                                  GridKernel::losses,                                                       \
                                   nullptr};                                                                 \
     return table;                                                                                           \
   }                                                                                                         \
