@@ -10,7 +10,7 @@ UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
+.PHONY: help setup test kill-test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resumed
+	EPMQ_KILLS=50 $(BIN)/python -m pytest tests/test_resume.py -k random_moments
 
 test-levels: $(READY)  ## the operator tests through each instruction set, and without the extension
 	EPMQ_CPU=plain $(BIN)/python -m pytest tests/test_ops.py

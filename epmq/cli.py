@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -35,13 +37,20 @@ def merge(recipe: Path, out: Path) -> None:
 @app.command(help=f"Merge and quantize in one go; the merged model is not written. {RECIPE_HELP}")
 @click.argument("recipe", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="New folder for the quantized model.")
-def quantize(recipe: Path, out: Path) -> None:
-    from epmq.jobs import quantize_to_folder, summary
+@click.option("--resume", is_flag=True, help="Go on with a run that was cut off; see docs/running.md.")
+@click.option("--dry-run", is_flag=True, help="Tell what it would take in time, memory and disk, and stop.")
+def quantize(recipe: Path, out: Path, resume: bool, dry_run: bool) -> None:
+    from epmq.jobs import estimate_job, quantize_to_folder, summary
     from epmq.recipe import read_recipe
 
-    report = quantize_to_folder(read_recipe(recipe), out)
-    click.echo("\n".join(summary(report)))
-    click.echo(f"quantized model and report.json in {out}")
+    if dry_run:
+        click.echo(estimate_job(read_recipe(recipe), out))
+        return
+    told = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
+    report = quantize_to_folder(read_recipe(recipe), out, resume, told)
+    if report:
+        click.echo("\n".join(summary(report)))
+        click.echo(f"quantized model and report.json in {out}")
 
 
 @app.command(name="eval", help="Score MODEL, a quantized or plain checkpoint folder, on a recipe's evaluation tasks.")
@@ -53,8 +62,11 @@ def evaluate(model: Path, recipe: Path, json_file: Path | None) -> None:
     from epmq.files import write_text
     from epmq.jobs import evaluate_folder
     from epmq.recipe import read_recipe
+    from epmq.world import world
 
     result = evaluate_folder(read_recipe(recipe), model)
+    if not world().main:
+        return
     click.echo(markdown_table([result]))
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1))
@@ -76,23 +88,59 @@ def env() -> None:
     click.echo("\n".join(describe()))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, ended as orderly as an interruption."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    # Once is enough: cleaning up must not be cut off by a second one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated
+
+
 def main() -> None:
-    """Entry point: refusals are one sentence on stderr and exit status 2, an interruption is 130."""
+    """Entry point: refusals are one sentence on stderr and exit status 2; an interruption is 130, SIGTERM 143."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=False)
     except EpmqError as error:
-        print(f"epmq: {error}", file=sys.stderr)
+        _tell(str(error), error)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("epmq: interrupted; nothing half-written was left.", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click turns an interruption into an Abort.
+        cause = error.__cause__ or error
+        ended = "terminated" if isinstance(cause, _Terminated) else "interrupted"
+        _tell(f"{ended}." if hasattr(cause, "__notes__") else f"{ended}; nothing half-written was left.", cause)
+        sys.exit(143 if isinstance(cause, _Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    _leave_the_others()
+
+
+def _tell(message: str, error: BaseException) -> None:
+    """One line about what ended the run and what is left of it, by one of its processes."""
+    line = " ".join([message, *getattr(error, "__notes__", [])])
+    if "RANK" in os.environ:
+        from epmq.world import world
+
+        lost = world().lost() if isinstance(error, KeyboardInterrupt) else None
+        line = lost or line
+        if not world().speaks(line):
+            return
+    print(f"epmq: {line}", file=sys.stderr)
+
+
+def _leave_the_others() -> None:
+    if "RANK" in os.environ:
+        from epmq.world import world
+
+        world().close()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +25,33 @@ from epmq.blocks import (
 from epmq.config import QuantConfig
 from epmq.diagnose import layer_rows
 from epmq.errors import CalibrationError, ConfigError, NumericalError
-from epmq.group import anchor_strength, quantize_group
+from epmq.group import GroupOutcome, anchor_strength, quantize_group
 from epmq.inside import Seen, outputs, run_inside
 from epmq.memory import give_back_free_memory
 from epmq.norms import NormStatistics, correct
-from epmq.quantized import QuantizedTensor
-from epmq.reuse import OutputStore
+from epmq.progress import Sink, Stage
+from epmq.reuse import DEFAULT_LIMIT_BYTES, OutputStore
+from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import WeightSource, all_finite, require_same_layout
-from epmq.stacks import Deployed, deploy, read_stack, stacked
+from epmq.stacks import Deployed, deploy, hand_out, read_stack, scale_dtype, stacked
+from epmq.states import States
 from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
-from epmq.streams import Batch, make_streams, rows_of, split_held
+from epmq.streams import Batch, make_streams, rows_of, shared, split_held
+from epmq.world import World
 
 Progress = Callable[[str, int, int], None]
 
 
-class Sink(Protocol):
-    """Takes finished tensors of a block, each name once."""
+@dataclass(frozen=True)
+class Surroundings:
+    """Where an engine works. world: the processes that share the work. shelf: where hidden states are kept. stage: its
+    part of a journal, or None when a run that is cut off need not go on."""
 
-    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None: ...
-
-    def tensor(self, name: str, tensor: Tensor) -> None: ...
+    world: World = field(default_factory=World)
+    shelf: Shelf = field(default_factory=Shelf)
+    reuse_bytes: int = DEFAULT_LIMIT_BYTES
+    stage: Stage | None = None
 
 
 class Engine:
@@ -60,10 +67,17 @@ class Engine:
         config: QuantConfig,
         sink: Sink,
         progress: Progress = lambda what, done, total: None,
+        around: Surroundings | None = None,
     ):
-        self.config, self.sink, self.progress = config, sink, progress
+        around = around or Surroundings()
+        self.world, self.stage, self.around = around.world, around.stage, around
+        self.config, self.sink, self.progress = config, self.stage or sink, progress
         self.merged, self.base, self.experts = merged, base, dict(experts)
-        self.streams = make_streams(calibration) if calibration or config.method != "rtn" else {}
+        everything = make_streams(calibration) if calibration or config.method != "rtn" else {}
+        self.streams = shared(everything, self.world)
+        self.states = States(around.shelf, self.streams)
+        self._batches = {task: len(batches) for task, batches in everything.items()}
+        self._first = next(iter(everything.values()))[0].inputs if everything else {}
         self._check_tasks()
         if config.rho != 1.0 and base is None:
             raise ConfigError("rho: an anchor away from the merged weights needs the base model; give base.")
@@ -75,28 +89,48 @@ class Engine:
         self.layers: list[dict[str, Any]] = []
         self.block_rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.store = OutputStore()
+        self.store = OutputStore(self.around.reuse_bytes)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
         fill(self.runner.model, "", self.merged, torch.float32)
         if self.streams:
-            for address in self.runner.follow(next(iter(self.streams.values()))[0].inputs):
+            for address in self.runner.follow(self._first):
                 self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.runner.addresses)
-        current_list: str | None = None
-        for number, address in enumerate(self.runner.addresses):
+        start = self._take_up(total)
+        current_list = self.runner.addresses[start - 1].list_name if start else None
+        for number, address in enumerate(self.runner.addresses[start:], start):
             self.progress(address.name, number, total)
             if self.uses_features and address.list_name != current_list:
                 self._start_expert_streams(address)
             current_list = address.list_name
+            known = len(self.layers)
             self._block(address)
+            self._commit(number, self.layers[known:], number + 1 == total)
             give_back_free_memory()
         self.progress("done", total, total)
         if not self.layers and self.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
         return {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
+
+    def _take_up(self, total: int) -> int:
+        """What earlier starts of this run found; returns the number of blocks that are finished."""
+        if self.stage is None:
+            return 0
+        for rows in self.stage.take_up(self.states, total):
+            self.layers += rows["layers"]
+            self.block_rows.append(rows["block"])
+            self.notes += rows["notes"]
+        return self.stage.finished
+
+    def _commit(self, number: int, layers: list[dict[str, Any]], last: bool) -> None:
+        self.notes = sorted({note for notes in self.world.gather(sorted(set(self.notes))) for note in notes})
+        if self.stage is not None:
+            rows = {"layers": layers, "block": self.block_rows[-1], "notes": self.notes}
+            note = self.stage.commit(number, rows, self.states, last)
+            self.notes += [] if note is None else [note]
 
     def _check_tasks(self) -> None:
         if self.config.needs_experts and not self.experts:
@@ -115,8 +149,11 @@ class Engine:
         for task, batches in self.streams.items():
             fill(self.runner.model, "", self.experts[task], torch.float32)
             for batch in batches:
-                batch.expert_hidden = self.runner.capture(address, batch.inputs, batch.deployed).hidden
+                self.states.go_inside(task, batch.number, self._capture(address, task, batch).hidden)
         fill(self.runner.model, "", self.merged, torch.float32)
+
+    def _capture(self, address: BlockAddress, task: str, batch: Batch) -> BlockCall:
+        return self.runner.capture(address, batch.inputs, self.states.deployed(task, batch.number))
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
         block = copy.deepcopy(self.runner.block(address))
@@ -125,18 +162,20 @@ class Engine:
 
     def _block(self, address: BlockAddress) -> None:
         started = time.perf_counter()
-        self.store = OutputStore()
+        self.store = OutputStore(self.around.reuse_bytes)
         block = self._load(address, self.merged)
         outcomes: Deployed = {}
         if self.streams:
             steps = self._steps(address, block)
-            captures = self._inside_experts(address, steps) if self.uses_features else {}
+            if self.uses_features:
+                self._inside_experts(address, steps)
             for step in steps:
                 if isinstance(step, InputGroup):
-                    outcomes.update(self._group(address, block, step, captures))
+                    outcomes.update(self._group(address, block, step))
                     self.store.final += step.linears
                 else:
-                    self._norm(address, block, step, captures)
+                    self._norm(address, block, step)
+            self.states.forget_seen()
             self._advance(address, block)
         else:
             for name, module in block.named_modules():
@@ -145,7 +184,7 @@ class Engine:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and name not in outcomes and self.config.selects(f"{address.name}.{name}"):
                 self.notes.append(f"{address.name}.{name}: not reached on the calibration inputs; left unquantized.")
-        self._hand_out(address, block, outcomes)
+        hand_out(self.sink, self.merged, address, block, outcomes)
         self.block_rows.append(
             {
                 "block": address.name,
@@ -156,37 +195,38 @@ class Engine:
 
     def _steps(self, address: BlockAddress, block: nn.Module) -> list[InputGroup | str]:
         """Groups of linears and, when they are refitted, norms, in the order the block runs them."""
-        batch = next(iter(self.streams.values()))[0]
+        if not self.world.main:
+            return [step if isinstance(step, str) else InputGroup(tuple(step)) for step in self.world.from_main(None)]
+        task, batch = next((task, batches[0]) for task, batches in self.streams.items() if batches)
 
         def call() -> BlockCall:
             # Captured anew for each run: a block may fill a cache it is given.
-            return self.runner.capture(address, batch.inputs, batch.deployed)
+            return self._capture(address, task, batch)
 
         groups = input_groups(block, call(), lambda name: self.config.selects(f"{address.name}.{name}"))
-        if not self.config.norm_refit or not self.uses_features:
-            return list(groups)
-        first = {group.first: group for group in groups}
-        norms = [name for name, module in block.named_modules() if is_norm(module)]
-        return [first.get(name, name) for name in running_order(block, call(), norms + list(first))]
+        steps: list[InputGroup | str] = list(groups)
+        if self.config.norm_refit and self.uses_features:
+            first = {group.first: group for group in groups}
+            norms = [name for name, module in block.named_modules() if is_norm(module)]
+            steps = [first.get(name, name) for name in running_order(block, call(), norms + list(first))]
+        self.world.from_main([step if isinstance(step, str) else list(step.linears) for step in steps])
+        return steps
 
-    def _inside_experts(self, address: BlockAddress, steps: list[InputGroup | str]) -> dict[str, list[Seen]]:
+    def _inside_experts(self, address: BlockAddress, steps: list[InputGroup | str]) -> None:
         """One run of each expert's block: what its groups read and its norms give, per batch."""
-        captures: dict[str, list[Seen]] = {}
         firsts = [step.first for step in steps if isinstance(step, InputGroup)]
         norms = [step for step in steps if isinstance(step, str)]
         for task, batches in self.streams.items():
+            if not batches:
+                continue
             expert_block = self._load(address, self.experts[task])
-            captures[task] = []
             for batch in batches:
-                assert batch.expert_hidden is not None
-                call = self.runner.capture(address, batch.inputs, batch.deployed).with_hidden(batch.expert_hidden)
-                batch.expert_hidden, seen = run_inside(expert_block, call, firsts, norms)
-                captures[task].append(seen)
-        return captures
+                call = self._capture(address, task, batch).with_hidden(self.states.inside(task, batch.number))
+                hidden, seen = run_inside(expert_block, call, firsts, norms)
+                self.states.go_inside(task, batch.number, hidden)
+                self.states.keep_seen(task, batch.number, seen)
 
-    def _group(
-        self, address: BlockAddress, block: nn.Module, group: InputGroup, captures: dict[str, list[Seen]]
-    ) -> Deployed:
+    def _group(self, address: BlockAddress, block: nn.Module, group: InputGroup) -> Deployed:
         started = time.perf_counter()
         config = self.config
         where = f"{address.name}.{group.first}"
@@ -194,68 +234,80 @@ class Engine:
         merged = stacked(linears)
         anchor = self._anchor(address, group, merged)
         rows, columns = merged.weight.shape
-        problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
+        # Rows are independent once the sums over all processes' inputs are known: each process takes some of them.
+        own = self.world.rows(rows)
+        own_anchor, own_merged = anchor.part(own), merged.part(own)
+        count = len(own_anchor.bias)
+        problem, plain = Folded.empty(count, columns), Folded.empty(0, columns)
         samples: dict[str, Sample] = {}
         automatic = config.method == "epmq" and config.anchor == "auto"
         split = (problem, problem)
         if automatic:
-            split = (Folded.empty(rows, columns), Folded.empty(rows, columns))
-        for task, batches in self.streams.items():
+            split = (Folded.empty(count, columns), Folded.empty(count, columns))
+        for place, task in enumerate(self.streams):
             expert = read_stack(self.experts[task], address, group) if self.experts else merged
-            fitted, held = self._task_statistics(task, batches, address, block, group, captures, automatic)
+            fitted, held = self._task_statistics(task, address, block, group, automatic)
+            own_expert = expert.part(own)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
-                    into.fold(part, expert, anchor, config.alpha, config.task_weights, config.gamma)
+                    into.fold(part, own_expert, own_anchor, config.alpha, config.task_weights, config.gamma)
                 fitted.join(held)
             if config.needs_experts:
-                problem.fold(fitted, expert, anchor, config.alpha, config.task_weights, config.gamma)
+                problem.fold(fitted, own_expert, own_anchor, config.alpha, config.task_weights, config.gamma)
             else:
                 problem.fold_inputs(fitted, config.task_weights)
+            if not all_finite(problem.sum_pull):
+                raise NumericalError(
+                    f"{where}: the targets of task {task!r} are NaN or Inf; check its expert's weights."
+                )
             if config.gamma != 1.0:
                 plain.fold_inputs(fitted, config.task_weights)
-            samples[task] = fitted.sampled(expert, config.alpha)
+            if place % self.world.size == self.world.rank:
+                samples[task] = fitted.sampled(expert, config.alpha)
         refit = config.refits_bias and all(linear.bias is not None for linear in linears)
-        if automatic and refit:
-            split = (split[0].centred(), split[1].centred())
-        strength = anchor_strength(config, *split)
+        if automatic:
+            split = (split[0].whole(own, rows, self.world), split[1].whole(own, rows, self.world))
+            if refit:
+                split = (split[0].centred(), split[1].centred())
+        strength = self.world.from_main(anchor_strength(config, *split))
         inputs = plain if config.gamma != 1.0 else problem
-        stored = self._scale_dtype(address, group)
-        outcome = quantize_group(problem, inputs, anchor, strength, config, refit, stored, where)
+        stored = scale_dtype(config.scale_dtype, self.merged, address, group)
+        outcome = quantize_group(problem, inputs, own_anchor, strength, config, refit, stored, where)
+        outcome = outcome.whole(own, rows, self.world)
         if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
             raise NumericalError(f"{where}: the quantized weights are not finite.")
-        gptq = self._plain_gptq(inputs, merged, stored, where)
+        gptq = self._plain_gptq(inputs, own_merged, stored, where)
         result = deploy(group, linears, outcome)
         seconds = time.perf_counter() - started
-        compared = {"merged": merged, "gptq": None if gptq is None else Expert(gptq, merged.bias)}
+        compared = {"merged": merged}
+        if gptq is not None:
+            compared["gptq"] = Expert(gptq.whole(own, rows, self.world).weight, merged.bias)
         compared[config.method] = Expert(outcome.weight, outcome.bias)
-        self.layers += layer_rows(address, group, linears, outcome, compared, samples, seconds)
+        found = self.world.gather(layer_rows(address, group, linears, outcome, compared, samples, seconds))
+        for alike in zip(*found, strict=True):
+            tasks = {task: errors for row in alike for task, errors in row["tasks"].items()}
+            self.layers.append({**alike[0], "tasks": {task: tasks[task] for task in self.streams}})
         return result
 
     def _task_statistics(
-        self,
-        task: str,
-        batches: list[Batch],
-        address: BlockAddress,
-        block: nn.Module,
-        group: InputGroup,
-        captures: dict[str, list[Seen]],
-        automatic: bool,
+        self, task: str, address: BlockAddress, block: nn.Module, group: InputGroup, automatic: bool
     ) -> tuple[TaskStatistics, TaskStatistics | None]:
+        """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
         columns: int = getattr(block.get_submodule(group.first), "in_features")  # noqa: B009 (typed as Tensor | Module)
         with_target = self.uses_features and self.config.alpha > 0
         fitted = TaskStatistics(columns, with_target)
         held = TaskStatistics(columns, with_target) if automatic else None
-        sample = max(1, SAMPLE_ROWS // len(batches))
-        for number, batch in enumerate(batches):
-            call = self.runner.capture(address, batch.inputs, batch.deployed)
-            with self.store.active(block, (task, number)):
+        sample = max(1, SAMPLE_ROWS // self._batches[task])
+        for batch in self.streams[task]:
+            call = self._capture(address, task, batch)
+            with self.store.active(block, (task, batch.number)):
                 x = input_of(block, call, group.first)
             rows, weights, matched = rows_of(x, batch)
             if not matched:
                 self.notes.append(f"{address.name}.{group.first}: reads no row per position; all its rows count alike.")
             target = None
             if with_target:
-                inside = captures[task][number][group.first]
+                inside = self.states.seen(task, batch.number, group.first)
                 target = inside.reshape(-1, inside.shape[-1])
             if held is None:
                 fitted.add(rows, target, weights, sample)
@@ -263,6 +315,9 @@ class Engine:
                 fit_weights, held_weights = split_held(rows, weights, x, batch)
                 fitted.add(rows, target, fit_weights, sample)
                 held.add(rows, target, held_weights)
+        for statistics in (fitted, held):
+            if statistics is not None:
+                statistics.over(self.world)
         fitted.check(task, f"{address.name}.{group.first}")
         if held is not None and held.weight <= 0:
             raise CalibrationError(
@@ -279,89 +334,62 @@ class Engine:
         base = read_stack(self.base, address, group)
         return Expert(torch.lerp(base.weight, merged.weight, rho), merged.bias)
 
-    def _plain_gptq(self, inputs: Folded, merged: Expert, stored: torch.dtype, where: str) -> Tensor | None:
+    def _plain_gptq(self, inputs: Folded, merged: Expert, stored: torch.dtype, where: str) -> GroupOutcome | None:
         config = self.config
         if not config.diagnostics or config.bits is None or config.method == "gptq":
             return None
         plain = config.model_copy(update={"method": "gptq", "damp": None, "gamma": 1.0})
-        return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where).weight
+        return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where)
 
     def _nearest(self, address: BlockAddress, name: str, linear: nn.Linear) -> Deployed:
         group = InputGroup((name,))
         merged = stacked([linear])
         empty = Folded.empty(0, linear.in_features)
-        stored = self._scale_dtype(address, group)
+        stored = scale_dtype(self.config.scale_dtype, self.merged, address, group)
         outcome = quantize_group(empty, empty, merged, 0.0, self.config, False, stored, f"{address.name}.{name}")
         return deploy(group, [linear], outcome)
 
-    def _norm(self, address: BlockAddress, block: nn.Module, name: str, captures: dict[str, list[Seen]]) -> None:
+    def _norm(self, address: BlockAddress, block: nn.Module, name: str) -> None:
         norm = block.get_submodule(name)
         weight: Tensor = norm.weight  # type: ignore[assignment]
         moments = NormStatistics(weight.shape[0])
         for task, batches in self.streams.items():
             own = NormStatistics(weight.shape[0])
-            for number, batch in enumerate(batches):
-                call = self.runner.capture(address, batch.inputs, batch.deployed)
+            for batch in batches:
+                call = self._capture(address, task, batch)
                 seen: Seen = {}
-                with self.store.active(block, (task, number)), outputs(block, [name], seen):
+                with self.store.active(block, (task, batch.number)), outputs(block, [name], seen):
                     call.run(block)
                 z, weights, _ = rows_of(seen[name], batch)
-                y, _, _ = rows_of(captures[task][number][name], batch)
+                y, _, _ = rows_of(self.states.seen(task, batch.number, name), batch)
                 own.add(z, y, torch.ones(len(z)) if weights is None else weights)
+            own.over(self.world)
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
 
     def _advance(self, address: BlockAddress, block: nn.Module) -> None:
         """Run the finished block: its outputs are what the next one is calibrated on."""
         for task, batches in self.streams.items():
-            for number, batch in enumerate(batches):
-                call = self.runner.capture(address, batch.inputs, batch.deployed)
-                with self.store.active(block, (task, number)):
+            for batch in batches:
+                call = self._capture(address, task, batch)
+                with self.store.active(block, (task, batch.number)):
                     output = call.run(block)
                 if not all_finite(hidden_of(output)):
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
-                batch.deployed.outputs[address.list_name] = output
+                self.states.advance(task, batch.number, address.list_name, output)
 
     def _hidden_errors(self, address: BlockAddress) -> dict[str, float]:
-        errors = {}
-        for task, batches in self.streams.items():
-            error = energy = 0.0
+        sums = torch.zeros(len(self.streams), 2, dtype=torch.float64)
+        for place, (task, batches) in enumerate(self.streams.items()):
             for batch in batches:
-                assert batch.expert_hidden is not None
-                inside, weights, _ = rows_of(batch.expert_hidden, batch)
-                ours = hidden_of(batch.deployed.outputs[address.list_name]).reshape(inside.shape)
+                inside, weights, _ = rows_of(self.states.inside(task, batch.number), batch)
+                outputs_now = self.states.deployed(task, batch.number).outputs
+                ours = hidden_of(outputs_now[address.list_name]).reshape(inside.shape)
                 r = torch.ones(len(inside)) if weights is None else weights
-                error += float((r.unsqueeze(1) * (ours - inside).square()).sum())
-                energy += float((r.unsqueeze(1) * inside.square()).sum())
-            errors[task] = error / max(energy, 1e-30)
-        return errors
-
-    def _scale_dtype(self, address: BlockAddress, group: InputGroup) -> torch.dtype:
-        if self.config.scale_dtype != "auto":
-            dtype: torch.dtype = getattr(torch, self.config.scale_dtype)
-            return dtype
-        stored = self.merged.dtype(f"{address.name}.{group.first}.weight")
-        return torch.float32 if stored == torch.float64 else stored
-
-    def _hand_out(
-        self,
-        address: BlockAddress,
-        block: nn.Module,
-        outcomes: Deployed,
-    ) -> None:
-        done: set[str] = set()
-        for name, (quantized, bias) in outcomes.items():
-            done.update((f"{name}.weight", f"{name}.bias"))
-            key = f"{address.name}.{name}"
-            stored = self.merged.dtype(f"{key}.weight")
-            bias = None if bias is None else bias.to(stored)
-            if quantized is not None:
-                self.sink.linear(key, quantized, bias)
-            else:
-                self.sink.tensor(f"{key}.weight", block.get_parameter(f"{name}.weight").detach().to(stored))
-                if bias is not None:
-                    self.sink.tensor(f"{key}.bias", bias)
-        for name, tensor in block.state_dict().items():
-            if name not in done:
-                key = f"{address.name}.{name}"
-                self.sink.tensor(key, tensor.to(self.merged.dtype(key)))
+                sums[place, 0] += float((r.unsqueeze(1) * (ours - inside).square()).sum())
+                sums[place, 1] += float((r.unsqueeze(1) * inside.square()).sum())
+        self.world.add_up([sums])
+        return {
+            task: float(error / energy.clamp_min(1e-30))
+            for task, (error, energy) in zip(self.streams, sums, strict=True)
+        }

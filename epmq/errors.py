@@ -36,5 +36,9 @@ class OutputError(EpmqError):
     """An output folder that cannot be written."""
 
 
+class ProcessError(EpmqError):
+    """Another process of the same run that ended or no longer answers."""
+
+
 class ExtensionError(EpmqError, ImportError):
     """A compiled extension that is there but cannot be loaded."""

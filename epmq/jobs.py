@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +17,28 @@ from epmq import files
 from epmq.api import load
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
+from epmq.engine import Surroundings
 from epmq.errors import ConfigError, SourceError
+from epmq.estimate import estimate
 from epmq.evaluate import load_task, row, score
+from epmq.fingerprint import fingerprint
 from epmq.formats.native import MANIFEST_NAME, NativeWriter
 from epmq.formats.shards import ShardWriter
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
+from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
 from epmq.pipeline import run
+from epmq.progress import Discard, Journal
 from epmq.recipe import Recipe
-from epmq.report import build_report, write_report
+from epmq.report import build_report, read_report, write_report
+from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource, iterate, total_bytes
+from epmq.world import by_turns, world
+
+# Of the memory that is free, what a run without a setting takes.
+MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -78,21 +91,31 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         carry_files(recipe.base, working)
 
 
-def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
+def quantize_to_folder(
+    recipe: Recipe, out: str | Path, resume: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Merge and quantize a recipe's model into a new folder; returns the report, which is left there too.
 
-    The merged model is never written nor held: one block of one model at a time is read, computed and written.
+    The merged model is never written nor held: one block of one model at a time is read, computed and written. What is
+    finished lies in a working folder beside ``out`` (:mod:`epmq.progress`), from which a run with ``resume`` goes on.
+    tell: gets the estimate of time, memory and disk. Several processes may call this together (:mod:`epmq.world`);
+    those that do not write get an empty report.
     """
-    files.check_free(out)
-    if recipe.calibration is None and recipe.quantization.method != "rtn":
-        raise ConfigError(f"method {recipe.quantization.method!r} needs calibration: in the recipe.")
+    at = world()
+    journal = Journal(out, at)
+    if at.main:
+        journal.check(resume)
+        if journal.already_done():
+            return read_report(journal.out)
     started = time.perf_counter()
-    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
-    sources = open_sources(recipe, skeleton)
-    calibration = calibration_of(recipe)
-    with files.new_folder(out) as working:
-        writer = NativeWriter(working, recipe.shard_bytes)
-        with progress_bar("quantizing") as progress:
+    skeleton, sources, calibration = _opened(recipe)
+    around, lines = _surroundings(recipe, journal, skeleton, calibration)
+    if at.main:
+        tell(lines)
+    with journal.kept(lambda: fingerprint(recipe)):
+        place = files.new_folder(out, journal.result) if at.main else nullcontext()
+        with place as working, progress_bar("quantizing") as progress:
+            writer = None if working is None else NativeWriter(working, recipe.shard_bytes)
             found = run(
                 skeleton,
                 sources.merged,
@@ -100,22 +123,54 @@ def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
                 sources.experts,
                 calibration,
                 recipe.quantization,
-                writer,
-                progress,
+                writer or Discard(),
+                progress if at.main else lambda *_: None,
+                around,
+                journal,
             )
-        written = set(writer.shards.names)
-        blocks = tuple(f"{row['block']}." for row in found["blocks"])
-        for key in sources.merged.keys():
-            if not key.startswith(blocks) and key not in written:
-                writer.tensor(key, sources.merged.tensor(key))
-        for key in sources.dropped:
-            found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
-        writer.finish({"class": type(skeleton).__name__})
-        carry_files(recipe.base, working)
-        sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
-        report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
-        write_report(working, report)
+            if working is None or writer is None:
+                return {}
+            written = set(writer.shards.names)
+            blocks = tuple(f"{row['block']}." for row in found["blocks"])
+            for key in sources.merged.keys():
+                if not key.startswith(blocks) and key not in written:
+                    writer.tensor(key, sources.merged.tensor(key))
+            for key in sources.dropped:
+                found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
+            writer.finish({"class": type(skeleton).__name__})
+            carry_files(recipe.base, working)
+            sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
+            report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
+            write_report(working, {**report, "processes": at.size})
+            journal.mark_finished()
     return report
+
+
+def estimate_job(recipe: Recipe, out: str | Path) -> str:
+    """What quantizing a recipe would take, in words; raises what the run itself would refuse before it starts."""
+    skeleton, _, calibration = _opened(recipe)
+    return _surroundings(recipe, Journal(out, world()), skeleton, calibration)[1]
+
+
+def _opened(recipe: Recipe) -> tuple[nn.Module, Sources, dict[str, list[dict[str, Tensor]]]]:
+    if recipe.calibration is None and recipe.quantization.method != "rtn":
+        raise ConfigError(f"method {recipe.quantization.method!r} needs calibration: in the recipe.")
+    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    return skeleton, open_sources(recipe, skeleton), calibration_of(recipe)
+
+
+def _surroundings(
+    recipe: Recipe, journal: Journal, skeleton: nn.Module, calibration: Mapping[str, list[dict[str, Tensor]]]
+) -> tuple[Surroundings, str]:
+    """Memory shared out by an estimate, which is told; refuses what cannot fit."""
+    size = journal.world.size
+    found = estimate(skeleton, calibration, recipe.quantization, len(recipe.experts), size)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = recipe.memory or int(MEMORY_SHARE * available_bytes()) // here
+    states, reused = found.room(memory)
+    place = next(folder for folder in journal.folder.parents if folder.exists())
+    found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))
+    return Surroundings(journal.world, Shelf(states, journal.scratch), reused), found.told()
 
 
 def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
@@ -159,7 +214,11 @@ def evaluate_folder(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
         for name, entry in settings.tasks.items()
     }
     model = load_any(folder)
-    return row(None, Path(folder).name, None, score(model, tasks, settings.pooling))
+    names = list(tasks)
+    scores = by_turns(
+        len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]
+    )
+    return row(None, Path(folder).name, None, dict(zip(names, scores, strict=True)))
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from epmq.blocks import find_blocks
 from epmq.config import QuantConfig
 from epmq.distill import distill
-from epmq.engine import Engine, Sink
+from epmq.engine import Engine, Surroundings
 from epmq.linear import QuantLinear, set_submodule
+from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill
 from epmq.sources import DictSource, WeightSource
@@ -85,17 +87,42 @@ def run(
     config: QuantConfig,
     sink: Sink,
     progress: Progress,
+    around: Surroundings | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Quantize ``merged`` and hand finished block tensors to ``sink``; returns what the report is made of.
 
     skeleton: the model on the meta device; it is whole again afterwards. Without distillation, memory grows with one
-    block; with it, the whole model and one expert are held in fp32.
+    block; with it, the whole model and one expert are held in fp32. journal: keeps what is finished; ``sink`` gets all
+    tensors of a walk over the blocks at its end.
     """
+    around = around or Surroundings()
+
+    def one_pass(
+        name: str,
+        merged: WeightSource,
+        base: WeightSource | None,
+        experts: Mapping[str, WeightSource],
+        config: QuantConfig,
+        sink: Sink,
+    ) -> dict[str, Any]:
+        stage = None if journal is None else Stage(journal, name)
+        engine = Engine(
+            skeleton, merged, base, experts, calibration, config, sink, progress, replace(around, stage=stage)
+        )
+        try:
+            found = engine.run()
+        finally:
+            engine.runner.restore()
+        if stage is not None:
+            stage.replay(sink)
+        return found
+
     if config.distill is None:
-        return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress)
+        return one_pass("rounding", merged, base, experts, config, sink)
     first = config.model_copy(update={"bits": None, "distill": None, "diagnostics": False})
     closed = ModuleSink()
-    found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress)
+    found = one_pass("closed", merged, base, experts, first, closed)
     model = closed.assemble(copy.deepcopy(skeleton), merged).float()
     del closed
     addresses = find_blocks(model)
@@ -113,6 +140,8 @@ def run(
         make_streams(calibration),
         config.distill,
         progress,
+        around.world,
+        None if journal is None else journal.distillation,
     )
     target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
     stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}
@@ -124,24 +153,7 @@ def run(
         return {**found, "stages": stages}
     last = config.model_copy(update={"rho": 1.0, "distill": None})
     same = dict.fromkeys(experts, target)
-    return {**_one_pass(skeleton, target, None, same, calibration, last, sink, progress), "stages": stages}
-
-
-def _one_pass(
-    skeleton: nn.Module,
-    merged: WeightSource,
-    base: WeightSource | None,
-    experts: Mapping[str, WeightSource],
-    calibration: Calibration,
-    config: QuantConfig,
-    sink: Sink,
-    progress: Progress,
-) -> dict[str, Any]:
-    engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress)
-    try:
-        return engine.run()
-    finally:
-        engine.runner.restore()
+    return {**one_pass("rounding", target, None, same, last, sink), "stages": stages}
 
 
 class _Stored:

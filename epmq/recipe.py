@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from epmq.config import PRESETS, QuantConfig
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
 from epmq.settings import Settings, nearest
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})\s*")
 
 
 class CalibrationSettings(Settings):
@@ -47,7 +52,9 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """A whole job. Paths are relative to the recipe's folder.
 
-    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint.
+    Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. memory: bytes a
+    process may take beyond its imports, as a number or like ``8GiB``; hidden states that find no room lie on disk.
+    None: four fifths of what the machine has free, shared by its processes.
     """
 
     base: Path
@@ -58,6 +65,15 @@ class Recipe(Settings):
     quantization: QuantConfig = QuantConfig()
     evaluation: EvaluationSettings | None = None
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
+    memory: int | None = Field(default=None, ge=1)
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, memory: Any) -> Any:
+        found = SIZE.fullmatch(memory) if isinstance(memory, str) else None
+        if isinstance(memory, str) and found is None:
+            raise ValueError("use a number of bytes, or one with a unit such as 8GiB or 500MB")
+        return memory if found is None else int(float(found[1]) * UNITS[found[2]])
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -15,6 +15,9 @@ from epmq.config import QuantConfig
 from epmq.memory import peak_memory_bytes
 
 REPORT_NAME = "report.json"
+# What two runs of the same job do not share, so that all other files of their folders are the same bytes.
+RUN_NAME = "run.json"
+OF_THE_RUN = ("seconds", "peak_memory_bytes", "machine", "processes")
 
 
 def machine() -> dict[str, Any]:
@@ -70,5 +73,40 @@ def average_errors(layers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Leave the report in a folder."""
-    files.write_text(folder / REPORT_NAME, json.dumps(report, indent=1))
+    """Leave the report in a folder: ``report.json``, and in ``run.json`` what differs from run to run."""
+    told, run = _divided(report)
+    files.write_text(folder / REPORT_NAME, json.dumps(told, indent=1))
+    files.write_text(folder / RUN_NAME, json.dumps(run, indent=1))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a folder as it was before it was divided into files; a folder without ``run.json`` is read too."""
+    told: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
+    run = json.loads((folder / RUN_NAME).read_text()) if (folder / RUN_NAME).is_file() else {}
+    _give_back(told, run)
+    return told
+
+
+def _divided(value: Any) -> tuple[Any, Any]:
+    """A nested value without the facts of the run, and those facts in the same nesting."""
+    if isinstance(value, dict):
+        parts = {key: _divided(item) for key, item in value.items() if key not in OF_THE_RUN}
+        told = {key: part[0] for key, part in parts.items()}
+        run = {key: value[key] for key in OF_THE_RUN if key in value}
+        return told, {**run, **{key: part[1] for key, part in parts.items() if part[1]}}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        pairs = [_divided(item) for item in value]
+        return [told for told, _ in pairs], [run for _, run in pairs] if any(run for _, run in pairs) else {}
+    return value, {}
+
+
+def _give_back(told: Any, run: Any) -> None:
+    if isinstance(run, list):
+        for item, facts in zip(told, run, strict=True):
+            _give_back(item, facts)
+    elif isinstance(run, dict):
+        for key, value in run.items():
+            if key in told:
+                _give_back(told[key], value)
+            else:
+                told[key] = value

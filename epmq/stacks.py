@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
+from epmq.progress import Sink
 from epmq.quantized import QuantizedTensor
 from epmq.sources import WeightSource, read_finite
 from epmq.statistics import Expert
@@ -49,6 +50,35 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
             )
         result[name] = (quantized, bias)
     return result
+
+
+def hand_out(sink: Sink, merged: WeightSource, address: BlockAddress, block: nn.Module, outcomes: Deployed) -> None:
+    """Give a finished block's tensors to the sink, each once, in the dtypes of the merged model."""
+    done: set[str] = set()
+    for name, (quantized, bias) in outcomes.items():
+        done.update((f"{name}.weight", f"{name}.bias"))
+        key = f"{address.name}.{name}"
+        stored = merged.dtype(f"{key}.weight")
+        bias = None if bias is None else bias.to(stored)
+        if quantized is not None:
+            sink.linear(key, quantized, bias)
+        else:
+            sink.tensor(f"{key}.weight", block.get_parameter(f"{name}.weight").detach().to(stored))
+            if bias is not None:
+                sink.tensor(f"{key}.bias", bias)
+    for name, tensor in block.state_dict().items():
+        if name not in done:
+            key = f"{address.name}.{name}"
+            sink.tensor(key, tensor.to(merged.dtype(key)))
+
+
+def scale_dtype(setting: str, merged: WeightSource, address: BlockAddress, group: InputGroup) -> torch.dtype:
+    """The dtype a group's scales are stored in: the setting, or for ``auto`` the merged weight's."""
+    if setting != "auto":
+        dtype: torch.dtype = getattr(torch, setting)
+        return dtype
+    stored = merged.dtype(f"{address.name}.{group.first}.weight")
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def read_stack(source: WeightSource, address: BlockAddress, group: InputGroup) -> Expert:

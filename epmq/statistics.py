@@ -5,7 +5,7 @@ Everything here is a sum over rows, so it adds over batches, tasks and processes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from epmq import ops
 from epmq.errors import CalibrationError, NumericalError
 from epmq.reference import symmetrize
+from epmq.world import World
 
 SAMPLE_ROWS = 256
 
@@ -56,6 +57,19 @@ class TaskStatistics:
             self.sum_target += other.sum_target
         self.weight += other.weight
 
+    def over(self, world: World) -> None:
+        """Make these the statistics of all processes' rows; the samples stand in the order of ranks."""
+        if world.size == 1:
+            return
+        weight = torch.tensor([self.weight], dtype=torch.float64)
+        extra = [tensor for tensor in (self.cross, self.sum_target) if tensor is not None]
+        world.add_up([self.hessian, self.sum_x, weight, *extra])
+        self.weight = float(weight)
+        nothing = self.sum_x.new_empty(0, len(self.sum_x), dtype=torch.float32)
+        self.sample_x = [world.concat(torch.cat([nothing, *self.sample_x]))]
+        if self.cross is not None:
+            self.sample_target = [world.concat(torch.cat([nothing, *self.sample_target]))]
+
     def sampled(self, expert: Expert, alpha: float) -> Sample:
         """The sampled rows and what the expert makes of them."""
         x = torch.cat(self.sample_x)
@@ -78,6 +92,10 @@ class Expert:
 
     weight: Tensor
     bias: Tensor
+
+    def part(self, rows: slice) -> Expert:
+        """The same of some rows."""
+        return Expert(self.weight[rows], self.bias[rows])
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,12 @@ class Folded:
         self.hessian.add_(hessian, alpha=w)
         self.sum_x.add_(task.sum_x, alpha=w)
         self.weight += w * task.weight
+
+    def whole(self, own: slice, rows: int, world: World) -> Folded:
+        """The problem of all ``rows``, when this is that of a process's share ``own`` of them."""
+        if own == slice(0, rows):
+            return self
+        return replace(self, pull=world.concat(self.pull), sum_pull=world.concat(self.sum_pull))
 
     def centred(self) -> Folded:
         """The problem with weighted means taken out of inputs and targets; sums are kept for the bias."""

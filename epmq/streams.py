@@ -1,16 +1,16 @@
-"""Calibration data as streams: one per task, each a list of batches with the hidden states they have reached."""
+"""Calibration data as streams: one per task, each a list of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.blocks import StreamState
 from epmq.errors import CalibrationError
+from epmq.world import World, shares
 
 POSITION_WEIGHTS = "position_weights"
 HELD_OUT_EVERY = 5
@@ -18,17 +18,21 @@ HELD_OUT_EVERY = 5
 
 @dataclass
 class Batch:
-    """One batch of a task: the model's keyword arguments and where its streams stand.
+    """One batch of a task: the model's keyword arguments and what counts of them.
 
     position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
-    examples kept back when settings are chosen. expert_hidden: the same batch inside the task's expert, or None.
+    examples kept back when settings are chosen. number: its place in the task.
     """
 
     inputs: dict[str, Any]
     position_weights: Tensor | None
     held: Tensor
-    deployed: StreamState = field(default_factory=StreamState)
-    expert_hidden: Tensor | None = None
+    number: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Size of its largest input tensor: what running it costs, beside other batches of the same kind."""
+        return max(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
 
 
 def make_streams(calibration: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, list[Batch]]:
@@ -80,7 +84,15 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int) -> Ba
         # All ones is the common case of a batch without padding: nothing to weigh.
         weights = None if bool((weights == 1).all()) else weights
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-    return Batch(inputs, weights, held)
+    return Batch(inputs, weights, held, number)
+
+
+def shared(streams: Mapping[str, list[Batch]], world: World) -> dict[str, list[Batch]]:
+    """The batches of every task that this process runs."""
+    if world.size == 1:
+        return dict(streams)
+    owners = shares({task: [batch.elements for batch in batches] for task, batches in streams.items()}, world.size)
+    return {task: [b for b in streams[task] if owners[task][b.number] == world.rank] for task in streams}
 
 
 def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> None:

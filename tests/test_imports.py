@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "norms", "reuse", "console", "memory"),
-    ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference"),
+    ("errors", "quantized", "ties", "reuse", "console", "memory"),
+    ("settings", "files", "sources", "blocks", "grids", "data", "extension", "reference", "world"),
     ("config", "merge_config", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "formats.shards"),
-    ("merge", "statistics", "recipe", "report", "augment"),
-    ("solve", "distill"),
-    ("sweep",),
+    ("merge", "statistics", "norms", "recipe", "report", "augment", "shelf", "estimate"),
+    ("solve", "distill", "states", "fingerprint"),
+    ("sweep", "progress"),
     ("group", "linear"),
     ("stacks", "diagnose", "formats.native"),
     ("engine",),
