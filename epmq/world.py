@@ -6,6 +6,7 @@ Several are started by torchrun. Every process holds the same objects and calls 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -95,7 +96,6 @@ class Processes(World):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, None, False, timedelta(seconds=SILENT_SECONDS))  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"epmq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-        self._store.set(f"where/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
         self._closing = threading.Event()
         self._names = self.gather(f"{socket.gethostname()}, process {os.getpid()}")
         self._store.set(f"beat/{self.rank}", "0")
@@ -130,24 +130,22 @@ class Processes(World):
         for part in parts[1:]:
             total += part
         with self._together():
-            dist.all_gather_into_tensor(sent, total)
+            dist.all_gather(list(sent.view(self.size, length)), total)
         flat.copy_(sent[: flat.numel()])
 
     def concat(self, tensor: Tensor) -> Tensor:
-        raw = tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor.contiguous().unsqueeze(1)
-        raw = raw.reshape(len(tensor), -1).view(torch.uint8)
+        # As bytes, because not every dtype travels on every backend.
+        width = math.prod(tensor.shape[1:]) * tensor.element_size()
         lengths = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
         lengths[self.rank] = len(tensor)
         self._add_up_flat(lengths)
-        longest = int(lengths.max())
-        padded = torch.zeros(longest, raw.shape[1], dtype=torch.uint8, device=tensor.device)
-        padded[: len(raw)] = raw
-        everyone = torch.empty(self.size * longest, raw.shape[1], dtype=torch.uint8, device=tensor.device)
+        padded = torch.zeros(int(lengths.max()), width, dtype=torch.uint8, device=tensor.device)
+        padded[: len(tensor)] = tensor.contiguous().view(-1).view(torch.uint8).view(len(tensor), width)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
         with self._together():
-            dist.all_gather_into_tensor(everyone, padded)
-        parts = everyone.view(self.size, longest, -1)
-        whole = torch.cat([part[:n] for part, n in zip(parts, lengths.tolist(), strict=True)])
-        return whole.view(tensor.dtype).view(-1, *tensor.shape[1:])
+            dist.all_gather(parts, padded)
+        whole = torch.cat([part[:count] for part, count in zip(parts, lengths.tolist(), strict=True)])
+        return whole.view(-1).view(tensor.dtype).view(len(whole), *tensor.shape[1:])
 
     def gather(self, value: Any) -> list[Any]:
         text = json.dumps(value).encode() + b"\n"
