@@ -38,19 +38,44 @@ def merge(recipe: Path, out: Path) -> None:
 @click.argument("recipe", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="New folder for the quantized model.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was cut off; see docs/running.md.")
+@click.option(
+    "--statistics",
+    "statistics",
+    multiple=True,
+    type=FOLDER,
+    help="Folder made by collect, one per expert; no data are read.",
+)
 @click.option("--dry-run", is_flag=True, help="Tell what it would take in time, memory and disk, and stop.")
-def quantize(recipe: Path, out: Path, resume: bool, dry_run: bool) -> None:
+def quantize(recipe: Path, out: Path, resume: bool, statistics: tuple[Path, ...], dry_run: bool) -> None:
     from epmq.jobs import estimate_job, quantize_to_folder, summary
     from epmq.recipe import read_recipe
+    from epmq.statistics_jobs import quantize_statistics_to_folder
 
     if dry_run:
         click.echo(estimate_job(read_recipe(recipe), out))
         return
+    if statistics and resume:
+        raise click.UsageError("--resume and --statistics do not go together: such a run is short and begins anew.")
     told = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
-    report = quantize_to_folder(read_recipe(recipe), out, resume, told)
+    if statistics:
+        report = quantize_statistics_to_folder(read_recipe(recipe), statistics, out)
+    else:
+        report = quantize_to_folder(read_recipe(recipe), out, resume, told)
     if report:
         click.echo("\n".join(summary(report)))
         click.echo(f"quantized model and report.json in {out}")
+
+
+@app.command(help=f"Gather what quantize --statistics needs of one expert and its data. {RECIPE_HELP}")
+@click.argument("recipe", type=FOLDER)
+@click.option("--task", required=True, help="Task of the recipe whose expert and data to take.")
+@click.option("--out", required=True, type=FOLDER, help="New folder for the statistics.")
+def collect(recipe: Path, task: str, out: Path) -> None:
+    from epmq.recipe import read_recipe
+    from epmq.statistics_jobs import collect_to_folder
+
+    collect_to_folder(read_recipe(recipe), task, out)
+    click.echo(f"statistics of {task} in {out}")
 
 
 @app.command(name="eval", help="Score MODEL, a quantized or plain checkpoint folder, on a recipe's evaluation tasks.")

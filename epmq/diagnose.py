@@ -7,7 +7,7 @@ from typing import Any
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
-from epmq.statistics import Expert, Sample, output_error
+from epmq.statistics import Expert, Moments, Sample
 
 
 def layer_rows(
@@ -16,7 +16,7 @@ def layer_rows(
     linears: list[Any],
     outcome: GroupOutcome,
     compared: Mapping[str, Expert | None],
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, Sample | Moments],
     seconds: float,
 ) -> list[dict[str, Any]]:
     """One line per linear of a group; ``compared`` are stacked weights by the name of what made them."""
@@ -27,7 +27,7 @@ def layer_rows(
         stop = part.stop
         tasks = {
             task: {
-                label: output_error(candidate.weight[part], candidate.bias[part], sample.x, sample.y[:, part])
+                label: sample.error(candidate.part(part), part)
                 for label, candidate in compared.items()
                 if candidate is not None
             }

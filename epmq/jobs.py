@@ -130,19 +130,33 @@ def quantize_to_folder(
             )
             if working is None or writer is None:
                 return {}
-            written = set(writer.shards.names)
-            blocks = tuple(f"{row['block']}." for row in found["blocks"])
-            for key in sources.merged.keys():
-                if not key.startswith(blocks) and key not in written:
-                    writer.tensor(key, sources.merged.tensor(key))
-            for key in sources.dropped:
-                found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
-            writer.finish({"class": type(skeleton).__name__})
-            carry_files(recipe.base, working)
-            sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
-            report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
-            write_report(working, {**report, "processes": at.size})
+            report = finish(recipe, working, writer, skeleton, sources, found, started)
             journal.mark_finished()
+    return report
+
+
+def finish(
+    recipe: Recipe,
+    working: Path,
+    writer: NativeWriter,
+    skeleton: nn.Module,
+    sources: Sources,
+    found: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Write what is not of the blocks, the manifest, carried files and the report, which is returned."""
+    written = set(writer.shards.names)
+    blocks = tuple(f"{row['block']}." for row in found["blocks"])
+    for key in sources.merged.keys():
+        if not key.startswith(blocks) and key not in written:
+            writer.tensor(key, sources.merged.tensor(key))
+    for key in sources.dropped:
+        found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
+    writer.finish({"class": type(skeleton).__name__})
+    carry_files(recipe.base, working)
+    sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
+    report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
+    write_report(working, {**report, "processes": world().size})
     return report
 
 

@@ -105,6 +105,31 @@ class Sample:
     x: Tensor
     y: Tensor
 
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """Relative squared output error of weights that stand in place of ``rows`` of the group."""
+        return output_error(candidate.weight, candidate.bias, self.x, self.y[:, rows])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All of a task's rows by their moments, and the expert's weights that give the targets."""
+
+    task: TaskStatistics
+    expert: Expert
+
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """As :meth:`Sample.error`, over all rows that were gathered."""
+        expert = self.expert.part(rows)
+        difference = Expert(candidate.weight - expert.weight, candidate.bias - expert.bias)
+        return self._energy(difference) / max(self._energy(expert), torch.finfo(torch.float32).tiny)
+
+    def _energy(self, of: Expert) -> float:
+        """Σ ‖W x + b‖² over the rows."""
+        weight, bias = of.weight.double(), of.bias.double()
+        hessian, sum_x = symmetrize(self.task.hessian).double(), self.task.sum_x.double()
+        quadratic = ((weight @ hessian) * weight).sum() + 2.0 * (bias @ (weight @ sum_x))
+        return float(quadratic + self.task.weight * bias.square().sum())
+
 
 @dataclass
 class Folded:

@@ -1,0 +1,224 @@
+"""Merging and rounding without data in one place: each owner gathers its expert's statistics, another solves from them.
+
+RegMean's setting (Jin et al., arXiv 2212.09849): a group's inputs are those inside the expert, not those the deployed
+model will feed to it, and no error of earlier layers is seen by later ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.blocks import (
+    BlockAddress,
+    BlockRunner,
+    InputGroup,
+    StreamState,
+    find_blocks,
+    hidden_of,
+    input_groups,
+    observe,
+)
+from epmq.config import QuantConfig
+from epmq.diagnose import layer_rows
+from epmq.errors import ConfigError, FormatError, NumericalError
+from epmq.formats.statistics import StatisticsReader, StatisticsWriter
+from epmq.group import quantize_group
+from epmq.memory import give_back_free_memory
+from epmq.progress import Sink
+from epmq.skeleton import fill
+from epmq.sources import WeightSource, all_finite
+from epmq.stacks import Deployed, deploy, hand_out, read_stack, scale_dtype, stacked
+from epmq.statistics import Expert, Folded, Moments, TaskStatistics
+from epmq.streams import Batch, rows_of
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def collect(
+    skeleton: nn.Module,
+    expert: WeightSource,
+    task: str,
+    batches: Sequence[Batch],
+    writer: StatisticsWriter,
+    progress: Progress,
+) -> None:
+    """Gather the statistics of every group of linears while the expert's own model runs on its own data.
+
+    skeleton: the model on the meta device; it is whole again afterwards. One block is held at a time.
+    """
+    runner = BlockRunner(skeleton)
+    try:
+        fill(runner.model, "", expert, torch.float32)
+        runner.follow(batches[0].inputs)
+        states = [StreamState() for _ in batches]
+        for number, address in enumerate(runner.addresses):
+            progress(address.name, number, len(runner.addresses))
+            block = copy.deepcopy(runner.block(address))
+            fill(block, f"{address.name}.", expert, torch.float32)
+            call = runner.capture(address, batches[0].inputs, states[0])
+            groups = input_groups(block, call, lambda name: True)
+            found = {group.first: TaskStatistics(_columns(block, group), False) for group in groups}
+            for batch, state in zip(batches, states, strict=True):
+                call = runner.capture(address, batch.inputs, state)
+                with observe(block, list(found), _adding(found, batch)):
+                    output = call.run(block)
+                if not all_finite(hidden_of(output)):
+                    raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
+                state.outputs[address.list_name] = output
+            for group in groups:
+                found[group.first].check(task, f"{address.name}.{group.first}")
+                names = tuple(f"{address.name}.{name}" for name in group.linears)
+                writer.group(names, found[group.first], read_stack(expert, address, group))
+            give_back_free_memory()
+    finally:
+        runner.restore()
+
+
+def _columns(block: nn.Module, group: InputGroup) -> int:
+    columns: int = getattr(block.get_submodule(group.first), "in_features")  # noqa: B009 (typed as Tensor | Module)
+    return columns
+
+
+def _adding(found: Mapping[str, TaskStatistics], batch: Batch) -> Callable[[str, Tensor], None]:
+    """Adds what a module reads; one that runs again in a block is seen as it ran first."""
+    seen: set[str] = set()
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in seen:
+            rows, weights, _ = rows_of(x, batch)
+            found[name].add(rows, None, weights)
+            seen.add(name)
+
+    return see
+
+
+def check_settings(config: QuantConfig) -> None:
+    """Raise ConfigError for settings that need data beside the statistics."""
+    needs = {
+        "distill": config.distill is not None,
+        "anchor: auto": config.method == "epmq" and config.anchor == "auto",
+        "norm_refit": config.norm_refit,
+        "method: rtn": config.method == "rtn",
+    }
+    for setting, given in needs.items():
+        if given:
+            raise ConfigError(f"{setting} has no use for statistics, or needs the data themselves; change it.")
+
+
+@torch.no_grad()
+def quantize_collected(
+    skeleton: nn.Module,
+    merged: WeightSource,
+    base: WeightSource | None,
+    experts: Mapping[str, WeightSource],
+    statistics: Mapping[str, StatisticsReader],
+    config: QuantConfig,
+    sink: Sink,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Merge towards the experts and round, from statistics alone; as :func:`epmq.pipeline.run`.
+
+    ``alpha`` does not matter: the inputs as deployed are not known, so the expert's own stand for them.
+    """
+    check_settings(config)
+    groups = _common_groups(statistics)
+    layers: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
+    notes: list[str] = []
+    addresses = find_blocks(skeleton)
+    for number, address in enumerate(addresses):
+        progress(address.name, number, len(addresses))
+        started = time.perf_counter()
+        block = copy.deepcopy(skeleton.get_submodule(address.name))
+        fill(block, f"{address.name}.", merged, torch.float32)
+        outcomes: Deployed = {}
+        for linears in groups:
+            if linears[0].startswith(f"{address.name}."):
+                names = tuple(n.removeprefix(f"{address.name}.") for n in linears if config.selects(n))
+                if names:
+                    solved = _Group(address, InputGroup(names), linears[0], block, config)
+                    outcomes.update(solved.run(merged, base, experts, statistics))
+                    layers += solved.rows
+        for name, module in block.named_modules():
+            full = f"{address.name}.{name}"
+            if isinstance(module, nn.Linear) and name not in outcomes and config.selects(full):
+                notes.append(f"{full}: not in the statistics; left unquantized.")
+        hand_out(sink, merged, address, block, outcomes)
+        seconds = round(time.perf_counter() - started, 3)
+        blocks.append({"block": address.name, "seconds": seconds, "hidden_error": {}})
+        give_back_free_memory()
+    if not layers:
+        raise ConfigError("include, exclude and the statistics leave no linear of any block to quantize.")
+    return {"layers": layers, "blocks": blocks, "notes": sorted(notes)}
+
+
+class _Group:
+    """One group on its way from files to a quantized weight."""
+
+    def __init__(self, address: BlockAddress, group: InputGroup, key: str, block: nn.Module, config: QuantConfig):
+        self.address, self.group, self.key, self.config = address, group, key, config
+        self.linears: list[Any] = [block.get_submodule(name) for name in group.linears]
+        self.rows: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        merged_source: WeightSource,
+        base: WeightSource | None,
+        experts: Mapping[str, WeightSource],
+        statistics: Mapping[str, StatisticsReader],
+    ) -> Deployed:
+        started = time.perf_counter()
+        config, merged = self.config, stacked(self.linears)
+        anchor = merged
+        if config.rho != 1.0 and config.needs_experts:
+            assert base is not None
+            started_from = read_stack(base, self.address, self.group)
+            anchor = Expert(torch.lerp(started_from.weight, merged.weight, config.rho), merged.bias)
+        rows, columns = merged.weight.shape
+        problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
+        measures: dict[str, Moments] = {}
+        for task, reader in statistics.items():
+            whole = InputGroup(tuple(n.removeprefix(f"{self.address.name}.") for n in reader.groups[self.key].linears))
+            found = reader.read(self.key, read_stack(experts[task], self.address, whole))
+            expert = read_stack(experts[task], self.address, self.group)
+            if config.needs_experts:
+                problem.fold(found, expert, anchor, 0.0, config.task_weights, config.gamma)
+            else:
+                problem.fold_inputs(found, config.task_weights)
+            if config.gamma != 1.0:
+                plain.fold_inputs(found, config.task_weights)
+            measures[task] = Moments(found, expert)
+        inputs = plain if config.gamma != 1.0 else problem
+        strength = float(config.anchor) if config.method == "epmq" else 0.0
+        refit = config.refits_bias and all(linear.bias is not None for linear in self.linears)
+        stored = scale_dtype(config.scale_dtype, merged_source, self.address, self.group)
+        where = f"{self.address.name}.{self.group.first}"
+        outcome = quantize_group(problem, inputs, anchor, strength, config, refit, stored, where)
+        if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
+            raise NumericalError(f"{where}: the quantized weights are not finite.")
+        result = deploy(self.group, self.linears, outcome)
+        seconds = time.perf_counter() - started
+        compared = {"merged": merged, config.method: Expert(outcome.weight, outcome.bias)}
+        self.rows = layer_rows(self.address, self.group, self.linears, outcome, compared, measures, seconds)
+        return result
+
+
+def _common_groups(statistics: Mapping[str, StatisticsReader]) -> list[tuple[str, ...]]:
+    """The groups of all owners, which must be the same ones."""
+    first = next(iter(statistics.values()))
+    wanted = {name: (facts.linears, facts.columns) for name, facts in first.groups.items()}
+    for reader in statistics.values():
+        found = {name: (facts.linears, facts.columns) for name, facts in reader.groups.items()}
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                raise FormatError(
+                    f"{reader.folder}: group {name!r} is not as in {first.folder}; they differ in the model."
+                )
+    return [linears for linears, _ in wanted.values()]
