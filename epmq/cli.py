@@ -150,14 +150,15 @@ def main() -> None:
 
 def _tell(message: str, error: BaseException) -> None:
     """One line about what ended the run and what is left of it, by one of its processes."""
-    line = " ".join([message, *getattr(error, "__notes__", [])])
     if "RANK" in os.environ:
         from epmq.world import world
 
-        lost = world().lost() if isinstance(error, KeyboardInterrupt) else None
-        line = lost or line
-        if not world().speaks(line):
+        if isinstance(error, KeyboardInterrupt):
+            # What started the processes ends those that are left when one has died.
+            message = world().lost() or message
+        if not world().speaks(message):
             return
+    line = " ".join([message, *getattr(error, "__notes__", [])])
     print(f"epmq: {line}", file=sys.stderr)
 
 

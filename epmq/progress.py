@@ -132,13 +132,14 @@ class Journal:
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the folder for ``--resume``, or remove it when no block was finished."""
-        if not self.world.main or self._lock is None:
-            return
+        holds = self.world.main and self._lock is not None
         if any((self.folder / "blocks").glob("*.safetensors")):
-            for left in [*self.folder.glob("scratch-*"), self.result]:
-                files.remove(left)
-            error.add_note(f"Finished blocks are kept in {self.folder}; go on with --resume, or remove it.")
-        else:
+            if holds:
+                for left in [*self.folder.glob("scratch-*"), self.result]:
+                    files.remove(left)
+            if holds or not self.world.main:
+                error.add_note(f"Finished blocks are kept in {self.folder}; go on with --resume, or remove it.")
+        elif holds:
             files.remove(self.folder)
 
     @property

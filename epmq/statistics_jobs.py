@@ -18,6 +18,7 @@ from epmq.jobs import calibration_of, finish, open_sources
 from epmq.recipe import Recipe
 from epmq.sources import FileSource, require_same_layout
 from epmq.streams import make_streams
+from epmq.world import world
 
 
 def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
@@ -44,7 +45,10 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
     """Merge and quantize a recipe's model from statistics folders alone; returns the report, which is left there too.
 
     Every expert of the recipe needs the folder of its task, and no other folder is taken. No calibration data are read.
+    One process does it all; others it was started with get an empty report.
     """
+    if not world().main:
+        return {}
     files.check_free(out)
     check_settings(recipe.quantization)
     started = time.perf_counter()

@@ -90,7 +90,10 @@ class Processes(World):
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "cpu:gloo,cuda:nccl"
         # Long, because the main process may write for hours; that peers are alive is seen by their beats.
         dist.init_process_group(backend, timeout=timedelta(hours=24))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

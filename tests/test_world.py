@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,8 +25,11 @@ from epmq.world import ROW_STEP, World, shares
 pytest.importorskip("transformers")
 
 
-def start(processes: int, *arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+STANDALONE = ["--standalone"]
+
+
+def start(processes: int, *arguments: str | Path, place: list[str] = STANDALONE) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -36,14 +40,21 @@ def start(processes: int, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def together(processes: int, *arguments: str | Path) -> tuple[int, str, str]:
-    process = start(processes, *arguments)
+def together(processes: int, *arguments: str | Path, agents: int = 1) -> tuple[int, str, str]:
+    """Run on ``agents`` machines, as far as torchrun can tell, of so many processes each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    place = ["--nnodes", str(agents), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    several = [start(processes, *arguments, place=place if agents > 1 else STANDALONE) for _ in range(agents)]
     try:
-        out, err = process.communicate(timeout=240)
+        told = [process.communicate(timeout=300) for process in several]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
+        for process in several:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    code = max(process.returncode for process in several)
+    return code, "".join(out for out, _ in told), "".join(err for _, err in told)
 
 
 class Part(World):
@@ -145,7 +156,7 @@ def both(job: Job, folder: Path, capsys: pytest.CaptureFixture[str], **settings:
 
 
 def test_two_processes_give_what_one_gives(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both(job, tmp_path, capsys, anchor="auto", norm_refit=True)
+    recipe = both(job, tmp_path, capsys, anchor="auto", norm_refit=True)
     assert alike(tmp_path / "one", tmp_path / "two") >= 0.999
     one, two = read_report(tmp_path / "one"), read_report(tmp_path / "two")
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
@@ -153,11 +164,16 @@ def test_two_processes_give_what_one_gives(job: Job, tmp_path: Path, capsys: pyt
     for ours, theirs in zip(one["layers"], two["layers"], strict=True):
         assert list(ours["tasks"]) == list(theirs["tasks"])
         assert ours["lambda"] == theirs["lambda"]
+    scored = tmp_path / "scored.json"
+    code, out, err = together(2, "-m", "epmq", "eval", tmp_path / "two", "--recipe", recipe, "--json", scored)
+    assert code == 0, err
+    assert in_process(capsys, "eval", tmp_path / "two", "--recipe", recipe).out == out
 
 
 def test_sums_have_a_fixed_order(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = both(job, tmp_path, capsys, distill={"steps": 4, "copies": 1, "examples": 4})
-    code, _, err = together(2, "-m", "epmq", "quantize", recipe, "--out", tmp_path / "again")
+    # And where they are does not matter.
+    code, _, err = together(1, "-m", "epmq", "quantize", recipe, "--out", tmp_path / "again", agents=2)
     assert code == 0, err
     assert content(tmp_path / "two") == content(tmp_path / "again")
     # Adam turns the rounding of a gradient that ought to be zero into a whole step, so only the first loss, which
