@@ -10,7 +10,7 @@ UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test kill-test test-levels sanitize lint format demo minilm8 memory bench peers cuda-check clean
+.PHONY: help setup test kill-test test-levels sanitize lint format demo minilm8 memory processes statistics bench peers cuda-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,12 @@ minilm8: $(READY)  ## the table of eight real experts (about an hour on 2 cores)
 
 memory: $(READY)  ## peak memory by depth and number of experts
 	$(BIN)/python benchmarks/memory.py
+
+processes: $(READY)  ## speed-up of two processes of one thread over one
+	$(BIN)/python benchmarks/processes.py
+
+statistics: $(READY)  ## accuracy of statistics in place of data; UNFOLDED=FOLDER as made by minilm8
+	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --json benchmarks/results/statistics.json
 
 peers: $(READY)  ## compare merging and GPTQ with other packages, each in its own environment
 	for peer in mergekit peft fusion_bench llmcompressor gptqmodel; do \

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -118,25 +120,51 @@ class _Terminated(KeyboardInterrupt):
 
 
 def _terminate(signum: int, frame: object) -> None:
-    # Once is enough: cleaning up must not be cut off by a second one.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """While active, SIGTERM raises; once anything has ended the run, what is said of it is not cut off by a signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed_no_signal() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> None:
     """Entry point: refusals are one sentence on stderr and exit status 2; an interruption is 130, SIGTERM 143."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    # Of several processes that do the same, one tells.
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    with _orderly_end():
+        _run()
+
+
+def _run() -> None:
     try:
         app(standalone_mode=False)
     except EpmqError as error:
+        _heed_no_signal()
         _tell(str(error), error)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
+        _heed_no_signal()
         # click turns an interruption into an Abort.
         cause = error.__cause__ or error
         ended = "terminated" if isinstance(cause, _Terminated) else "interrupted"

@@ -45,8 +45,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where an engine works. world: the processes that share the work. shelf: where hidden states are kept. stage: its
-    part of a journal, or None when a run that is cut off need not go on."""
+    """Where an engine works. world: the processes that share the work. shelf: where hidden states are kept.
+    reuse_bytes: memory for outputs of finished linears. stage: its part of a journal, or None when a run that is cut off
+    need not go on."""
 
     world: World = field(default_factory=World)
     shelf: Shelf = field(default_factory=Shelf)
@@ -269,7 +270,7 @@ class Engine:
             split = (split[0].whole(own, rows, self.world), split[1].whole(own, rows, self.world))
             if refit:
                 split = (split[0].centred(), split[1].centred())
-        strength = self.world.from_main(anchor_strength(config, *split))
+        strength = self.world.from_main(anchor_strength(config, *split) if self.world.main else None)
         inputs = plain if config.gamma != 1.0 else problem
         stored = scale_dtype(config.scale_dtype, self.merged, address, group)
         outcome = quantize_group(problem, inputs, own_anchor, strength, config, refit, stored, where)
