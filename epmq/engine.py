@@ -46,8 +46,8 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Surroundings:
     """Where an engine works. world: the processes that share the work. shelf: where hidden states are kept.
-    reuse_bytes: memory for outputs of finished linears. stage: its part of a journal, or None when a run that is cut off
-    need not go on."""
+    reuse_bytes: memory for outputs of finished linears. stage: its part of a journal, or None when a run that is cut
+    off need not go on."""
 
     world: World = field(default_factory=World)
     shelf: Shelf = field(default_factory=Shelf)
