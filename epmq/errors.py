@@ -16,6 +16,10 @@ class SourceError(EpmqError):
     """A checkpoint, shard or tensor that cannot be read or does not fit the others."""
 
 
+class ChangedError(SourceError):
+    """A file that was changed or vanished while it was in use."""
+
+
 class CalibrationError(EpmqError):
     """Calibration data that is missing, empty, or does not fit the experts."""
 

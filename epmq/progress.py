@@ -22,13 +22,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from epmq import files
-from epmq.errors import FormatError, OutputError
+from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
 from epmq.quantized import QuantizedTensor, pack, unpack
 from epmq.shelf import read_value, write_value
 from epmq.states import States
 from epmq.world import World
 
 FINGERPRINT = "fingerprint.json"
+# What only other input helps against, with which no finished block could be used.
+OF_THE_INPUT = (CalibrationError, ConfigError, ModelError, SourceError)
 
 
 class Sink(Protocol):
@@ -131,9 +133,10 @@ class Journal:
             files.write_text(path, json.dumps(fingerprint, indent=1))
 
     def _abandon(self, error: BaseException) -> None:
-        """Leave the folder for ``--resume``, or remove it when no block was finished."""
+        """Leave the folder for ``--resume``, or remove it when no block was finished or the input must be another."""
         holds = self.world.main and self._lock is not None
-        if any((self.folder / "blocks").glob("*.safetensors")):
+        hopeless = isinstance(error, OF_THE_INPUT) and not isinstance(error, ChangedError)
+        if not hopeless and any((self.folder / "blocks").glob("*.safetensors")):
             if holds:
                 for left in [*self.folder.glob("scratch-*"), self.result]:
                     files.remove(left)

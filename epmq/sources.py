@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from epmq.errors import SourceError
+from epmq.errors import ChangedError, SourceError
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -102,9 +102,9 @@ class FileSource:
     def _must_be_the_same(self, file: Path) -> None:
         now = _stamp(file)
         if now is None:
-            raise SourceError(f"{file}: the file vanished while it was in use; put it back.")
+            raise ChangedError(f"{file}: the file vanished while it was in use; put it back.")
         if now != self._stamp[file]:
-            raise SourceError(f"{file}: the file was changed while it was in use; begin anew with files at rest.")
+            raise ChangedError(f"{file}: the file was changed while it was in use; begin anew with files at rest.")
 
     def _must_have(self, key: str) -> None:
         if key not in self._file_of:

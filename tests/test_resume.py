@@ -380,6 +380,7 @@ def test_a_source_that_changes_meanwhile(
     done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
     assert done.code == 2
     assert f"{file}: the file " in done.err and fate in done.err
+    assert "go on with --resume" in done.err
     assert not (tmp_path / "out").exists()
 
 
