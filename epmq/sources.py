@@ -89,22 +89,24 @@ class FileSource:
     def tensor(self, key: str) -> Tensor:
         self._must_have(key)
         file = self._file_of[key]
-        self._must_be_the_same(file)
+        self._must_be_the_same(file, key)
         # Opened anew and copied: a mapping kept open would count every page ever read as resident.
         try:
             with safe_open(file, framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{file}: tensor {key!r} cannot be read ({error}).") from error
-        self._must_be_the_same(file)
+        self._must_be_the_same(file, key)
         return tensor
 
-    def _must_be_the_same(self, file: Path) -> None:
+    def _must_be_the_same(self, file: Path, key: str) -> None:
         now = _stamp(file)
         if now is None:
-            raise ChangedError(f"{file}: the file vanished while it was in use; put it back.")
+            raise ChangedError(f"{file}: the file vanished before tensor {key!r} was read; put it back.")
         if now != self._stamp[file]:
-            raise ChangedError(f"{file}: the file was changed while it was in use; begin anew with files at rest.")
+            raise ChangedError(
+                f"{file}: the file was changed before tensor {key!r} was read; begin anew with files at rest."
+            )
 
     def _must_have(self, key: str) -> None:
         if key not in self._file_of:

@@ -84,6 +84,7 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.timeout(600 + 60 * KILLS)
 @pytest.mark.parametrize("settings", [{}, BEST], ids=["closed form", "best"])
 def test_killed_at_random_moments_and_resumed(settings: dict[str, Any], job: Job, tmp_path: Path) -> None:
     job.recipe["quantization"].update(settings)
