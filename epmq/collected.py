@@ -25,7 +25,7 @@ from epmq.blocks import (
     observe,
 )
 from epmq.config import QuantConfig
-from epmq.diagnose import layer_rows
+from epmq.diagnose import joined, layer_rows
 from epmq.errors import ConfigError, FormatError, NumericalError
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import quantize_group
@@ -183,18 +183,14 @@ class _Group:
             anchor = Expert(torch.lerp(started_from.weight, merged.weight, config.rho), merged.bias)
         rows, columns = merged.weight.shape
         problem, plain = Folded.empty(rows, columns), Folded.empty(0, columns)
-        measures: dict[str, Moments] = {}
-        for task, reader in statistics.items():
-            whole = InputGroup(tuple(n.removeprefix(f"{self.address.name}.") for n in reader.groups[self.key].linears))
-            found = reader.read(self.key, read_stack(experts[task], self.address, whole))
-            expert = read_stack(experts[task], self.address, self.group)
+        for task in statistics:
+            found, expert = self._read(task, experts, statistics)
             if config.needs_experts:
                 problem.fold(found, expert, anchor, 0.0, config.task_weights, config.gamma)
             else:
                 problem.fold_inputs(found, config.task_weights)
             if config.gamma != 1.0:
                 plain.fold_inputs(found, config.task_weights)
-            measures[task] = Moments(found, expert)
         inputs = plain if config.gamma != 1.0 else problem
         strength = float(config.anchor) if config.method == "epmq" else 0.0
         refit = config.refits_bias and all(linear.bias is not None for linear in self.linears)
@@ -206,8 +202,30 @@ class _Group:
         result = deploy(self.group, self.linears, outcome)
         seconds = time.perf_counter() - started
         compared = {"merged": merged, config.method: Expert(outcome.weight, outcome.bias)}
-        self.rows = layer_rows(self.address, self.group, self.linears, outcome, compared, measures, seconds)
+        # Read once more, so that one task's statistics are held at a time.
+        told = [
+            layer_rows(
+                self.address,
+                self.group,
+                self.linears,
+                outcome,
+                compared,
+                {task: Moments(*self._read(task, experts, statistics))},
+                seconds,
+            )
+            for task in statistics
+        ]
+        self.rows = joined(told, statistics)
         return result
+
+    def _read(
+        self, task: str, experts: Mapping[str, WeightSource], statistics: Mapping[str, StatisticsReader]
+    ) -> tuple[TaskStatistics, Expert]:
+        """A task's statistics, checked against its expert, and that expert's weights of the selected linears."""
+        prefix = f"{self.address.name}."
+        collected = InputGroup(tuple(n.removeprefix(prefix) for n in statistics[task].groups[self.key].linears))
+        found = statistics[task].read(self.key, read_stack(experts[task], self.address, collected))
+        return found, read_stack(experts[task], self.address, self.group)
 
 
 def _common_groups(statistics: Mapping[str, StatisticsReader]) -> list[tuple[str, ...]]:

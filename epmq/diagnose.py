@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from epmq.blocks import BlockAddress, InputGroup
@@ -45,3 +45,12 @@ def layer_rows(
             }
         )
     return rows
+
+
+def joined(parts: Sequence[list[dict[str, Any]]], tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """One list of lines out of several about the same linears, each with some of the tasks."""
+    lines = []
+    for alike in zip(*parts, strict=True):
+        errors = {task: found for row in alike for task, found in row["tasks"].items()}
+        lines.append({**alike[0], "tasks": {task: errors[task] for task in tasks}})
+    return lines

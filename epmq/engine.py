@@ -23,7 +23,7 @@ from epmq.blocks import (
     running_order,
 )
 from epmq.config import QuantConfig
-from epmq.diagnose import layer_rows
+from epmq.diagnose import joined, layer_rows
 from epmq.errors import CalibrationError, ConfigError, NumericalError
 from epmq.group import GroupOutcome, anchor_strength, quantize_group
 from epmq.inside import Seen, outputs, run_inside
@@ -285,9 +285,7 @@ class Engine:
             compared["gptq"] = Expert(gptq.whole(own, rows, self.world).weight, merged.bias)
         compared[config.method] = Expert(outcome.weight, outcome.bias)
         found = self.world.gather(layer_rows(address, group, linears, outcome, compared, samples, seconds))
-        for alike in zip(*found, strict=True):
-            tasks = {task: errors for row in alike for task, errors in row["tasks"].items()}
-            self.layers.append({**alike[0], "tasks": {task: tasks[task] for task in self.streams}})
+        self.layers += joined(found, self.streams)
         return result
 
     def _task_statistics(

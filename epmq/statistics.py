@@ -6,6 +6,7 @@ Everything here is a sum over rows, so it adds over batches, tasks and processes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -117,6 +118,11 @@ class Moments:
     task: TaskStatistics
     expert: Expert
 
+    @cached_property
+    def hessian(self) -> Tensor:
+        """Σ r x xᵀ, full ``[K, K]``."""
+        return symmetrize(self.task.hessian)
+
     def error(self, candidate: Expert, rows: slice) -> float:
         """As :meth:`Sample.error`, over all rows that were gathered."""
         expert = self.expert.part(rows)
@@ -125,10 +131,8 @@ class Moments:
 
     def _energy(self, of: Expert) -> float:
         """Σ ‖W x + b‖² over the rows."""
-        weight, bias = of.weight.double(), of.bias.double()
-        hessian, sum_x = symmetrize(self.task.hessian).double(), self.task.sum_x.double()
-        quadratic = ((weight @ hessian) * weight).sum() + 2.0 * (bias @ (weight @ sum_x))
-        return float(quadratic + self.task.weight * bias.square().sum())
+        quadratic = ((of.weight @ self.hessian) * of.weight).sum() + 2.0 * (of.bias @ (of.weight @ self.task.sum_x))
+        return float(quadratic + self.task.weight * of.bias.square().sum())
 
 
 @dataclass
