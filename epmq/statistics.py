@@ -5,7 +5,9 @@ Everything here is a sum over rows, so it adds over batches, tasks and processes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from epmq import ops
 from epmq.errors import CalibrationError, NumericalError
 from epmq.reference import symmetrize
+from epmq.world import World
 
 SAMPLE_ROWS = 256
 
@@ -66,6 +69,28 @@ class TaskStatistics:
             self.sum_target += other.sum_target
         self.weight += other.weight
 
+    def over(self, world: World) -> None:
+        """Make these the statistics of all processes' rows; the samples stand in the order of ranks."""
+        if world.size == 1:
+            return
+        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.sum_x.device)
+        extra = [tensor for tensor in (self.cross, self.sum_target) if tensor is not None]
+        world.add_up([self.hessian, self.sum_x, weight, *extra])
+        self.weight = float(weight)
+        # A process may have no rows of this task.
+        self.sample_x = [world.concat(torch.cat([self.sum_x.new_empty(0, len(self.sum_x)).float(), *self.sample_x]))]
+        if self.sum_target is not None:
+            nothing = self.sum_target.new_empty(0, len(self.sum_target)).float()
+            self.sample_target = [world.concat(torch.cat([nothing, *self.sample_target]))]
+
+    def of_rows(self, rows: slice) -> TaskStatistics:
+        """The same for some of the group's outputs: targets that are outputs are those of these."""
+        if not self.of_outputs or self.cross is None or self.sum_target is None:
+            return self
+        part = copy.copy(self)
+        part.cross, part.sum_target = self.cross[rows], self.sum_target[rows]
+        return part
+
     def sampled(self, expert: Expert, alpha: float) -> Sample:
         """The sampled rows and what the expert makes of them."""
         x = torch.cat(self.sample_x)
@@ -104,6 +129,34 @@ class Sample:
 
     x: Tensor
     y: Tensor
+
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """Relative squared output error of weights that stand in place of ``rows`` of the group."""
+        return output_error(candidate.weight, candidate.bias, self.x, self.y[:, rows])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All of a task's rows by their moments, and the expert's weights that give the targets."""
+
+    task: TaskStatistics
+    expert: Expert
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """Σ r x xᵀ, full ``[K, K]``."""
+        return symmetrize(self.task.hessian)
+
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """As :meth:`Sample.error`, over all rows that were gathered."""
+        expert = self.expert.of_rows(rows)
+        difference = Expert(candidate.weight - expert.weight, candidate.bias - expert.bias)
+        return self._energy(difference) / max(self._energy(expert), torch.finfo(torch.float32).tiny)
+
+    def _energy(self, of: Expert) -> float:
+        """Σ ‖W x + b‖² over the rows."""
+        quadratic = ((of.weight @ self.hessian) * of.weight).sum() + 2.0 * (of.bias @ (of.weight @ self.task.sum_x))
+        return float(quadratic + self.task.weight * of.bias.square().sum())
 
 
 @dataclass
@@ -177,6 +230,12 @@ class Folded:
         self.hessian.add_(hessian, alpha=w)
         self.sum_x.add_(task.sum_x, alpha=w)
         self.weight += w * task.weight
+
+    def whole(self, own: slice, rows: int, world: World) -> Folded:
+        """The problem of all ``rows``, when this is that of a process's share ``own`` of them."""
+        if own == slice(0, rows):
+            return self
+        return replace(self, pull=world.concat(self.pull), sum_pull=world.concat(self.sum_pull))
 
     def centred(self) -> Folded:
         """The problem with weighted means taken out of inputs and targets; sums are kept for the bias."""
