@@ -145,7 +145,7 @@ class Engine:
     def _commit(self, number: int, layers: list[dict[str, Any]], last: bool) -> None:
         self.notes = sorted({note for notes in self.world.gather(sorted(set(self.notes))) for note in notes})
         if self.stage is not None:
-            rows = {"layers": layers, "block": self.block_rows[-1], "notes": self.notes}
+            rows: dict[str, Any] = {"layers": layers, "block": self.block_rows[-1], "notes": self.notes}
             # What later blocks and the end of the run need of this one.
             rows |= {"matched": sorted(p for p in self.matched if p is not None), "sequence": self.sequence}
             note = self.stage.commit(number, rows, self.states, last)

@@ -229,8 +229,8 @@ def device_of(recipe: Recipe) -> torch.device:
     device, here = compute_device(recipe.device), processes_here()
     if device.type == "cuda" and here > 1 and (device.index is not None or here > torch.cuda.device_count()):
         raise ConfigError(
-            f"device: {here} processes on this machine need a GPU each, and CUDA offers {torch.cuda.device_count()}; use"
-            " cuda with as many processes as GPUs, or cpu."
+            f"device: {here} processes on this machine need a GPU each, and CUDA offers {torch.cuda.device_count()};"
+            " use cuda with as many processes as GPUs, or cpu."
         )
     return device
 
@@ -239,9 +239,8 @@ def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surround
     """Memory shared out by an estimate, which is told; refuses what cannot fit."""
     size = journal.world.size
     found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size)
-    free = (
-        torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else available_bytes() // processes_here()
-    )
+    on_gpu = job.device.type == "cuda"
+    free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
     states, reused = found.room(recipe.memory or int(MEMORY_SHARE * free))
     place = next(folder for folder in journal.folder.parents if folder.exists())
     found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))

@@ -28,11 +28,9 @@ class Shelf:
     what is put again keeps its right to the room it had.
     """
 
-    def __init__(
-        self, budget: int | None = None, folder: Path | None = None, device: torch.device = torch.device("cpu")
-    ):
+    def __init__(self, budget: int | None = None, folder: Path | None = None, device: torch.device | None = None):
         assert budget is None or folder is not None
-        self.budget, self.folder, self.device = budget, folder, device
+        self.budget, self.folder, self.device = budget, folder, device or torch.device("cpu")
         self._values: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         self._files: dict[str, Path] = {}

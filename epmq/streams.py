@@ -123,8 +123,8 @@ def _usable_weights(weights: Any, where: str) -> Tensor | None:
 def sequence_of(
     runner: BlockRunner, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState
 ) -> str | None:
-    """The input whose positions the blocks of a list work on, of which ``address`` is the first; None where it is not
-    one of the usual ones."""
+    """The input whose positions a list's blocks, of which ``address`` is the first, work on; None where it is no usual
+    one."""
     given = [key for key in SEQUENCES if isinstance(inputs.get(key), Tensor)]
     if len(given) < 2:
         return next(iter(given), None)

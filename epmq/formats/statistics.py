@@ -99,7 +99,7 @@ class StatisticsReader:
                 raise FormatError(f"{self.folder}: tensor '{name}.{part}' is not fp32 of {length} entries.")
 
     def read(self, name: str, expert: Expert) -> TaskStatistics:
-        """The statistics of one group, which must have been gathered with the weights of ``expert``; on their device."""
+        """The statistics of one group, which must have been gathered with ``expert``'s weights; on their device."""
         facts = self.groups[name]
         if digest_of(expert) != facts.sha256:
             raise FormatError(f"{self.folder}: {name} was collected with other weights than expert {self.task!r} has.")
