@@ -140,6 +140,7 @@ def alike(first: Path, second: Path) -> float:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = make_job(tmp_path_factory.mktemp("made") / "job", blocks=3, examples=24)
     job.recipe["calibration"].update(examples=24, batch_size=4)
+    job.recipe["format"] = "native"
     return job
 
 
@@ -187,6 +188,7 @@ def test_a_dead_process_is_named_and_the_rest_goes_on(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     big = make_job(tmp_path / "job", blocks=30, examples=24)
+    big.recipe["format"] = "native"
     recipe, out = big.write(), tmp_path / "place" / "out"
     kept = out.with_name(".out.partial")
     process = start(3, "-m", "epmq", "quantize", recipe, "--out", out)
