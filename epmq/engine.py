@@ -294,8 +294,8 @@ class Engine:
         """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
         columns: int = getattr(block.get_submodule(group.first), "in_features")  # noqa: B009 (typed as Tensor | Module)
         with_target = self.uses_features and self.config.alpha > 0
-        fitted = TaskStatistics(columns, with_target)
-        held = TaskStatistics(columns, with_target) if automatic else None
+        fitted = TaskStatistics(columns, with_target, exact=True)
+        held = TaskStatistics(columns, with_target, exact=True) if automatic else None
         sample = max(1, SAMPLE_ROWS // self._batches[task])
         for batch in self.streams[task]:
             call = self._capture(address, task, batch)
