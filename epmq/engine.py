@@ -355,8 +355,8 @@ class Engine:
         targets = None
         if self.uses_features and self.config.alpha > 0:
             targets = outputs_of if of_outputs else columns
-        fitted = TaskStatistics(columns, targets, of_outputs, device=self.device)
-        held = TaskStatistics(columns, targets, of_outputs, device=self.device) if automatic else None
+        fitted = TaskStatistics(columns, targets, of_outputs, device=self.device, exact=True)
+        held = TaskStatistics(columns, targets, of_outputs, device=self.device, exact=True) if automatic else None
         sample = max(1, SAMPLE_ROWS // self._batches[task])
         for batch in self.streams[task]:
             call = self._capture(address, task, batch)

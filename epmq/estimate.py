@@ -19,8 +19,9 @@ from epmq.reuse import DEFAULT_LIMIT_BYTES
 
 FLOAT = 4
 # Copies of a group's K x K matrices and of its N x K matrices that are alive at once: Hessians per task, folded,
-# permuted, factored; weights of merge, expert and anchor, pull, step, target, codes of two roundings.
-SQUARES, RECTANGLES = 9, 9
+# permuted, factored, and totals in fp64; weights of merge, expert and anchor, pull, step, target, codes of two
+# roundings.
+SQUARES, RECTANGLES = 13, 9
 PROBE = 768
 # Deployed runs of a block (outputs of finished linears are reused), and one inside the expert.
 RUNS = 4

@@ -104,7 +104,7 @@ class Journal:
             self._abandon(error)
             raise
         if self.world.main:
-            files.remove(self.folder)
+            self._clear()
 
     def _open(self, fingerprint: dict[str, Any]) -> None:
         try:
@@ -150,15 +150,25 @@ class Journal:
         return self.folder / "finished"
 
     def _renamed(self) -> bool:
-        """Whether an earlier run was ended between giving the result its name and removing this folder."""
-        named = self.out.is_dir() and any(self.out.iterdir())
-        return named and self._finished.is_file() and not self.result.exists()
+        """Whether an earlier run was ended between giving the result its name and the end of removing this folder."""
+        if not (self.folder.is_dir() and self.out.is_dir() and any(self.out.iterdir())):
+            return False
+        left = {path.name for path in self.folder.iterdir()}
+        return not left or (self._finished.name in left and self.result.name not in left)
+
+    def _clear(self) -> None:
+        """Remove the folder, and last the file that says that the output is whole."""
+        for path in self.folder.iterdir():
+            if path != self._finished:
+                files.remove(path)
+        files.remove(self._finished)
+        self.folder.rmdir()
 
     def already_done(self) -> bool:
         """Clear up behind a run that had only that left to do; whether there was such a run."""
         renamed = self._renamed()
         if renamed:
-            files.remove(self.folder)
+            self._clear()
         return renamed
 
     def mark_finished(self) -> None:

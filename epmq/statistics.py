@@ -28,6 +28,9 @@ class TaskStatistics:
     (P = K features), or, where that is less, what its linears make of it (P = N outputs, without their bias).
     hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. cross: ``[P, K]`` Σ r x̃ xᵀ. sum_x: ``[K]``, sum_target: ``[P]``.
     weight: Σ r. A thin sample of rows is kept for reporting errors. targets is P, or None when alpha is 0.
+
+    exact: add up the batches' fp32 moments in fp64, where such sums hardly ever round, so that the result does not
+    depend on which process took which batch. The moments are then to be read after :meth:`over`.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class TaskStatistics:
         of_outputs: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        exact: bool = False,
     ):
         self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
         self.sum_x = torch.zeros(columns, dtype=dtype, device=device)
@@ -46,10 +50,18 @@ class TaskStatistics:
         self.weight = 0.0
         self.sample_x: list[Tensor] = []
         self.sample_target: list[Tensor] = []
+        self._totals = [moment.double() for moment in self._moments()] if exact else []
+
+    def _moments(self) -> list[Tensor]:
+        given = (self.hessian, self.sum_x, self.cross, self.sum_target)
+        return [moment for moment in given if moment is not None]
 
     def add(self, x: Tensor, target: Tensor | None, row_weights: Tensor | None, sample: int = 0) -> None:
         """Add rows ``[M, K]``; ``row_weights`` fp32 ``[M]``; keep about ``sample`` of them for the report."""
         ops.accumulate(x, self.hessian, self.sum_x, target, self.cross, self.sum_target, row_weights)
+        for total, moment in zip(self._totals, self._moments(), strict=False):
+            total += moment
+            moment.zero_()
         self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
         if sample:
             everything = torch.arange(x.shape[0], device=x.device)
@@ -71,12 +83,14 @@ class TaskStatistics:
 
     def over(self, world: World) -> None:
         """Make these the statistics of all processes' rows; the samples stand in the order of ranks."""
+        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.sum_x.device)
+        world.add_up([weight, *(self._totals or self._moments())])
+        self.weight = float(weight)
+        for total, moment in zip(self._totals, self._moments(), strict=False):
+            moment.copy_(total)
+        self._totals = []
         if world.size == 1:
             return
-        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.sum_x.device)
-        extra = [tensor for tensor in (self.cross, self.sum_target) if tensor is not None]
-        world.add_up([self.hessian, self.sum_x, weight, *extra])
-        self.weight = float(weight)
         # A process may have no rows of this task.
         self.sample_x = [world.concat(torch.cat([self.sum_x.new_empty(0, len(self.sum_x)).float(), *self.sample_x]))]
         if self.sum_target is not None:

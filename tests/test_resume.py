@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -133,7 +134,27 @@ def cut_off(recipe: Path, out: Path, blocks: int) -> Path:
     return kept
 
 
-@pytest.mark.parametrize("point", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)])
+def dying(name: str, when: Callable[[], bool]) -> Callable[..., Any]:
+    """In place of a function: kills this process, or does as the function does."""
+    owner, _, leaf = name.rpartition(".")
+    original = getattr(pathlib.Path if owner == "pathlib.Path" else shutil, leaf)
+
+    def act(*arguments: Any, **settings: Any) -> Any:
+        if when() and out_exists(arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **settings)
+
+    return act
+
+
+def out_exists(arguments: tuple[Any, ...]) -> bool:
+    """Whether what is removed lies in, or is, the working folder of an output that has its name."""
+    path = Path(arguments[0])
+    kept = next((folder for folder in [path, *path.parents] if folder.name == ".out.partial"), None)
+    return kept is not None and (kept.parent / "out").exists()
+
+
+@pytest.mark.parametrize("point", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)])
 def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_path: Path) -> None:
     recipe, whole, out = job.write(), tmp_path / "whole", tmp_path / "place" / "out"
     assert ended(in_child(lambda: quantize(recipe, whole))) == 0
@@ -152,8 +173,13 @@ def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_pat
                 os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(os, "rename", rename)  # noqa: B010
-        if which == 2:
-            shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        die = {2: "shutil.rmtree", 3: "pathlib.Path.unlink", 4: "pathlib.Path.rmdir"}
+        if which in die:
+            # While the working folder is removed: before the first of its folders, before its marks, at the very end.
+            kept = out.with_name(".out.partial")
+            pytest.MonkeyPatch().setattr(
+                die[which], dying(die[which], lambda: (kept / "finished").exists() or which == 4)
+            )
         quantize(recipe, out)
 
     assert ended(in_child(work)) == -signal.SIGKILL

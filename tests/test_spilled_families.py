@@ -22,7 +22,7 @@ from epmq.world import World
 
 pytest.importorskip("transformers")
 
-from families import KINDS, make_job  # noqa: E402
+from families import KINDS, make_job
 
 
 class CutOff(Exception):

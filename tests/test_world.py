@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from test_resume import content
 from epmq import quantized
 from epmq.formats.native import NativeReader
 from epmq.report import whole_report
+from epmq.statistics import TaskStatistics
 from epmq.world import ROW_STEP, World, shares
 
 pytest.importorskip("transformers")
@@ -214,3 +216,35 @@ def test_a_dead_process_is_named_and_the_rest_goes_on(
     assert in_process(capsys, "quantize", recipe, "--out", out, "--resume").code == 0
     assert list(out.parent.iterdir()) == [out]
     assert len(NativeReader(out).linears) == 30 * 6
+
+
+class Pair(World):
+    """Two processes one after the other: the second adds what the first left."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.left: list[torch.Tensor] = []
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor, earlier in zip(tensors, self.left, strict=False):
+            tensor += earlier
+        self.left = [tensor.clone() for tensor in tensors]
+
+
+def test_moments_do_not_depend_on_who_took_which_batch() -> None:
+    batches = [torch.randn(40, 48) * 2.0 ** (number % 5) for number in range(9)]
+    alone = TaskStatistics(48, 48, exact=True)
+    for x in batches:
+        alone.add(x, x + 1.0, None)
+    alone.over(World())
+    for split in (batches[::2], batches[1::2]), (batches[5:], batches[:5]):
+        pair = Pair()
+        for part in split:
+            ours = TaskStatistics(48, 48, exact=True)
+            for x in part:
+                ours.add(x, x + 1.0, None)
+            ours.over(pair)
+        assert ours.weight == alone.weight == 9 * 40
+        for name in ("hessian", "cross", "sum_x", "sum_target"):
+            assert torch.equal(getattr(ours, name), getattr(alone, name)), name
