@@ -13,8 +13,8 @@ TRANSFORMERS4 := .venv-transformers4
 GPU_MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory whole-job tables bench peers cuda-check \
-  gates gates-gptq stress gpu clean
+.PHONY: help setup test kill-test test-levels test-transformers4 sanitize lint format demo minilm8 memory processes statistics whole-job tables \\
+  bench peers cuda-check gates gates-gptq stress gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resumed
+	EPMQ_KILLS=50 $(BIN)/python -m pytest tests/test_resume.py -k random_moments
 
 test-levels: $(READY)  ## the operator tests through each instruction set, and without the extension
 	for level in $$($(BIN)/python -c 'from epmq import extension; print(*extension.build_report()["cpu_levels"])'); do \
@@ -81,6 +84,12 @@ tables: $(READY)  ## the tables of README.md and docs/ from benchmarks/results/
 
 memory: $(READY)  ## peak memory by depth and number of experts
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
+
+processes: $(READY)  ## speed-up of two processes of one thread over one
+	$(BIN)/python benchmarks/processes.py
+
+statistics: $(READY)  ## accuracy of statistics in place of data; UNFOLDED=FOLDER as made by minilm8
+	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --json benchmarks/results/statistics.json
 
 peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment
 	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4; do \

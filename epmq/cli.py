@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,12 +48,53 @@ def merge(recipe: Path | None, mergekit: Path | None, out: Path) -> None:
 @MERGEKIT
 @click.option("--calibration", multiple=True, metavar="EXPERT=FILE", help="With --mergekit: an expert's texts (jsonl).")
 @click.option("--out", required=True, type=FOLDER, help="New folder for the quantized model.")
-def quantize(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, ...], out: Path) -> None:
-    from epmq.jobs import quantize_to_folder, summary
+@click.option("--resume", is_flag=True, help="Go on with a run that was cut off; see docs/running.md.")
+@click.option(
+    "--statistics",
+    "statistics",
+    multiple=True,
+    type=FOLDER,
+    help="Folder made by collect, one per expert; no data are read.",
+)
+@click.option("--dry-run", is_flag=True, help="Tell what it would take in time, memory and disk, and stop.")
+def quantize(
+    recipe: Path | None,
+    mergekit: Path | None,
+    calibration: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    statistics: tuple[Path, ...],
+    dry_run: bool,
+) -> None:
+    from epmq.jobs import estimate_job, quantize_to_folder, summary
+    from epmq.statistics_jobs import quantize_statistics_to_folder
 
-    report = quantize_to_folder(_recipe(recipe, mergekit, calibration), out)
-    click.echo("\n".join(summary(report)))
-    click.echo(f"quantized model, report.json and report.html in {out}")
+    if statistics and resume:
+        raise click.UsageError("--resume and --statistics do not go together: such a run is short and begins anew.")
+    job = _recipe(recipe, mergekit, calibration)
+    if dry_run:
+        click.echo(estimate_job(job, out))
+        return
+    told = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
+    if statistics:
+        report = quantize_statistics_to_folder(job, statistics, out)
+    else:
+        report = quantize_to_folder(job, out, resume, told)
+    if report:
+        click.echo("\n".join(summary(report)))
+        click.echo(f"quantized model, report.json and report.html in {out}")
+
+
+@app.command(help=f"Gather what quantize --statistics needs of one expert and its data. {RECIPE_HELP}")
+@click.argument("recipe", type=FOLDER)
+@click.option("--task", required=True, help="Task of the recipe whose expert and data to take.")
+@click.option("--out", required=True, type=FOLDER, help="New folder for the statistics.")
+def collect(recipe: Path, task: str, out: Path) -> None:
+    from epmq.recipe import read_recipe
+    from epmq.statistics_jobs import collect_to_folder
+
+    collect_to_folder(read_recipe(recipe), task, out)
+    click.echo(f"statistics of {task} in {out}")
 
 
 def _recipe(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, ...]) -> Recipe:
@@ -92,6 +137,7 @@ def evaluate(
 ) -> None:
     """Score MODEL, a quantized or plain checkpoint folder, by one of --recipe, --text and --lm-eval."""
     from epmq.files import write_text
+    from epmq.world import world
 
     if sum(choice is not None for choice in (recipe, text, tasks)) != 1:
         raise click.UsageError("give one of --recipe, --text and --lm-eval.")
@@ -105,18 +151,21 @@ def evaluate(
         from epmq.recipe import read_recipe
 
         result = evaluate_folder(read_recipe(recipe), model)
-        click.echo(markdown_table([result]))
+        told = [markdown_table([result])]
     elif text is not None:
         from epmq.language import text_perplexity
 
         result = text_perplexity(model, text, window, stride)
-        told = "perplexity {perplexity:.4f} ({scored} of {tokens} tokens scored, window {window}, stride {stride})"
-        click.echo(told.format(**result))
+        line = "perplexity {perplexity:.4f} ({scored} of {tokens} tokens scored, window {window}, stride {stride})"
+        told = [line.format(**result)]
     else:
         from epmq.harness import lines, run_tasks
 
         result = run_tasks(model, [name.strip() for name in str(tasks).split(",")], include, limit)
-        click.echo("\n".join(lines(result)))
+        told = lines(result)
+    if not world().main:
+        return
+    click.echo("\n".join(told))
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1))
 
@@ -218,23 +267,86 @@ def tune(shapes: tuple[str, ...], tokens: tuple[int, ...], group_size: int, dtyp
     click.echo("\n".join(tune_command(shapes, tokens, group_size, dtype)))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, ended as orderly as an interruption."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """While active, SIGTERM raises; once anything has ended the run, what is said of it is not cut off by a signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heed_no_signal() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> None:
-    """Entry point: refusals are one sentence on stderr and exit status 2, an interruption is 130."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Entry point: refusals are one sentence on stderr and exit status 2; an interruption is 130, SIGTERM 143."""
+    # Of several processes that do the same, one tells.
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    with _orderly_end():
+        _run()
+
+
+def _run() -> None:
     try:
         app(standalone_mode=False)
     except EpmqError as error:
-        print(f"epmq: {error}", file=sys.stderr)
+        _heed_no_signal()
+        _tell(str(error), error)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("epmq: interrupted; nothing half-written was left.", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _heed_no_signal()
+        # click turns an interruption into an Abort.
+        cause = error.__cause__ or error
+        ended = "terminated" if isinstance(cause, _Terminated) else "interrupted"
+        _tell(f"{ended}." if hasattr(cause, "__notes__") else f"{ended}; nothing half-written was left.", cause)
+        sys.exit(143 if isinstance(cause, _Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    _leave_the_others()
+
+
+def _tell(message: str, error: BaseException) -> None:
+    """One line about what ended the run and what is left of it, by one of its processes."""
+    if "RANK" in os.environ:
+        from epmq.world import world
+
+        if isinstance(error, KeyboardInterrupt):
+            # What started the processes ends those that are left when one has died.
+            message = world().lost() or message
+        if not world().speaks(message):
+            return
+    line = " ".join([message, *getattr(error, "__notes__", [])])
+    print(f"epmq: {line}", file=sys.stderr)
+
+
+def _leave_the_others() -> None:
+    if "RANK" in os.environ:
+        from epmq.world import world
+
+        world().close()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from epmq.errors import ConfigError
 from epmq.evaluate import markdown_table, row
 from epmq.merge import merge
 from epmq.page.document import write_page
-from epmq.report import machine
+from epmq.report import machine, write_report
 
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "turned": lambda images: images.rot90(1, (1, 2)),
@@ -151,7 +151,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     }
     with files.new_folder(out) as working:
         write_result(result, working / "int4")
-        (working / "report.json").write_text(json.dumps(result.report, indent=1))
+        write_report(working, result.report)
         (working / "results.json").write_text(json.dumps(results, indent=1))
         draw(rows, working / "accuracy.png")
         write_page(working)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
 from epmq.orientation import weight_of
-from epmq.statistics import Expert, Sample, output_error
+from epmq.statistics import Expert, Moments, Sample
 
 
 def layer_rows(
@@ -17,7 +17,7 @@ def layer_rows(
     linears: list[Any],
     outcome: GroupOutcome,
     compared: Mapping[str, Expert | None],
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, Sample | Moments],
     seconds: float,
 ) -> list[dict[str, Any]]:
     """One line per linear of a group; ``compared`` are stacked weights by the name of what made them."""
@@ -29,7 +29,7 @@ def layer_rows(
         stop = part.stop
         tasks = {
             task: {
-                label: output_error(candidate.weight[part], candidate.bias[part], sample.x, sample.y[:, part])
+                label: sample.error(candidate.of_rows(part), part)
                 for label, candidate in compared.items()
                 if candidate is not None
             }
@@ -47,3 +47,12 @@ def layer_rows(
             }
         )
     return rows
+
+
+def joined(parts: Sequence[list[dict[str, Any]]], tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """One list of lines out of several about the same linears, each with some of the tasks."""
+    lines = []
+    for alike in zip(*parts, strict=True):
+        errors = {task: found for row in alike for task, found in row["tasks"].items()}
+        lines.append({**alike[0], "tasks": {task: errors[task] for task in tasks}})
+    return lines

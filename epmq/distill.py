@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
+from epmq.shelf import read_value, write_value
 from epmq.streams import DECODER_SEQUENCES, Batch
+from epmq.world import World
 
 OpenExpert = Callable[[str], nn.Module]
+KEEP_STEPS = 20
 
 
 @dataclass
@@ -69,26 +73,42 @@ def distill(
     streams: Mapping[str, list[Batch]],
     settings: DistillSettings,
     progress: Callable[[str, int, int], None],
+    world: World | None = None,
+    kept_in: Path | None = None,
 ) -> dict[str, Any]:
     """Tune the modules ``trained`` of ``model`` (fp32), in place; returns losses and pairs for the report.
 
     open_expert: gives a task's expert as a module; one is open at a time. streams: calibration batches per task.
+    world: processes that share the tasks of every step; their gradients are added up. kept_in: a file for the state
+    after every 20 steps, from which a later call goes on.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    pairs = similar_tasks(model, streams, settings)
-    examples = _examples(open_expert, streams, pairs, settings, generator, progress)
-    metrics = {task: _metrics([e.feature for e in batches], settings) for task, batches in examples.items()}
+    world = world or World()
     parameters = _trainable(model, trained)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    kept = read_value(kept_in) if kept_in is not None and kept_in.is_file() else None
     losses: list[float] = []
-    for step in range(settings.steps):
+    pairs: dict[str, list[str]] = {}
+    start = 0
+    if kept is not None and kept["step"] == settings.steps:
+        losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
+    else:
+        pairs = similar_tasks(model, streams, settings)
+        examples = _examples(open_expert, streams, pairs, settings, generator, progress, world)
+        metrics = {task: _metrics([e.feature for e in batches], settings) for task, batches in examples.items()}
+        if kept is not None:
+            losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
+    for step in range(start, settings.steps):
         warm = min(1.0, (step + 1) / max(1.0, 0.1 * settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * warm * (1.0 - step / settings.steps)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for task, batches in examples.items():
+        for place, (task, batches) in enumerate(examples.items()):
+            # Drawn by every process, so that all draw alike.
             example = _pick(batches, settings, generator)
+            if place % world.size != world.rank:
+                continue
             feature = pooled(model, example.batch)
             loss = _distance(feature - example.feature, metrics[task][0])
             for other, wanted in example.crossed.items():
@@ -96,11 +116,15 @@ def distill(
             loss = loss / len(examples)
             loss.backward()
             total += float(loss.detach())
+        losses.append(_over_processes(parameters, total, world))
         optimizer.step()
-        losses.append(total)
+        if kept_in is not None and world.main and ((step + 1) % KEEP_STEPS == 0 or step + 1 == settings.steps):
+            _keep(kept_in, step + 1, parameters, optimizer, generator, losses, pairs)
         progress("distilling", step + 1, settings.steps)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for parameter in parameters:
+        world.spread(parameter)
     tenth = max(1, len(losses) // 10)
     return {
         "steps": settings.steps,
@@ -108,6 +132,50 @@ def distill(
         "last_loss": sum(losses[-tenth:]) / tenth,
         "pairs": sorted([first, second] for first, others in pairs.items() for second in others),
     }
+
+
+def _over_processes(parameters: list[nn.Parameter], loss: float, world: World) -> float:
+    """Add up the gradients of all processes in place; returns the sum of their losses."""
+    if world.size == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    total = torch.tensor([loss], dtype=torch.float64)
+    world.add_up([*(parameter.grad for parameter in parameters if parameter.grad is not None), total])
+    return float(total)
+
+
+def _keep(
+    path: Path,
+    step: int,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    losses: list[float],
+    pairs: dict[str, list[str]],
+) -> None:
+    moments = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
+    state = {"parameters": list(parameters), "moments": moments, "generator": generator.get_state()}
+    write_value(path, {**state, "step": step, "losses": losses, "pairs": pairs})
+
+
+@torch.no_grad()
+def _take_up(
+    kept: Mapping[str, Any],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> tuple[list[float], dict[str, list[str]], int]:
+    for parameter, value in zip(parameters, kept["parameters"], strict=True):
+        parameter.copy_(value)
+    for parameter, moments in zip(parameters, kept["moments"], strict=True):
+        if moments:
+            # Adam's count of steps stays on the CPU.
+            kept_there = {name: value.to(parameter.device) for name, value in moments.items() if name != "step"}
+            optimizer.state[parameter] = {**moments, **kept_there}
+    generator.set_state(kept["generator"])
+    return kept["losses"], kept["pairs"], kept["step"]
 
 
 @torch.no_grad()
@@ -144,8 +212,12 @@ def _examples(
     settings: DistillSettings,
     generator: torch.Generator,
     progress: Callable[[str, int, int], None],
+    world: World,
 ) -> dict[str, list[_Example]]:
-    """Originals and varied copies of every task's batches, with what the experts make of them."""
+    """Originals and varied copies of every task's batches, with what the experts make of them.
+
+    Each expert is run by one process, and what it makes of them is then known to all.
+    """
     copies = settings.copies if all(can_augment(b) for batches in streams.values() for b in batches) else 0
     everyone = torch.cat([token_pool(batches) for batches in streams.values()]) if copies else torch.empty(0)
     variants: dict[str, list[tuple[Batch, bool]]] = {}
@@ -154,19 +226,30 @@ def _examples(
         own = token_pool(batches) if copies else everyone
         for _ in range(copies):
             variants[task] += [(augmented(batch, own, everyone, generator), True) for batch in batches]
-    examples: dict[str, list[_Example]] = {}
-    crossed: dict[str, dict[str, list[Tensor]]] = {task: {} for task in streams}
-    for number, task in enumerate(streams):
-        progress(f"targets of {task}", number, len(streams))
-        expert = open_expert(task)
-        examples[task] = [_Example(batch, pooled(expert, batch), varied) for batch, varied in variants[task]]
-        for other in streams:
-            if task in pairs[other]:
-                crossed[other][task] = [pooled(expert, batch) for batch, _ in variants[other]]
-    for task, by_expert in crossed.items():
-        for other, features in by_expert.items():
-            for example, feature in zip(examples[task], features, strict=True):
-                example.crossed[other] = feature
+    shown = {expert: [expert, *(other for other in streams if expert in pairs[other])] for expert in streams}
+    found: dict[str, list[Tensor]] = {}
+    for number, expert in enumerate(streams):
+        if number % world.size == world.rank:
+            progress(f"targets of {expert}", number, len(streams))
+            module = open_expert(expert)
+            found[expert] = [pooled(module, batch) for task in shown[expert] for batch, _ in variants[task]]
+    width = max(world.gather(max((features[0].shape[1] for features in found.values()), default=0)))
+    device = next(iter(streams.values()))[0].held.device
+    for expert in streams:
+        sizes = [len(batch.held) for task in shown[expert] for batch, _ in variants[task]]
+        own = torch.cat(found[expert]) if expert in found else torch.empty(0, width, device=device)
+        found[expert] = list(world.concat(own).split(sizes))
+    examples = {
+        task: [_Example(batch, feature, varied) for (batch, varied), feature in zip(variants[task], found[task])]  # noqa: B905
+        for task in streams
+    }
+    for expert, tasks in shown.items():
+        features = iter(found[expert])
+        for task in tasks:
+            for example in examples[task]:
+                feature = next(features)
+                if task != expert:
+                    example.crossed[expert] = feature
     return examples
 
 

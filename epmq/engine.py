@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +25,37 @@ from epmq.blocks import (
     running_order,
 )
 from epmq.config import QuantConfig
-from epmq.diagnose import layer_rows
+from epmq.diagnose import joined, layer_rows
 from epmq.errors import CalibrationError, ConfigError, NumericalError
-from epmq.group import anchor_strength, quantize_group
+from epmq.group import GroupOutcome, anchor_strength, quantize_group
 from epmq.inside import Seen, outputs, run_inside
 from epmq.memory import give_back_free_memory
 from epmq.norms import NormStatistics, correct
 from epmq.orientation import is_linear
-from epmq.quantized import QuantizedTensor
-from epmq.reuse import OutputStore
+from epmq.progress import Sink, Stage
+from epmq.reuse import DEFAULT_LIMIT_BYTES, OutputStore
+from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import WeightSource, all_finite, require_same_layout
-from epmq.stacks import Deployed, deploy, parted, read_stack, stacked
+from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype
+from epmq.states import States
 from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
-from epmq.streams import SEQUENCES, Batch, make_streams, rows_of, split_held
+from epmq.streams import Batch, make_streams, rows_of, sequence_of, shared, split_held
+from epmq.world import World
 
 Progress = Callable[[str, int, int], None]
 
 
-class Sink(Protocol):
-    """Takes finished tensors of a block, each name once."""
+@dataclass(frozen=True)
+class Surroundings:
+    """Where an engine works. world: the processes that share the work. shelf: where hidden states are kept.
+    reuse_bytes: memory for outputs of finished linears. stage: its part of a journal, or None when a run that is cut
+    off need not go on."""
 
-    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None: ...
-
-    def tensor(self, name: str, tensor: Tensor) -> None: ...
+    world: World = field(default_factory=World)
+    shelf: Shelf = field(default_factory=Shelf)
+    reuse_bytes: int = DEFAULT_LIMIT_BYTES
+    stage: Stage | None = None
 
 
 class Engine:
@@ -65,11 +72,18 @@ class Engine:
         sink: Sink,
         progress: Progress = lambda what, done, total: None,
         device: torch.device | None = None,
+        around: Surroundings | None = None,
     ):
+        around = around or Surroundings()
         self.device = device or torch.device("cpu")
-        self.config, self.sink, self.progress = config, sink, progress
+        self.world, self.stage, self.around = around.world, around.stage, around
+        self.config, self.sink, self.progress = config, self.stage or sink, progress
         self.merged, self.base, self.experts = merged, base, dict(experts)
-        self.streams = make_streams(calibration, self.device) if calibration or config.method != "rtn" else {}
+        everything = make_streams(calibration, self.device) if calibration or config.method != "rtn" else {}
+        self.streams = shared(everything, self.world)
+        self.states = States(around.shelf, self.streams)
+        self._batches = {task: len(batches) for task, batches in everything.items()}
+        self._first = next(iter(everything.values()))[0].inputs if everything else {}
         self._check_tasks()
         if config.rho != 1.0 and base is None:
             raise ConfigError("rho: an anchor away from the merged weights needs the base model; give base.")
@@ -81,7 +95,7 @@ class Engine:
         self.layers: list[dict[str, Any]] = []
         self.block_rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.store = OutputStore()
+        self.store = OutputStore(self.around.reuse_bytes)
         self.sequence: str | None = None
         self.matched: set[str | None] = set()
 
@@ -90,18 +104,21 @@ class Engine:
         """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
         fill(self.runner.model, "", self.merged, torch.float32, self.device)
         if self.streams:
-            for address in self.runner.follow(next(iter(self.streams.values()))[0].inputs):
+            for address in self.runner.follow(self._first):
                 self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.runner.addresses)
-        current_list: str | None = None
-        for number, address in enumerate(self.runner.addresses):
+        start = self._take_up(total)
+        current_list = self.runner.addresses[start - 1].list_name if start else None
+        for number, address in enumerate(self.runner.addresses[start:], start):
             self.progress(address.name, number, total)
             if address.list_name != current_list:
                 current_list = address.list_name
                 self.sequence = self._sequence(address)
                 if self.uses_features:
                     self._start_expert_streams(address)
+            known = len(self.layers)
             self._block(address)
+            self._commit(number, self.layers[known:], number + 1 == total)
             give_back_free_memory()
         self.progress("done", total, total)
         if not self.layers and self.streams:
@@ -112,6 +129,27 @@ class Engine:
             if pattern not in self.matched
         ]
         return {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
+
+    def _take_up(self, total: int) -> int:
+        """What earlier starts of this run found; returns the number of blocks that are finished."""
+        if self.stage is None:
+            return 0
+        for rows in self.stage.take_up(self.states, total):
+            self.layers += rows["layers"]
+            self.block_rows.append(rows["block"])
+            self.notes += rows["notes"]
+            self.matched.update(rows["matched"])
+            self.sequence = rows["sequence"]
+        return self.stage.finished
+
+    def _commit(self, number: int, layers: list[dict[str, Any]], last: bool) -> None:
+        self.notes = sorted({note for notes in self.world.gather(sorted(set(self.notes))) for note in notes})
+        if self.stage is not None:
+            rows: dict[str, Any] = {"layers": layers, "block": self.block_rows[-1], "notes": self.notes}
+            # What later blocks and the end of the run need of this one.
+            rows |= {"matched": sorted(p for p in self.matched if p is not None), "sequence": self.sequence}
+            note = self.stage.commit(number, rows, self.states, last)
+            self.notes += [] if note is None else [note]
 
     def _check_tasks(self) -> None:
         if self.config.needs_experts and not self.experts:
@@ -125,25 +163,33 @@ class Engine:
             if task not in self.streams:
                 raise CalibrationError(f"expert {task!r} has no calibration data under that task name.")
 
+    def _any_batch(self) -> tuple[str, Batch]:
+        """The first batch of this process."""
+        return next((task, batches[0]) for task, batches in self.streams.items() if batches)
+
     def _sequence(self, address: BlockAddress) -> str | None:
-        """The input whose positions the blocks of a list work on; None where it is not one of the usual ones."""
-        for batches in self.streams.values():
-            given = [key for key in SEQUENCES if isinstance(batches[0].inputs.get(key), Tensor)]
-            if len(given) < 2:
-                return next(iter(given), None)
-            reads = partial(self.runner.depends_on, address, batches[0].inputs, batches[0].deployed)
-            return next(filter(reads, given), None)
-        return None
+        """The input whose positions the blocks of a list work on, as the main process finds it."""
+        found = None
+        if self.streams and self.world.main:
+            task, batch = self._any_batch()
+            found = sequence_of(self.runner, address, batch.inputs, self.states.deployed(task, batch.number))
+        sequence: str | None = self.world.from_main(found)
+        return sequence
 
     def _start_expert_streams(self, address: BlockAddress) -> None:
         """What every expert feeds to the first block of a list, made with the expert's own outer weights."""
         for task, batches in self.streams.items():
             fill(self.runner.model, "", self.experts[task], torch.float32, self.device)
             for batch in batches:
-                # A state of its own: these arguments are made with the expert's outer weights.
-                call = self.runner.capture(address, batch.inputs, StreamState(batch.expert.outputs))
-                batch.expert_hidden, batch.expert_sequences = call.hidden, call.sequences()
+                before = StreamState(self.states.outputs_inside(task, batch.number))
+                self.states.start_inside(task, batch.number, self.runner.capture(address, batch.inputs, before))
         fill(self.runner.model, "", self.merged, torch.float32, self.device)
+
+    def _capture(self, address: BlockAddress, task: str, batch: Batch) -> BlockCall:
+        state = self.states.deployed(task, batch.number)
+        call = self.runner.capture(address, batch.inputs, state)
+        self.states.remember(task, batch.number, address, state)
+        return call
 
     def _load(self, address: BlockAddress, source: WeightSource) -> nn.Module:
         block = copy.deepcopy(self.runner.block(address))
@@ -152,18 +198,20 @@ class Engine:
 
     def _block(self, address: BlockAddress) -> None:
         started = time.perf_counter()
-        self.store = OutputStore()
+        self.store = OutputStore(self.around.reuse_bytes)
         block = self._load(address, self.merged)
         outcomes: Deployed = {}
         if self.streams:
             steps = self._steps(address, block)
-            captures = self._inside_experts(address, block, steps) if self.uses_features else {}
+            if self.uses_features:
+                self._inside_experts(address, block, steps)
             for step in steps:
                 if isinstance(step, InputGroup):
-                    outcomes.update(self._group(address, block, step, captures))
+                    outcomes.update(self._group(address, block, step))
                     self.store.final += step.linears
                 else:
-                    self._norm(address, block, step, captures)
+                    self._norm(address, block, step)
+            self.states.forget_seen()
             self._advance(address, block)
         else:
             for name, module in block.named_modules():
@@ -172,7 +220,7 @@ class Engine:
         for name, module in block.named_modules():
             if is_linear(module) and name not in outcomes and self.config.selects(f"{address.name}.{name}"):
                 self.notes.append(f"{address.name}.{name}: not reached on the calibration inputs; left unquantized.")
-        self._hand_out(address, block, outcomes)
+        hand_out(self.sink, self.merged, address, block, outcomes)
         self.block_rows.append(
             {
                 "block": address.name,
@@ -183,24 +231,26 @@ class Engine:
 
     def _steps(self, address: BlockAddress, block: nn.Module) -> list[InputGroup | str]:
         """Groups of linears and, when they are refitted, norms, in the order the block runs them."""
-        batch = next(iter(self.streams.values()))[0]
+        if not self.world.main:
+            told = self.world.from_main(None)
+            return [step if isinstance(step, str) else InputGroup(tuple(step[0]), step[1]) for step in told]
+        task, batch = self._any_batch()
 
         def call() -> BlockCall:
             # Captured anew for each run: a block may fill a cache it is given.
-            return self.runner.capture(address, batch.inputs, batch.deployed)
+            return self._capture(address, task, batch)
 
         groups = input_groups(block, call(), lambda name: self.config.selects(f"{address.name}.{name}"))
-        if not self.config.norm_refit or not self.uses_features:
-            return list(groups)
-        first = {group.first: group for group in groups}
-        norms = [name for name, module in block.named_modules() if is_norm(module)]
-        return [first.get(name, name) for name in running_order(block, call(), norms + list(first))]
+        steps: list[InputGroup | str] = list(groups)
+        if self.config.norm_refit and self.uses_features:
+            first = {group.first: group for group in groups}
+            norms = [name for name, module in block.named_modules() if is_norm(module)]
+            steps = [first.get(name, name) for name in running_order(block, call(), norms + list(first))]
+        self.world.from_main([s if isinstance(s, str) else [list(s.linears), s.sequence] for s in steps])
+        return steps
 
-    def _inside_experts(
-        self, address: BlockAddress, block: nn.Module, steps: list[InputGroup | str]
-    ) -> dict[str, list[Seen]]:
+    def _inside_experts(self, address: BlockAddress, block: nn.Module, steps: list[InputGroup | str]) -> None:
         """One run of each expert's block: what its groups read (or give) and its norms give, per batch."""
-        captures: dict[str, list[Seen]] = {}
         read: list[str] = []
         given: list[str] = []
         for step in steps:
@@ -211,20 +261,17 @@ class Engine:
             else:
                 read.append(step.first)
         for task, batches in self.streams.items():
+            if not batches:
+                continue
             expert_block = self._load(address, self.experts[task])
-            captures[task] = []
             for batch in batches:
-                assert batch.expert_hidden is not None
-                call = self.runner.capture(address, batch.inputs, batch.expert).with_hidden(batch.expert_hidden)
-                output, seen = run_inside(expert_block, call.with_sequences(batch.expert_sequences), read, given)
-                batch.expert.advance(address.list_name, output)
-                batch.expert_hidden = hidden_of(output)
-                captures[task].append(seen)
-        return captures
+                inside = self.states.inside(task, batch.number)
+                call = self.runner.capture(address, batch.inputs, StreamState(inside.outputs))
+                output, seen = run_inside(expert_block, inside.within(call), read, given)
+                self.states.go_inside(task, batch.number, inside, address.list_name, output)
+                self.states.keep_seen(task, batch.number, seen)
 
-    def _group(
-        self, address: BlockAddress, block: nn.Module, group: InputGroup, captures: dict[str, list[Seen]]
-    ) -> Deployed:
+    def _group(self, address: BlockAddress, block: nn.Module, group: InputGroup) -> Deployed:
         started = time.perf_counter()
         config = self.config
         where = f"{address.name}.{group.first}"
@@ -232,83 +279,96 @@ class Engine:
         merged = stacked(linears)
         anchor = self._anchor(address, group, linears, merged)
         rows, columns = merged.weight.shape
-        problem, plain = self._empty(rows, columns), self._empty(0, columns)
+        pieces = parted(group, linears, lambda name: config.override_of(f"{address.name}.{name}"))
+        # Rows are independent once the sums over all processes' inputs are known: each process takes some of them, but
+        # where linears differ in their settings all of them.
+        own = self.world.rows(rows) if len(pieces) == 1 else slice(0, rows)
+        own_anchor, own_merged = anchor.of_rows(own), merged.of_rows(own)
+        count = len(own_anchor.bias)
+        problem, plain = self._empty(count, columns), self._empty(0, columns)
         samples: dict[str, Sample] = {}
         automatic = config.method == "epmq" and config.anchor == "auto"
         split = (problem, problem)
         if automatic:
-            split = (self._empty(rows, columns), self._empty(rows, columns))
-        for task, batches in self.streams.items():
+            split = (self._empty(count, columns), self._empty(count, columns))
+        for place, task in enumerate(self.streams):
             expert = merged
             if self.experts:
                 expert = read_stack(self.experts[task], address, group, linears, self.device)
-            fitted, held = self._task_statistics(task, batches, address, block, group, expert, captures, automatic)
+            fitted, held = self._task_statistics(task, address, block, group, expert, automatic)
+            own_expert = expert.of_rows(own)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
-                    into.fold(part, expert, anchor, config.alpha, config.task_weights, config.gamma)
+                    part = part.of_rows(own)
+                    into.fold(part, own_expert, own_anchor, config.alpha, config.task_weights, config.gamma)
                 fitted.join(held)
             if config.needs_experts:
-                problem.fold(fitted, expert, anchor, config.alpha, config.task_weights, config.gamma)
+                part = fitted.of_rows(own)
+                problem.fold(part, own_expert, own_anchor, config.alpha, config.task_weights, config.gamma)
             else:
                 problem.fold_inputs(fitted, config.task_weights)
+            if not all_finite(problem.sum_pull):
+                raise NumericalError(
+                    f"{where}: the targets of task {task!r} are NaN or Inf; check its expert's weights."
+                )
             if config.gamma != 1.0:
                 plain.fold_inputs(fitted, config.task_weights)
-            samples[task] = fitted.sampled(expert, config.alpha)
+            if place % self.world.size == self.world.rank:
+                samples[task] = fitted.sampled(expert, config.alpha)
         refit = config.refits_bias and all(linear.bias is not None for linear in linears)
-        if automatic and refit:
-            split = (split[0].centred(), split[1].centred())
-        strength = anchor_strength(config, *split)
+        if automatic:
+            split = (split[0].whole(own, rows, self.world), split[1].whole(own, rows, self.world))
+            if refit:
+                split = (split[0].centred(), split[1].centred())
+        strength = self.world.from_main(anchor_strength(config, *split) if self.world.main else None)
         inputs = plain if config.gamma != 1.0 else problem
-        stored = stored_scale_dtype(config, self.merged, f"{address.name}.{group.first}")
+        stored = stored_scale_dtype(config, self.merged, where)
         result: Deployed = {}
-        for piece in parted(group, linears, lambda name: config.override_of(f"{address.name}.{name}")):
-            own = config.of(piece.pattern)
+        for piece in pieces:
+            settings = config.of(piece.pattern)
             its_problem = problem.of_rows(piece.rows)
             its_inputs = its_problem if inputs is problem else inputs
-            its_merged, its_anchor = merged.of_rows(piece.rows), anchor.of_rows(piece.rows)
-            outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, own, refit, stored, where)
+            its_anchor, its_merged = own_anchor.of_rows(piece.rows), own_merged.of_rows(piece.rows)
+            outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, settings, refit, stored, where)
+            outcome = outcome.whole(own, rows, self.world)
             if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
                 raise NumericalError(f"{where}: the quantized weights are not finite.")
-            gptq = self._plain_gptq(its_inputs, its_merged, own, stored, where)
+            gptq = self._plain_gptq(its_inputs, its_merged, settings, stored, where)
             result.update(deploy(piece.group, piece.linears, outcome))
-            compared = {"merged": its_merged, "gptq": None if gptq is None else Expert(gptq, its_merged.bias)}
+            compared = {"merged": merged.of_rows(piece.rows)}
+            if gptq is not None:
+                compared["gptq"] = Expert(gptq.whole(own, rows, self.world).weight, compared["merged"].bias)
             compared[config.method] = Expert(outcome.weight, outcome.bias)
             seen = {task: Sample(sample.x, sample.y[:, piece.rows]) for task, sample in samples.items()}
             seconds = (time.perf_counter() - started) * len(outcome.weight) / rows
-            self.layers += layer_rows(address, piece.group, piece.linears, outcome, compared, seen, seconds)
+            told = layer_rows(address, piece.group, piece.linears, outcome, compared, seen, seconds)
+            self.layers += joined(self.world.gather(told), self.streams)
             self.matched.add(piece.pattern)
         return result
 
     def _task_statistics(
-        self,
-        task: str,
-        batches: list[Batch],
-        address: BlockAddress,
-        block: nn.Module,
-        group: InputGroup,
-        expert: Expert,
-        captures: dict[str, list[Seen]],
-        automatic: bool,
+        self, task: str, address: BlockAddress, block: nn.Module, group: InputGroup, expert: Expert, automatic: bool
     ) -> tuple[TaskStatistics, TaskStatistics | None]:
+        """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
         outputs_of, columns = expert.weight.shape
         of_outputs = narrows(block, group)
         targets = None
         if self.uses_features and self.config.alpha > 0:
             targets = outputs_of if of_outputs else columns
-        fitted = TaskStatistics(columns, targets, of_outputs, device=self.device)
-        held = TaskStatistics(columns, targets, of_outputs, device=self.device) if automatic else None
-        sample = max(1, SAMPLE_ROWS // len(batches))
-        for number, batch in enumerate(batches):
-            call = self.runner.capture(address, batch.inputs, batch.deployed)
-            with self.store.active(block, (task, number)):
+        fitted = TaskStatistics(columns, targets, of_outputs, device=self.device, exact=True)
+        held = TaskStatistics(columns, targets, of_outputs, device=self.device, exact=True) if automatic else None
+        sample = max(1, SAMPLE_ROWS // self._batches[task])
+        for batch in self.streams[task]:
+            call = self._capture(address, task, batch)
+            with self.store.active(block, (task, batch.number)):
                 x = input_of(block, call, group.first)
             rows, weights, matched = rows_of(x, batch.weights_of(self.sequence if group.sequence is None else None))
             if not matched:
                 self.notes.append(f"{address.name}.{group.first}: reads no row per position; all its rows count alike.")
             target = None
             if targets is not None:
-                seen = captures[task][number]
-                inside = torch.cat([seen[name] for name in group.linears], -1) if of_outputs else seen[group.first]
+                names = group.linears if of_outputs else (group.first,)
+                inside = torch.cat([self.states.seen(task, batch.number, name) for name in names], -1)
                 target = inside.reshape(-1, inside.shape[-1])
                 target = target - expert.bias if of_outputs else target
             if held is None:
@@ -317,6 +377,9 @@ class Engine:
                 fit_weights, held_weights = split_held(rows, weights, x, batch)
                 fitted.add(rows, target, fit_weights, sample)
                 held.add(rows, target, held_weights)
+        for statistics in (fitted, held):
+            if statistics is not None:
+                statistics.over(self.world)
         fitted.check(task, f"{address.name}.{group.first}")
         if held is not None and held.weight <= 0:
             raise CalibrationError(
@@ -335,96 +398,67 @@ class Engine:
 
     def _plain_gptq(
         self, inputs: Folded, merged: Expert, config: QuantConfig, stored: torch.dtype, where: str
-    ) -> Tensor | None:
+    ) -> GroupOutcome | None:
         if not config.diagnostics or config.bits is None or config.method == "gptq":
             return None
         plain = config.model_copy(update={"method": "gptq", "damp": None, "gamma": 1.0})
-        return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where).weight
+        return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where)
 
     def _nearest(self, address: BlockAddress, name: str, linear: nn.Module) -> Deployed:
-        group = InputGroup((name,))
+        where = f"{address.name}.{name}"
         merged = stacked([linear])
         empty = self._empty(0, merged.weight.shape[1])
-        stored = stored_scale_dtype(self.config, self.merged, f"{address.name}.{group.first}")
-        pattern = self.config.override_of(f"{address.name}.{name}")
+        pattern = self.config.override_of(where)
         self.matched.add(pattern)
-        config = self.config.of(pattern)
-        outcome = quantize_group(empty, empty, merged, 0.0, config, False, stored, f"{address.name}.{name}")
-        return deploy(group, [linear], outcome)
+        stored = stored_scale_dtype(self.config, self.merged, where)
+        outcome = quantize_group(empty, empty, merged, 0.0, self.config.of(pattern), False, stored, where)
+        return deploy(InputGroup((name,)), [linear], outcome)
 
-    def _norm(self, address: BlockAddress, block: nn.Module, name: str, captures: dict[str, list[Seen]]) -> None:
+    def _norm(self, address: BlockAddress, block: nn.Module, name: str) -> None:
         norm = block.get_submodule(name)
         weight: Tensor = norm.weight  # type: ignore[assignment]
         moments = NormStatistics(weight.shape[0], self.device)
         for task, batches in self.streams.items():
             own = NormStatistics(weight.shape[0], self.device)
-            for number, batch in enumerate(batches):
-                call = self.runner.capture(address, batch.inputs, batch.deployed)
+            for batch in batches:
+                call = self._capture(address, task, batch)
                 seen: Seen = {}
-                with self.store.active(block, (task, number)), outputs(block, [name], seen):
+                with self.store.active(block, (task, batch.number)), outputs(block, [name], seen):
                     call.run(block)
                 z, weights, _ = rows_of(seen[name], batch.weights_of(self.sequence))
-                y, _, _ = rows_of(captures[task][number][name], None)
+                y, _, _ = rows_of(self.states.seen(task, batch.number, name), None)
                 own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
+            own.over(self.world)
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
 
     def _advance(self, address: BlockAddress, block: nn.Module) -> None:
         """Run the finished block: its outputs are what the next one is calibrated on."""
         for task, batches in self.streams.items():
-            for number, batch in enumerate(batches):
-                call = self.runner.capture(address, batch.inputs, batch.deployed)
-                with self.store.active(block, (task, number)):
+            for batch in batches:
+                call = self._capture(address, task, batch)
+                with self.store.active(block, (task, batch.number)):
                     output = call.run(block)
                 if not all_finite(hidden_of(output)):
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
-                batch.deployed.advance(address.list_name, output)
+                self.states.advance(task, batch.number, address.list_name, output)
 
     def _hidden_errors(self, address: BlockAddress) -> dict[str, float]:
-        errors = {}
-        for task, batches in self.streams.items():
-            error = energy = 0.0
+        sums = torch.zeros(len(self.streams), 2, dtype=torch.float64)
+        for place, (task, batches) in enumerate(self.streams.items()):
             for batch in batches:
-                assert batch.expert_hidden is not None
-                inside, weights, _ = rows_of(batch.expert_hidden, batch.weights_of(self.sequence))
-                ours = hidden_of(batch.deployed.outputs[address.list_name]).reshape(inside.shape)
+                hidden = self.states.inside(task, batch.number).hidden
+                inside, weights, _ = rows_of(hidden, batch.weights_of(self.sequence))
+                outputs_now = self.states.deployed(task, batch.number).outputs
+                ours = hidden_of(outputs_now[address.list_name]).reshape(inside.shape)
                 r = inside.new_ones(len(inside)) if weights is None else weights
-                error += float((r.unsqueeze(1) * (ours - inside).square()).sum())
-                energy += float((r.unsqueeze(1) * inside.square()).sum())
-            errors[task] = error / max(energy, 1e-30)
-        return errors
+                sums[place, 0] += float((r.unsqueeze(1) * (ours - inside).square()).sum())
+                sums[place, 1] += float((r.unsqueeze(1) * inside.square()).sum())
+        self.world.add_up([sums])
+        return {
+            task: float(error / energy.clamp_min(1e-30))
+            for task, (error, energy) in zip(self.streams, sums, strict=True)
+        }
 
     def _empty(self, rows: int, columns: int) -> Folded:
         return Folded.empty(rows, columns, device=self.device)
-
-    def _hand_out(
-        self,
-        address: BlockAddress,
-        block: nn.Module,
-        outcomes: Deployed,
-    ) -> None:
-        done: set[str] = set()
-        for name, (quantized, bias) in outcomes.items():
-            done.update((f"{name}.weight", f"{name}.bias"))
-            key = f"{address.name}.{name}"
-            stored = self.merged.dtype(f"{key}.weight")
-            bias = None if bias is None else bias.to(stored)
-            if quantized is not None:
-                self.sink.linear(key, quantized, bias)
-            else:
-                self.sink.tensor(f"{key}.weight", block.get_parameter(f"{name}.weight").detach().to(stored))
-                if bias is not None:
-                    self.sink.tensor(f"{key}.bias", bias)
-        for name, tensor in block.state_dict().items():
-            if name not in done:
-                key = f"{address.name}.{name}"
-                self.sink.tensor(key, tensor.to(self.merged.dtype(key)))
-
-
-def stored_scale_dtype(config: QuantConfig, merged: WeightSource, linear: str) -> torch.dtype:
-    """The dtype of a linear's scales: the setting, or the weight's own (float32 for float64)."""
-    if config.scale_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.scale_dtype)
-        return dtype
-    stored = merged.dtype(f"{linear}.weight")
-    return torch.float32 if stored == torch.float64 else stored

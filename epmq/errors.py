@@ -16,6 +16,10 @@ class SourceError(EpmqError):
     """A checkpoint, shard or tensor that cannot be read or does not fit the others."""
 
 
+class ChangedError(SourceError):
+    """A file that was changed or vanished while it was in use."""
+
+
 class CalibrationError(EpmqError):
     """Calibration data that is missing, empty, or does not fit the experts."""
 
@@ -34,6 +38,10 @@ class FormatError(EpmqError):
 
 class OutputError(EpmqError):
     """An output folder that cannot be written."""
+
+
+class ProcessError(EpmqError):
+    """Another process of the same run that ended or no longer answers."""
 
 
 class ExtensionError(EpmqError, ImportError):

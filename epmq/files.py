@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,16 +11,19 @@ from pathlib import Path
 
 from epmq.errors import OutputError
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
+def new_folder(target: str | Path, working: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the body ends well, and vanishes otherwise.
 
-    ``target`` may be absent or an empty folder. Raises OutputError when it holds something or cannot be made.
+    ``target`` may be absent or an empty folder. ``working``: another place for the temporary folder, on the same file
+    system. Raises OutputError when ``target`` holds something or cannot be made.
     """
     target = Path(target).resolve()
     check_free(target)
-    working = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    working = working or target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(working, ignore_errors=True)
@@ -34,11 +38,50 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         os.rename(working, target)
         _flush(target.parent)
     except OSError as error:
-        raise OutputError(
-            f"{target}: writing the output failed ({error}); {_mebibytes(free_bytes(target))} are free there."
-        ) from error
+        raise _refused(error, Path(error.filename or target), f"{target}: writing the output failed") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(path: Path, size: int = 0) -> Iterator[Path]:
+    """A temporary name beside ``path``; when the body ends well the file written there is flushed and takes its name.
+
+    size: bytes that are about to be written, for the message. Raises OutputError naming the file, and the space
+    needed when the disk is full; nothing is left then.
+    """
+    working = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield working
+        _flush(working)
+        os.rename(working, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _refused(error, path, f"{path}: the file cannot be written", size) from error
+    finally:
+        with suppress(OSError):
+            working.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_space(path: Path, size: int = 0) -> Iterator[None]:
+    """Errors of the system while ``size`` bytes are written to ``path``, as OutputErrors that name both."""
+    try:
+        yield
+    except OSError as error:
+        raise _refused(error, path, f"{path}: the file cannot be written", size) from error
+
+
+def _refused(error: OSError, path: Path, sentence: str, size: int = 0) -> OutputError:
+    if error.errno not in NO_SPACE:
+        return OutputError(f"{sentence} ({error.strerror or error}).")
+    needed = f"{size:,} bytes are needed for it" if size else "it does not fit"
+    limit = "the file would pass the size limit" if error.errno == errno.EFBIG else "the disk is full"
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} are free"
+    except OSError:
+        free = "and how much is free cannot be told"
+    return OutputError(f"{path}: {limit}: {needed}, {free}; make room there.")
 
 
 def check_free(target: str | Path) -> None:
@@ -77,19 +120,10 @@ def free_bytes(target: str | Path) -> int:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     path = Path(path)
-    working = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with naming_space(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(working, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.rename(working, path)
-    except OSError as error:
-        raise OutputError(f"{path}: the file cannot be written ({error.strerror}).") from error
-    finally:
-        with suppress(OSError):
-            working.unlink(missing_ok=True)
+    with written_whole(path, len(text.encode())) as working:
+        working.write_text(text, encoding="utf-8")
 
 
 def rename_within(folder: Path, names: dict[str, str]) -> None:
@@ -100,6 +134,23 @@ def rename_within(folder: Path, names: dict[str, str]) -> None:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def link(existing: Path, path: Path) -> None:
+    """Give a file a second name, in place of what had that name; a copy where the file system knows no links."""
+    with written_whole(path, existing.stat().st_size) as working:
+        try:
+            os.link(existing, working)
+        except OSError:
+            shutil.copyfile(existing, working)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush_tree(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from epmq.quantized import QuantizedTensor
 from epmq.solve import Factor, choose_anchor, factorize, solve_right
 from epmq.statistics import Expert, Folded
 from epmq.sweep import column_order, quantize_to_nearest, quantize_weight
+from epmq.world import World
 
 PLAIN_GPTQ_DAMP = 0.01
 
@@ -31,6 +32,19 @@ class GroupOutcome:
     anchor: float
     damp: float
     escalated: bool = False
+
+    def whole(self, own: slice, rows: int, world: World) -> GroupOutcome:
+        """All ``rows`` of a group, when this is a process's share ``own`` of them."""
+        if own == slice(0, rows):
+            return self
+        if self.quantized is None:
+            weight, quantized = world.concat(self.weight), None
+        else:
+            q = self.quantized
+            zeros = None if q.zeros is None else world.concat(q.zeros)
+            quantized = QuantizedTensor(world.concat(q.codes), world.concat(q.scales), zeros, q.bits, q.group_size)
+            weight = quantized.dequantize()
+        return replace(self, weight=weight, quantized=quantized, bias=world.concat(self.bias))
 
 
 def default_damp(config: QuantConfig, anchor: float) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from epmq import files
@@ -19,24 +22,34 @@ from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
 from epmq.devices import compute_device
-from epmq.engine import stored_scale_dtype
+from epmq.engine import Surroundings
 from epmq.errors import ConfigError, SourceError
+from epmq.estimate import estimate
 from epmq.evaluate import load_task, row, score
+from epmq.fingerprint import fingerprint
 from epmq.formats.kinds import format_of, open_writer
-from epmq.formats.packed import planned_linear
+from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
 from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
+from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
+from epmq.progress import Discard, Journal
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
-from epmq.report import build_report, write_report
+from epmq.report import build_report, whole_report, write_report
+from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource, iterate, total_bytes
+from epmq.stacks import stored_scale_dtype
+from epmq.world import by_turns, processes_here, world
+
+# Of the memory that is free, what a run without a setting takes.
+MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -96,54 +109,142 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         carry_files(recipe.base, working, stored_dtype(recipe))
 
 
-def quantize_to_folder(recipe: Recipe, out: str | Path) -> dict[str, Any]:
+def quantize_to_folder(
+    recipe: Recipe, out: str | Path, resume: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Merge and quantize a recipe's model into a new folder; returns the report, which is left there too.
 
-    The merged model is never written nor held: one block of one model at a time is read, computed and written.
+    The merged model is never written nor held: one block of one model at a time is read, computed and written. What is
+    finished lies in a working folder beside ``out`` (:mod:`epmq.progress`), from which a run with ``resume`` goes on.
+    tell: gets the estimate of time, memory and disk. Several processes may call this together (:mod:`epmq.world`);
+    those that do not write get an empty report.
     """
-    files.check_free(out)
+    at = world()
+    journal = Journal(out, at)
+    if at.main:
+        journal.check(resume)
+        if journal.already_done():
+            found: dict[str, Any] = whole_report(journal.out)
+            return found
+    started = time.perf_counter()
+    job = _opened(recipe)
+    around, lines = _surroundings(recipe, journal, job)
+    if at.main:
+        tell(lines)
+    # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
+    writer = planned_writer(recipe, journal.result, job.skeleton, job.sources)
+    with journal.kept(lambda: fingerprint(recipe, job.device)):
+        place = files.new_folder(out, journal.result) if at.main else nullcontext()
+        with place as working, progress_bar("quantizing") as progress:
+            found = run(
+                job.skeleton,
+                job.sources.merged,
+                job.sources.base,
+                job.sources.experts,
+                job.calibration,
+                recipe.quantization,
+                writer if at.main else Discard(),
+                progress if at.main else lambda *_: None,
+                job.device,
+                around,
+                journal,
+            )
+            if working is None:
+                return {}
+            report = finish(recipe, working, writer, job.skeleton, job.sources, found, started)
+            journal.mark_finished()
+    return report
+
+
+def planned_writer(recipe: Recipe, folder: Path, skeleton: nn.Module, sources: Sources) -> Writer:
+    """The writer of the recipe's format into ``folder``, which need not be there yet.
+
+    Raises FormatError for a model or settings that the format cannot hold.
+    """
+    writer = open_writer(recipe.format, folder, skeleton, main_dtype(sources.merged), recipe.shard_bytes)
+    writer.plan(planned_linears(skeleton, sources.merged, recipe.quantization))
+    return writer
+
+
+def finish(
+    recipe: Recipe,
+    working: Path,
+    writer: Writer,
+    skeleton: nn.Module,
+    sources: Sources,
+    found: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Write what is not of the blocks, carried files, what the format adds, the report, which is returned, its page and
+    the model card."""
+    written = set(writer.shards.names)
+    blocks = tuple(f"{row['block']}." for row in found["blocks"])
+    for key in sources.merged.keys():
+        if not key.startswith(blocks) and key not in written:
+            writer.tensor(key, sources.merged.tensor(key))
+    found["notes"] += sources.notes
+    for key in sources.dropped:
+        found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
+    carry_files(recipe.base, working, stored_dtype(recipe))
+    writer.finish()
+    sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
+    report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
+    write_report(working, {**report, "processes": world().size})
+    write_page(working)
+    write_card(working, type(skeleton).__name__, recipe.format, writer.limits(), report, made_from(recipe))
+    return report
+
+
+def estimate_job(recipe: Recipe, out: str | Path) -> str:
+    """What quantizing a recipe would take, in words; raises what the run itself would refuse before it starts."""
+    journal, job = Journal(out, world()), _opened(recipe)
+    planned_writer(recipe, journal.result, job.skeleton, job.sources)
+    return _surroundings(recipe, journal, job)[1]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A recipe's model, weights and tokenised texts, and the device to compute on."""
+
+    skeleton: nn.Module
+    sources: Sources
+    calibration: dict[str, list[dict[str, Tensor]]]
+    device: torch.device
+
+
+def _opened(recipe: Recipe) -> _Job:
     if recipe.calibration is None and recipe.quantization.method != "rtn":
         names = ", ".join(recipe.experts) or "the model"
         raise ConfigError(
             f"method {recipe.quantization.method!r} needs calibration texts for {names}: give calibration: in the"
             " recipe, or --calibration EXPERT=FILE beside --mergekit."
         )
-    device = compute_device(recipe.device)
-    started = time.perf_counter()
+    device = device_of(recipe)
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
-    sources = open_sources(recipe, skeleton)
-    calibration = calibration_of(recipe)
-    with files.new_folder(out) as working:
-        writer = open_writer(recipe.format, working, skeleton, main_dtype(sources.merged), recipe.shard_bytes)
-        writer.plan(planned_linears(skeleton, sources.merged, recipe.quantization))
-        with progress_bar("quantizing") as progress:
-            found = run(
-                skeleton,
-                sources.merged,
-                sources.base,
-                sources.experts,
-                calibration,
-                recipe.quantization,
-                writer,
-                progress,
-                device,
-            )
-        written = set(writer.shards.names)
-        blocks = tuple(f"{row['block']}." for row in found["blocks"])
-        for key in sources.merged.keys():
-            if not key.startswith(blocks) and key not in written:
-                writer.tensor(key, sources.merged.tensor(key))
-        found["notes"] += sources.notes
-        for key in sources.dropped:
-            found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
-        carry_files(recipe.base, working, stored_dtype(recipe))
-        writer.finish()
-        sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
-        report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
-        write_report(working, report)
-        write_page(working)
-        write_card(working, type(skeleton).__name__, recipe.format, writer.limits(), report, made_from(recipe))
-    return report
+    return _Job(skeleton, open_sources(recipe, skeleton), calibration_of(recipe), device)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where this process computes. Raises ConfigError for a GPU that is not there or would have to be shared."""
+    device, here = compute_device(recipe.device), processes_here()
+    if device.type == "cuda" and here > 1 and (device.index is not None or here > torch.cuda.device_count()):
+        raise ConfigError(
+            f"device: {here} processes on this machine need a GPU each, and CUDA offers {torch.cuda.device_count()};"
+            " use cuda with as many processes as GPUs, or cpu."
+        )
+    return device
+
+
+def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surroundings, str]:
+    """Memory shared out by an estimate, which is told; refuses what cannot fit."""
+    size = journal.world.size
+    found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size)
+    on_gpu = job.device.type == "cuda"
+    free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
+    states, reused = found.room(recipe.memory or int(MEMORY_SHARE * free))
+    place = next(folder for folder in journal.folder.parents if folder.exists())
+    found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))
+    return Surroundings(journal.world, Shelf(states, journal.scratch, job.device), reused), found.told()
 
 
 def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConfig) -> dict[str, QuantizedTensor]:
@@ -220,7 +321,11 @@ def evaluate_folder(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
         for name, entry in settings.tasks.items()
     }
     model = load_any(folder)
-    return row(None, Path(folder).name, None, score(model, tasks, settings.pooling))
+    names = list(tasks)
+    scores = by_turns(
+        len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]
+    )
+    return row(None, Path(folder).name, None, dict(zip(names, scores, strict=True)))
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

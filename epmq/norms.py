@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from epmq.world import World
+
 RIDGE = 0.1
 
 
@@ -23,6 +25,12 @@ class NormStatistics:
         self.y += (y * r).sum(0)
         self.zz += (z * z * r).sum(0)
         self.zy += (z * y * r).sum(0)
+
+    def over(self, world: World) -> None:
+        """Make these the moments of all processes' rows."""
+        weight = torch.tensor([self.weight], dtype=torch.float64)
+        world.add_up([self.z, self.y, self.zz, self.zy, weight])
+        self.weight = float(weight)
 
     def fold(self, task: NormStatistics) -> None:
         """Add a task's moments, every task with the same total weight."""

@@ -14,8 +14,9 @@ from epmq.blocks import find_blocks
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.distill import distill
-from epmq.engine import Engine, Sink
+from epmq.engine import Engine, Surroundings
 from epmq.linear import QuantLinear, set_submodule
+from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill
 from epmq.sources import DictSource, WeightSource
@@ -92,17 +93,22 @@ def run(
     sink: Sink,
     progress: Progress,
     device: torch.device | None = None,
+    around: Surroundings | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Quantize ``merged`` and hand finished block tensors to ``sink``; returns what the report is made of.
 
     skeleton: the model on the meta device; it is whole again afterwards. device: where blocks are computed (None: the
     CPU); weights come to it from their sources block by block, finished tensors are handed out there. It also holds the
     calibration inputs and hidden states. Without distillation, memory grows with one block; with it, the whole model
-    and one expert are held in fp32.
+    and one expert are held in fp32. journal: keeps what is finished; ``sink`` gets all tensors of a walk over the
+    blocks at its end, from the CPU.
     """
     device = device or torch.device("cpu")
     place_buffers(skeleton, device)
-    found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device)
+    found = _stages(
+        skeleton, merged, base, experts, calibration, config, sink, progress, device, around or Surroundings(), journal
+    )
     found["device"] = str(device)
     if device.type == "cuda":
         found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
@@ -120,12 +126,33 @@ def _stages(
     sink: Sink,
     progress: Progress,
     device: torch.device,
+    around: Surroundings,
+    journal: Journal | None,
 ) -> dict[str, Any]:
+    def one_pass(
+        name: str,
+        merged: WeightSource,
+        base: WeightSource | None,
+        experts: Mapping[str, WeightSource],
+        config: QuantConfig,
+        sink: Sink,
+    ) -> dict[str, Any]:
+        stage = None if journal is None else Stage(journal, name)
+        at = replace(around, stage=stage)
+        engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress, device, at)
+        try:
+            found = engine.run()
+        finally:
+            engine.runner.restore()
+        if stage is not None:
+            stage.replay(sink)
+        return found
+
     if config.distill is None:
-        return _one_pass(skeleton, merged, base, experts, calibration, config, sink, progress, device)
+        return one_pass("rounding", merged, base, experts, config, sink)
     first = config.model_copy(update={"bits": None, "overrides": {}, "distill": None, "diagnostics": False})
     closed = ModuleSink(device)
-    found = _one_pass(skeleton, merged, base, experts, calibration, first, closed, progress, device)
+    found = one_pass("closed", merged, base, experts, first, closed)
     model = closed.assemble(copy.deepcopy(skeleton), merged).float()
     del closed
     addresses = find_blocks(model)
@@ -143,6 +170,8 @@ def _stages(
         make_streams(calibration, device),
         config.distill,
         progress,
+        around.world,
+        None if journal is None else journal.distillation,
     )
     target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
     stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}
@@ -154,25 +183,7 @@ def _stages(
         return {**found, "stages": stages}
     last = config.model_copy(update={"rho": 1.0, "distill": None})
     same = dict.fromkeys(experts, target)
-    return {**_one_pass(skeleton, target, None, same, calibration, last, sink, progress, device), "stages": stages}
-
-
-def _one_pass(
-    skeleton: nn.Module,
-    merged: WeightSource,
-    base: WeightSource | None,
-    experts: Mapping[str, WeightSource],
-    calibration: Calibration,
-    config: QuantConfig,
-    sink: Sink,
-    progress: Progress,
-    device: torch.device,
-) -> dict[str, Any]:
-    engine = Engine(skeleton, merged, base, experts, calibration, config, sink, progress, device)
-    try:
-        return engine.run()
-    finally:
-        engine.runner.restore()
+    return {**one_pass("rounding", target, None, same, last, sink), "stages": stages}
 
 
 class _Stored:

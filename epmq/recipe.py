@@ -17,6 +17,10 @@ from epmq.merge_config import MergeConfig
 from epmq.mergekit import read_mergekit
 from epmq.settings import Settings, nearest
 
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})\s*")
+
 
 class CalibrationSettings(Settings):
     """tasks: {task: jsonl file}. Texts are tokenised with the base's tokenizer and cut at ``max_length`` tokens.
@@ -54,7 +58,8 @@ class Recipe(Settings):
 
     Either ``merge`` says how the experts are merged, or ``merged`` names an already merged checkpoint. format: of the
     quantized folder, see docs/formats.md. device: where blocks are computed, ``auto`` being the first GPU, or the CPU
-    without one.
+    without one. memory: bytes a process may take beyond its imports, as a number or like ``8GiB``; hidden states that
+    find no room lie on disk. None: four fifths of what the machine has free, shared by its processes.
     """
 
     base: Path
@@ -67,6 +72,15 @@ class Recipe(Settings):
     format: Format = "compressed-tensors"
     device: str = "auto"
     shard_bytes: int = Field(default=512 * 2**20, ge=1)
+    memory: int | None = Field(default=None, ge=1)
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, memory: Any) -> Any:
+        found = SIZE.fullmatch(memory) if isinstance(memory, str) else None
+        if isinstance(memory, str) and found is None:
+            raise ValueError("use a number of bytes, or one with a unit such as 8GiB or 500MB")
+        return memory if found is None else int(float(found[1]) * UNITS[found[2]])
 
     @field_validator("device")
     @classmethod

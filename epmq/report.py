@@ -19,6 +19,9 @@ from epmq.settings import explain
 
 REPORT_NAME = "report.json"
 RESULTS_NAME = "results.json"
+# What two runs of the same job do not share, so that report.json is the same bytes.
+RUN_NAME = "run.json"
+OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -156,29 +159,79 @@ def average_errors(layers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Leave the report in a folder."""
-    files.write_text(folder / REPORT_NAME, json.dumps(report, indent=1))
+    """Leave the report in a folder: ``report.json``, and in ``run.json`` what differs from run to run."""
+    told, run = _divided(report)
+    files.write_text(folder / REPORT_NAME, json.dumps(told, indent=1))
+    files.write_text(folder / RUN_NAME, json.dumps(run, indent=1))
+
+
+def whole_report(folder: str | Path) -> Any:
+    """The report of a folder as it was before it was divided into files; one that was never divided is read too.
+
+    Raises FormatError naming the file that is missing or malformed.
+    """
+    path = Path(folder) / REPORT_NAME
+    told = _json(path)
+    run = _json(path.with_name(RUN_NAME)) if path.with_name(RUN_NAME).is_file() else {}
+    try:
+        _give_back(told, run)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path.with_name(RUN_NAME)}: not of the report beside it ({error}).") from None
+    return told
 
 
 def read_report(folder: str | Path) -> RunReport:
     """The report of a folder. Raises FormatError naming the file, and the key where one is missing or wrong."""
-    return _read(Path(folder) / REPORT_NAME, RunReport)
+    path, content = Path(folder) / REPORT_NAME, whole_report(folder)
+    if isinstance(content, dict) and "settings" in content and "seconds" not in content:
+        raise FormatError(f"{path.with_name(RUN_NAME)}: there is no such file, which holds the seconds of {path.name}.")
+    return _checked(content, path, RunReport)
 
 
 def read_results(folder: str | Path) -> Results | None:
     """The table of accuracies beside a report, or None. Raises FormatError as :func:`read_report` does."""
     path = Path(folder) / RESULTS_NAME
-    return _read(path, Results) if path.is_file() else None
+    return _checked(_json(path), path, Results) if path.is_file() else None
 
 
-def _read(path: Path, model: type[Model]) -> Model:
+def _json(path: Path) -> Any:
     try:
-        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{path}: there is no such file; give a folder that epmq quantize or demo made.") from error
     except OSError as error:
         raise FormatError(f"{path}: the file cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
-        raise FormatError(f"{explain(error, model, str(path))[:-1]}; it is not a report of this version.") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON ({error}).") from error
+
+
+def _checked(content: Any, path: Path, model: type[Model]) -> Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise FormatError(f"{explain(error, model, str(path))[:-1]}; it is not a report of this version.") from None
+
+
+def _divided(value: Any) -> tuple[Any, Any]:
+    """A nested value without the facts of the run, and those facts in the same nesting."""
+    if isinstance(value, dict):
+        parts = {key: _divided(item) for key, item in value.items() if key not in OF_THE_RUN}
+        told = {key: part[0] for key, part in parts.items()}
+        run = {key: value[key] for key in OF_THE_RUN if key in value}
+        return told, {**run, **{key: part[1] for key, part in parts.items() if part[1]}}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        pairs = [_divided(item) for item in value]
+        return [told for told, _ in pairs], [run for _, run in pairs] if any(run for _, run in pairs) else {}
+    return value, {}
+
+
+def _give_back(told: Any, run: Any) -> None:
+    if isinstance(run, list):
+        for item, facts in zip(told, run, strict=True):
+            _give_back(item, facts)
+    elif isinstance(run, dict):
+        for key, value in run.items():
+            if key in told:
+                _give_back(told[key], value)
+            else:
+                told[key] = value

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from epmq.errors import SourceError
+from epmq.errors import ChangedError, SourceError
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -60,6 +60,7 @@ class FileSource:
         self._file_of = self._find_files()
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
+        self._stamp = {file: _stamp(file) for file in self.files}
         for file in self.files:
             self._read_header(file)
         for key, file in self._file_of.items():
@@ -88,13 +89,25 @@ class FileSource:
 
     def tensor(self, key: str) -> Tensor:
         self._must_have(key)
+        file = self._file_of[key]
+        self._must_be_the_same(file, key)
         # Opened anew and copied: a mapping kept open would count every page ever read as resident.
         try:
-            with safe_open(self._file_of[key], framework="pt") as handle:
+            with safe_open(file, framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
-            raise SourceError(f"{self._file_of[key]}: tensor {key!r} cannot be read ({error}).") from error
+            raise SourceError(f"{file}: tensor {key!r} cannot be read ({error}).") from error
+        self._must_be_the_same(file, key)
         return tensor
+
+    def _must_be_the_same(self, file: Path, key: str) -> None:
+        now = _stamp(file)
+        if now is None:
+            raise ChangedError(f"{file}: the file vanished before tensor {key!r} was read; put it back.")
+        if now != self._stamp[file]:
+            raise ChangedError(
+                f"{file}: the file was changed before tensor {key!r} was read; begin anew with files at rest."
+            )
 
     def _must_have(self, key: str) -> None:
         if key not in self._file_of:
@@ -253,6 +266,15 @@ def iterate(source: WeightSource) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a source in its order, one at a time, each checked for NaN and Inf."""
     for key in source.keys():
         yield key, read_finite(source, key)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from a later one of the same name; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _and_more(names: list[str]) -> str:

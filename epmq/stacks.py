@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from epmq.blocks import BlockAddress, InputGroup
+from epmq.config import QuantConfig
 from epmq.group import GroupOutcome
 from epmq.orientation import oriented, set_weight, weight_of
+from epmq.progress import Sink
 from epmq.quantized import QuantizedTensor
 from epmq.sources import WeightSource, read_finite
 from epmq.statistics import Expert
@@ -84,6 +86,35 @@ def deploy(group: InputGroup, linears: list[Any], outcome: GroupOutcome) -> Depl
             )
         result[name] = (quantized, bias)
     return result
+
+
+def hand_out(sink: Sink, merged: WeightSource, address: BlockAddress, block: nn.Module, outcomes: Deployed) -> None:
+    """Give a finished block's tensors to the sink, each once, in the dtypes of the merged model."""
+    done: set[str] = set()
+    for name, (quantized, bias) in outcomes.items():
+        done.update((f"{name}.weight", f"{name}.bias"))
+        key = f"{address.name}.{name}"
+        stored = merged.dtype(f"{key}.weight")
+        bias = None if bias is None else bias.to(stored)
+        if quantized is not None:
+            sink.linear(key, quantized, bias)
+        else:
+            sink.tensor(f"{key}.weight", block.get_parameter(f"{name}.weight").detach().to(stored))
+            if bias is not None:
+                sink.tensor(f"{key}.bias", bias)
+    for name, tensor in block.state_dict().items():
+        if name not in done:
+            key = f"{address.name}.{name}"
+            sink.tensor(key, tensor.to(merged.dtype(key)))
+
+
+def stored_scale_dtype(config: QuantConfig, merged: WeightSource, linear: str) -> torch.dtype:
+    """The dtype of a linear's scales: the setting, or the weight's own (float32 for float64)."""
+    if config.scale_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.scale_dtype)
+        return dtype
+    stored = merged.dtype(f"{linear}.weight")
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def read_stack(

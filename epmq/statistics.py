@@ -5,7 +5,9 @@ Everything here is a sum over rows, so it adds over batches, tasks and processes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from epmq import ops
 from epmq.errors import CalibrationError, NumericalError
 from epmq.reference import symmetrize
+from epmq.world import World
 
 SAMPLE_ROWS = 256
 
@@ -23,8 +26,13 @@ class TaskStatistics:
 
     x are the rows the deployed model feeds to the group, ``target`` the rows inside the expert: what its group reads
     (P = K features), or, where that is less, what its linears make of it (P = N outputs, without their bias).
-    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. cross: ``[P, K]`` Σ r x̃ xᵀ. sum_x: ``[K]``, sum_target: ``[P]``.
+    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. sum_x: ``[K]``. cross ``[P, K]`` and sum_target ``[P]``: Σ r d xᵀ and
+    Σ r d, where d are target outputs, or how far target features are from x (which is all that a problem around the
+    anchor needs, and exactly zero for an expert that sees what the deployed model sees).
     weight: Σ r. A thin sample of rows is kept for reporting errors. targets is P, or None when alpha is 0.
+
+    exact: add up the batches' fp32 moments in fp64, where such sums hardly ever round, so that the result does not
+    depend on which process took which batch. The moments are then to be read after :meth:`over`.
     """
 
     def __init__(
@@ -34,6 +42,7 @@ class TaskStatistics:
         of_outputs: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        exact: bool = False,
     ):
         self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
         self.sum_x = torch.zeros(columns, dtype=dtype, device=device)
@@ -43,10 +52,19 @@ class TaskStatistics:
         self.weight = 0.0
         self.sample_x: list[Tensor] = []
         self.sample_target: list[Tensor] = []
+        self._totals = [moment.double() for moment in self._moments()] if exact else []
+
+    def _moments(self) -> list[Tensor]:
+        given = (self.hessian, self.sum_x, self.cross, self.sum_target)
+        return [moment for moment in given if moment is not None]
 
     def add(self, x: Tensor, target: Tensor | None, row_weights: Tensor | None, sample: int = 0) -> None:
         """Add rows ``[M, K]``; ``row_weights`` fp32 ``[M]``; keep about ``sample`` of them for the report."""
-        ops.accumulate(x, self.hessian, self.sum_x, target, self.cross, self.sum_target, row_weights)
+        given = target if target is None or self.of_outputs else target - x
+        ops.accumulate(x, self.hessian, self.sum_x, given, self.cross, self.sum_target, row_weights)
+        for total, moment in zip(self._totals, self._moments(), strict=False):
+            total += moment
+            moment.zero_()
         self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
         if sample:
             everything = torch.arange(x.shape[0], device=x.device)
@@ -65,6 +83,30 @@ class TaskStatistics:
         if self.sum_target is not None and other.sum_target is not None:
             self.sum_target += other.sum_target
         self.weight += other.weight
+
+    def over(self, world: World) -> None:
+        """Make these the statistics of all processes' rows; the samples stand in the order of ranks."""
+        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.sum_x.device)
+        world.add_up([weight, *(self._totals or self._moments())])
+        self.weight = float(weight)
+        for total, moment in zip(self._totals, self._moments(), strict=False):
+            moment.copy_(total)
+        self._totals = []
+        if world.size == 1:
+            return
+        # A process may have no rows of this task.
+        self.sample_x = [world.concat(torch.cat([self.sum_x.new_empty(0, len(self.sum_x)).float(), *self.sample_x]))]
+        if self.sum_target is not None:
+            nothing = self.sum_target.new_empty(0, len(self.sum_target)).float()
+            self.sample_target = [world.concat(torch.cat([nothing, *self.sample_target]))]
+
+    def of_rows(self, rows: slice) -> TaskStatistics:
+        """The same for some of the group's outputs: targets that are outputs are those of these."""
+        if not self.of_outputs or self.cross is None or self.sum_target is None:
+            return self
+        part = copy.copy(self)
+        part.cross, part.sum_target = self.cross[rows], self.sum_target[rows]
+        return part
 
     def sampled(self, expert: Expert, alpha: float) -> Sample:
         """The sampled rows and what the expert makes of them."""
@@ -104,6 +146,34 @@ class Sample:
 
     x: Tensor
     y: Tensor
+
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """Relative squared output error of weights that stand in place of ``rows`` of the group."""
+        return output_error(candidate.weight, candidate.bias, self.x, self.y[:, rows])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All of a task's rows by their moments, and the expert's weights that give the targets."""
+
+    task: TaskStatistics
+    expert: Expert
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """Σ r x xᵀ, full ``[K, K]``."""
+        return symmetrize(self.task.hessian)
+
+    def error(self, candidate: Expert, rows: slice) -> float:
+        """As :meth:`Sample.error`, over all rows that were gathered."""
+        expert = self.expert.of_rows(rows)
+        difference = Expert(candidate.weight - expert.weight, candidate.bias - expert.bias)
+        return self._energy(difference) / max(self._energy(expert), torch.finfo(torch.float32).tiny)
+
+    def _energy(self, of: Expert) -> float:
+        """Σ ‖W x + b‖² over the rows."""
+        quadratic = ((of.weight @ self.hessian) * of.weight).sum() + 2.0 * (of.bias @ (of.weight @ self.task.sum_x))
+        return float(quadratic + self.task.weight * of.bias.square().sum())
 
 
 @dataclass
@@ -156,8 +226,8 @@ class Folded:
                 self.pull.add_(task.cross - expert.weight @ hessian, alpha=w * alpha)
                 self.sum_pull.add_(task.sum_target - expert.weight @ task.sum_x, alpha=w * alpha)
             else:
-                self.pull.addmm_(expert.weight, task.cross - hessian, alpha=w * alpha)
-                self.sum_pull.add_(expert.weight @ (task.sum_target - task.sum_x), alpha=w * alpha)
+                self.pull.addmm_(expert.weight, task.cross, alpha=w * alpha)
+                self.sum_pull.add_(expert.weight @ task.sum_target, alpha=w * alpha)
         if gamma != 1.0:
             diagonal = hessian.diagonal().clone()
             hessian.mul_(gamma).diagonal().copy_(diagonal)
@@ -177,6 +247,12 @@ class Folded:
         self.hessian.add_(hessian, alpha=w)
         self.sum_x.add_(task.sum_x, alpha=w)
         self.weight += w * task.weight
+
+    def whole(self, own: slice, rows: int, world: World) -> Folded:
+        """The problem of all ``rows``, when this is that of a process's share ``own`` of them."""
+        if own == slice(0, rows):
+            return self
+        return replace(self, pull=world.concat(self.pull), sum_pull=world.concat(self.sum_pull))
 
     def centred(self) -> Folded:
         """The problem with weighted means taken out of inputs and targets; sums are kept for the bias."""

@@ -1,17 +1,18 @@
-"""Calibration data as streams: one per task, each a list of batches with the hidden states they have reached."""
+"""Calibration data as streams: one per task, each a list of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.blocks import StreamState
+from epmq.blocks import BlockAddress, BlockRunner, StreamState
 from epmq.devices import moved
 from epmq.errors import CalibrationError
+from epmq.world import World, shares
 
 POSITION_WEIGHTS = "position_weights"
 HELD_OUT_EVERY = 5
@@ -24,22 +25,23 @@ IGNORED_LABEL = -100
 
 @dataclass
 class Batch:
-    """One batch of a task: the model's keyword arguments and where its streams stand, all on one device.
+    """One batch of a task: the model's keyword arguments and what counts of them, all on one device.
 
     position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
-    examples kept back when settings are chosen. decoder_weights: the same for the positions of a decoder. deployed,
-    expert: what the batch has reached in the deployed model and inside the task's expert. expert_hidden,
-    expert_sequences: what the expert's next block reads (:meth:`epmq.blocks.BlockCall.sequences`).
+    examples kept back when settings are chosen. decoder_weights: as position_weights, for the positions of a decoder.
+    number: its place in the task.
     """
 
     inputs: dict[str, Any]
     position_weights: Tensor | None
     held: Tensor
     decoder_weights: Tensor | None = None
-    deployed: StreamState = field(default_factory=StreamState)
-    expert: StreamState = field(default_factory=StreamState)
-    expert_hidden: Tensor | None = None
-    expert_sequences: dict[int | str, Tensor] = field(default_factory=dict)
+    number: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Size of its largest input tensor: what running it costs, beside other batches of the same kind."""
+        return max(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
 
     def weights_of(self, sequence: str | None) -> Tensor | None:
         """Weights of the positions of the input ``sequence`` (None: of the batch's main one)."""
@@ -103,9 +105,8 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, devic
     where = f"task {task!r}: batch {number}"
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
     decoder = _usable_weights(inputs.get("decoder_attention_mask", unlabelled), where)
-    return Batch(
-        moved(inputs, device), moved(_usable_weights(weights, where), device), held.to(device), moved(decoder, device)
-    )
+    weights = moved(_usable_weights(weights, where), device)
+    return Batch(moved(inputs, device), weights, held.to(device), moved(decoder, device), number)
 
 
 def _usable_weights(weights: Any, where: str) -> Tensor | None:
@@ -117,6 +118,25 @@ def _usable_weights(weights: Any, where: str) -> Tensor | None:
         raise CalibrationError(f"{where} has negative or non-finite position weights.")
     # All ones is the common case of a batch without padding.
     return None if bool((weights == 1).all()) else weights
+
+
+def sequence_of(
+    runner: BlockRunner, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState
+) -> str | None:
+    """The input whose positions a list's blocks, of which ``address`` is the first, work on; None where it is no usual
+    one."""
+    given = [key for key in SEQUENCES if isinstance(inputs.get(key), Tensor)]
+    if len(given) < 2:
+        return next(iter(given), None)
+    return next((key for key in given if runner.depends_on(address, inputs, state, key)), None)
+
+
+def shared(streams: Mapping[str, list[Batch]], world: World) -> dict[str, list[Batch]]:
+    """The batches of every task that this process runs."""
+    if world.size == 1:
+        return dict(streams)
+    owners = shares({task: [batch.elements for batch in batches] for task, batches in streams.items()}, world.size)
+    return {task: [b for b in streams[task] if owners[task][b.number] == world.rank] for task in streams}
 
 
 def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> None:

@@ -356,7 +356,7 @@ def test_streams_are_what_the_finished_model_computes(architecture: str, norm_re
     for number, batch in enumerate(batches):
         with torch.no_grad():
             model(**batch)
-        deployed = hidden_of(engine.streams["a"][number].deployed.outputs[last.list_name])
+        deployed = hidden_of(engine.states.deployed("a", number).outputs[last.list_name])
         weights = engine.streams["a"][number].position_weights
         rows = torch.ones(deployed.shape[:2], dtype=torch.bool) if weights is None else weights > 0
         assert torch.allclose(seen[number][rows], deployed[rows], atol=1e-4)

@@ -49,10 +49,11 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
     for task in TASKS:
         assert f"{task}: mean output error against the expert: merged " in done.out
     assert {path.name for path in quantized.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "report.html", "report.json", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "report.html", "report.json", "run.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     report = json.loads((quantized / "report.json").read_text())
+    assert "seconds" not in json.dumps(report)
     assert len(report["layers"]) == 2 * 6
     model = epmq.load(quantized)
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 2 * 6
@@ -145,9 +146,11 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", blocks=60, examples=200)
-    job.recipe["calibration"].update(examples=200)
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_run_can_go_on(tmp_path: Path, number: int, code: int, word: str) -> None:
+    job = make_job(tmp_path / "job", blocks=40, examples=40)
     out = tmp_path / "results" / "out"
     command = [sys.executable, "-m", "epmq", "quantize", str(job.write()), "--out", str(out)]
     process = subprocess.Popen(
@@ -158,20 +161,21 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         env=environment(),
         preexec_fn=heed_interrupts,
     )
+    kept = out.with_name(".out.partial")
     try:
         deadline = time.monotonic() + 120
-        written: list[Path] = []
-        while not written and time.monotonic() < deadline and process.poll() is None:
-            # In the middle: tensors of the first block are on disk, under a temporary name.
-            written = [p for p in out.parent.glob(".out.partial-*/*") if p.stat().st_size > 0]
+        while not (finished := len(list(kept.glob("blocks/*.safetensors")))) and process.poll() is None:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert written, "the run ended before it could be interrupted"
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130, stderr
-    assert stderr.strip() == "epmq: interrupted; nothing half-written was left."
+    assert 0 < finished < 40, "the run ended before it could be interrupted"
+    assert process.returncode == code, stderr
+    told = f"epmq: {word}. Finished blocks are kept in {kept}; go on with --resume, or remove it."
+    assert stderr.strip() == told
     assert stdout == ""
-    assert list(out.parent.iterdir()) == []
+    assert list(out.parent.iterdir()) == [kept]
+    assert not (kept / "result").exists()

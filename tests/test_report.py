@@ -66,7 +66,7 @@ def test_the_command_line_makes_the_page_and_refuses_with_one_sentence(
     write_report(tmp_path, report_of(toy_job))
     done = in_process(capsys, "report", tmp_path)
     assert (done.code, done.out, done.err) == (0, f"report in {tmp_path / 'report.html'}\n", "")
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json", "run.json"}
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "results.json").write_text("[]")
     done = in_process(capsys, "report", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +58,9 @@ class ShardWriter:
         size, width = tensor.numel() * tensor.element_size(), tensor.element_size()
         if self._waiting_bytes and self._waiting_bytes + size > self.shard_bytes:
             self._flush()
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with open(self.folder / _part(width), "ab") as handle:
-                handle.write(data)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} at the {size} bytes of tensor {name!r}") from error
+        part = self.folder / _part(width)
+        with files.naming_space(part, size), open(part, "ab") as handle:
+            handle.write(_bytes_of(tensor))
         self._waiting[width].append(_Entry(name, tensor.dtype, list(tensor.shape), size))
         self._waiting_bytes += size
         self.total_bytes += size
@@ -84,8 +82,9 @@ class ShardWriter:
     def _flush(self) -> None:
         if not any(self._waiting.values()):
             return
-        with open(self.folder / _temporary(self._shards), "wb") as shard:
-            shard.write(self._header())
+        path = self.folder / _temporary(self._shards)
+        with files.naming_space(path, self._waiting_bytes), open(path, "wb") as shard:
+            shard.write(_header([e for width in WIDTHS for e in self._waiting[width]], {"format": "pt"}))
             for width in WIDTHS:
                 if self._waiting[width]:
                     with open(self.folder / _part(width), "rb") as part:
@@ -95,21 +94,41 @@ class ShardWriter:
         self._waiting_bytes = 0
         self._shards += 1
 
-    def _header(self) -> bytes:
-        """Length and JSON header, filled with spaces so that the data begin at a multiple of 8 bytes."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for width in WIDTHS:
-            for entry in self._waiting[width]:
-                header[entry.name] = {
-                    "dtype": DTYPE_NAMES[entry.dtype],
-                    "shape": entry.shape,
-                    "data_offsets": [start, start + entry.size],
-                }
-                start += entry.size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all; at most one tensor is copied at a time.
+
+    Raises FormatError for a dtype that has no place in the format, OutputError when the file cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise FormatError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be stored.")
+    entries = [_Entry(name, t.dtype, list(t.shape), t.numel() * t.element_size()) for name, t in tensors.items()]
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    with files.written_whole(path, sum(entry.size for entry in entries)) as working, open(working, "wb") as handle:
+        handle.write(_header(entries, metadata))
+        for entry in entries:
+            handle.write(_bytes_of(tensors[entry.name]))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(entries: Iterable[_Entry], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header, filled with spaces so that the data begin at a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [start, start + entry.size],
+        }
+        start += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _temporary(index: int) -> str:

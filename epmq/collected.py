@@ -1,0 +1,289 @@
+"""Merging and rounding without data in one place: each owner gathers its expert's statistics, another solves from them.
+
+RegMean's setting (Jin et al., arXiv 2212.09849): a group's inputs are those inside the expert, not those the deployed
+model will feed to it, and no error of earlier layers is seen by later ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.blocks import (
+    BlockAddress,
+    BlockRunner,
+    InputGroup,
+    StreamState,
+    find_blocks,
+    hidden_of,
+    input_groups,
+    observe,
+)
+from epmq.config import QuantConfig
+from epmq.devices import place_buffers
+from epmq.diagnose import joined, layer_rows
+from epmq.errors import ConfigError, FormatError, NumericalError
+from epmq.formats.statistics import StatisticsReader, StatisticsWriter
+from epmq.group import GroupOutcome, quantize_group
+from epmq.memory import give_back_free_memory
+from epmq.orientation import features_of, is_linear
+from epmq.progress import Sink
+from epmq.skeleton import fill
+from epmq.sources import WeightSource, all_finite
+from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype
+from epmq.statistics import Expert, Folded, Moments, TaskStatistics
+from epmq.streams import Batch, rows_of, sequence_of
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def collect(
+    skeleton: nn.Module,
+    expert: WeightSource,
+    task: str,
+    batches: Sequence[Batch],
+    writer: StatisticsWriter,
+    progress: Progress,
+    device: torch.device,
+) -> None:
+    """Gather the statistics of every group of linears while the expert's own model runs on its own data.
+
+    skeleton: the model on the meta device; it is whole again afterwards. One block is held at a time, on ``device``,
+    where the batches are.
+    """
+    place_buffers(skeleton, device)
+    runner = BlockRunner(skeleton)
+    try:
+        fill(runner.model, "", expert, torch.float32, device)
+        runner.follow(batches[0].inputs)
+        states = [StreamState() for _ in batches]
+        current_list, sequence = None, None
+        for number, address in enumerate(runner.addresses):
+            progress(address.name, number, len(runner.addresses))
+            if address.list_name != current_list:
+                current_list = address.list_name
+                sequence = sequence_of(runner, address, batches[0].inputs, states[0])
+            block = copy.deepcopy(runner.block(address))
+            fill(block, f"{address.name}.", expert, torch.float32, device)
+            call = runner.capture(address, batches[0].inputs, states[0])
+            groups = input_groups(block, call, lambda name: True)
+            linears = {group: [block.get_submodule(name) for name in group.linears] for group in groups}
+            columns = {group: (features_of(linears[group][0]) or (0, 0))[0] for group in groups}
+            found = {group.first: TaskStatistics(columns[group], None, device=device) for group in groups}
+            positions = {group.first: sequence if group.sequence is None else None for group in groups}
+            for batch, state in zip(batches, states, strict=True):
+                call = runner.capture(address, batch.inputs, state)
+                with observe(block, list(found), _adding(found, batch, positions)):
+                    output = call.run(block)
+                if not all_finite(hidden_of(output)):
+                    raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
+                state.advance(address.list_name, output)
+            for group in groups:
+                found[group.first].check(task, f"{address.name}.{group.first}")
+                names = tuple(f"{address.name}.{name}" for name in group.linears)
+                writer.group(names, found[group.first], read_stack(expert, address, group, linears[group], device))
+            give_back_free_memory()
+    finally:
+        runner.restore()
+
+
+def _adding(
+    found: Mapping[str, TaskStatistics], batch: Batch, positions: Mapping[str, str | None]
+) -> Callable[[str, Tensor], None]:
+    """Adds what a module reads; one that runs again in a block is seen as it ran first."""
+    seen: set[str] = set()
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in seen:
+            rows, weights, _ = rows_of(x, batch.weights_of(positions[name]))
+            found[name].add(rows, None, weights)
+            seen.add(name)
+
+    return see
+
+
+def check_settings(config: QuantConfig) -> None:
+    """Raise ConfigError for settings that need data beside the statistics."""
+    needs = {
+        "distill": config.distill is not None,
+        "anchor: auto": config.method == "epmq" and config.anchor == "auto",
+        "norm_refit": config.norm_refit,
+        "method: rtn": config.method == "rtn",
+    }
+    for setting, given in needs.items():
+        if given:
+            raise ConfigError(f"{setting} has no use for statistics, or needs the data themselves; change it.")
+
+
+@torch.no_grad()
+def quantize_collected(
+    skeleton: nn.Module,
+    merged: WeightSource,
+    base: WeightSource | None,
+    experts: Mapping[str, WeightSource],
+    statistics: Mapping[str, StatisticsReader],
+    config: QuantConfig,
+    sink: Sink,
+    progress: Progress,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Merge towards the experts and round, from statistics alone; as :func:`epmq.pipeline.run`.
+
+    ``alpha`` does not matter: the inputs as deployed are not known, so the expert's own stand for them.
+    """
+    check_settings(config)
+    groups = _common_groups(statistics)
+    known = {name for name, module in skeleton.named_modules() if is_linear(module)}
+    for name in (name for linears in groups for name in linears):
+        if name not in known:
+            raise FormatError(f"the statistics are of another model: {name!r} is no linear of this one.")
+    layers: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
+    notes: list[str] = []
+    matched: set[str | None] = set()
+    addresses = find_blocks(skeleton)
+    for number, address in enumerate(addresses):
+        progress(address.name, number, len(addresses))
+        started = time.perf_counter()
+        block = copy.deepcopy(skeleton.get_submodule(address.name))
+        fill(block, f"{address.name}.", merged, torch.float32, device)
+        outcomes: Deployed = {}
+        for linears in groups:
+            if linears[0].startswith(f"{address.name}."):
+                names = tuple(n.removeprefix(f"{address.name}.") for n in linears if config.selects(n))
+                if names:
+                    solved = _Group(address, InputGroup(names), linears[0], block, config, device)
+                    outcomes.update(solved.run(merged, base, experts, statistics))
+                    layers += solved.rows
+                    matched.update(piece.pattern for piece in solved.pieces)
+        for name, module in block.named_modules():
+            full = f"{address.name}.{name}"
+            if is_linear(module) and name not in outcomes and config.selects(full):
+                notes.append(f"{full}: not in the statistics; left unquantized.")
+        hand_out(sink, merged, address, block, outcomes)
+        seconds = round(time.perf_counter() - started, 3)
+        blocks.append({"block": address.name, "seconds": seconds, "hidden_error": {}})
+        give_back_free_memory()
+    if not layers:
+        raise ConfigError("include, exclude and the statistics leave no linear of any block to quantize.")
+    notes += [
+        f"overrides: {pattern!r} is the first match of no quantized linear."
+        for pattern in config.overrides
+        if pattern not in matched
+    ]
+    return {"layers": layers, "blocks": blocks, "notes": sorted(notes)}
+
+
+class _Group:
+    """One group on its way from files to a quantized weight."""
+
+    def __init__(
+        self,
+        address: BlockAddress,
+        group: InputGroup,
+        key: str,
+        block: nn.Module,
+        config: QuantConfig,
+        device: torch.device,
+    ):
+        self.address, self.group, self.key, self.config, self.device = address, group, key, config, device
+        self.block = block
+        self.linears: list[Any] = [block.get_submodule(name) for name in group.linears]
+        self.pieces = parted(group, self.linears, lambda name: config.override_of(f"{address.name}.{name}"))
+        self.rows: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        merged_source: WeightSource,
+        base: WeightSource | None,
+        experts: Mapping[str, WeightSource],
+        statistics: Mapping[str, StatisticsReader],
+    ) -> Deployed:
+        started = time.perf_counter()
+        config, merged = self.config, stacked(self.linears)
+        anchor = merged
+        if config.rho != 1.0 and config.needs_experts:
+            assert base is not None
+            started_from = self._stack(base, self.group)
+            anchor = Expert(torch.lerp(started_from.weight, merged.weight, config.rho), merged.bias)
+        rows, columns = merged.weight.shape
+        problem = Folded.empty(rows, columns, device=self.device)
+        plain = Folded.empty(0, columns, device=self.device)
+        for task in statistics:
+            found, expert = self._read(task, experts, statistics)
+            if config.needs_experts:
+                problem.fold(found, expert, anchor, 0.0, config.task_weights, config.gamma)
+            else:
+                problem.fold_inputs(found, config.task_weights)
+            if config.gamma != 1.0:
+                plain.fold_inputs(found, config.task_weights)
+        inputs = plain if config.gamma != 1.0 else problem
+        strength = float(config.anchor) if config.method == "epmq" else 0.0
+        refit = config.refits_bias and all(linear.bias is not None for linear in self.linears)
+        where = f"{self.address.name}.{self.group.first}"
+        stored = stored_scale_dtype(config, merged_source, where)
+        outcomes: dict[str | None, GroupOutcome] = {}
+        result: Deployed = {}
+        for piece in self.pieces:
+            its_problem = problem.of_rows(piece.rows)
+            its_inputs = its_problem if inputs is problem else inputs
+            its_anchor, settings = anchor.of_rows(piece.rows), config.of(piece.pattern)
+            outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, settings, refit, stored, where)
+            if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
+                raise NumericalError(f"{where}: the quantized weights are not finite.")
+            result.update(deploy(piece.group, piece.linears, outcome))
+            outcomes[piece.pattern] = outcome
+        seconds = time.perf_counter() - started
+        # Read once more, so that one task's statistics are held at a time.
+        told = [
+            self._lines(task, Moments(*self._read(task, experts, statistics)), merged, outcomes, seconds)
+            for task in statistics
+        ]
+        self.rows = joined(told, statistics)
+        return result
+
+    def _lines(
+        self, task: str, moments: Moments, merged: Expert, outcomes: Mapping[str | None, GroupOutcome], seconds: float
+    ) -> list[dict[str, Any]]:
+        """Lines of the report about one task."""
+        lines = []
+        for piece in self.pieces:
+            outcome = outcomes[piece.pattern]
+            compared = {"merged": merged.of_rows(piece.rows), self.config.method: Expert(outcome.weight, outcome.bias)}
+            seen = {task: Moments(moments.task, moments.expert.of_rows(piece.rows))}
+            share = seconds * len(outcome.weight) / len(merged.weight)
+            lines += layer_rows(self.address, piece.group, piece.linears, outcome, compared, seen, share)
+        return lines
+
+    def _stack(self, source: WeightSource, group: InputGroup) -> Expert:
+        linears = [self.block.get_submodule(name) for name in group.linears]
+        return read_stack(source, self.address, group, linears, self.device)
+
+    def _read(
+        self, task: str, experts: Mapping[str, WeightSource], statistics: Mapping[str, StatisticsReader]
+    ) -> tuple[TaskStatistics, Expert]:
+        """A task's statistics, checked against its expert, and that expert's weights of the selected linears."""
+        prefix = f"{self.address.name}."
+        collected = InputGroup(tuple(n.removeprefix(prefix) for n in statistics[task].groups[self.key].linears))
+        found = statistics[task].read(self.key, self._stack(experts[task], collected))
+        return found, self._stack(experts[task], self.group)
+
+
+def _common_groups(statistics: Mapping[str, StatisticsReader]) -> list[tuple[str, ...]]:
+    """The groups of all owners, which must be the same ones."""
+    first = next(iter(statistics.values()))
+    wanted = {name: (facts.linears, facts.columns) for name, facts in first.groups.items()}
+    for reader in statistics.values():
+        found = {name: (facts.linears, facts.columns) for name, facts in reader.groups.items()}
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                raise FormatError(
+                    f"{reader.folder}: group {name!r} is not as in {first.folder}; they differ in the model."
+                )
+    return [linears for linears, _ in wanted.values()]

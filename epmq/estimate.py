@@ -1,0 +1,141 @@
+"""What a job will take, told before it starts: memory, disk and time, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.blocks import find_blocks
+from epmq.config import QuantConfig
+from epmq.errors import ConfigError, OutputError
+from epmq.orientation import features_of, is_linear
+from epmq.reuse import DEFAULT_LIMIT_BYTES
+
+FLOAT = 4
+# Copies of a group's K x K matrices and of its N x K matrices that are alive at once: Hessians per task, folded,
+# permuted, factored, and totals in fp64; weights of merge, expert and anchor, pull, step, target, codes of two
+# roundings.
+SQUARES, RECTANGLES = 13, 9
+PROBE = 768
+# Deployed runs of a block (outputs of finished linears are reused), and one inside the expert.
+RUNS = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """fixed: bytes of memory that no setting spares. states: bytes of hidden states, in memory or on disk. seen: those
+    inside one block, of ``states``. disk: bytes in the output's place while the run lasts. seconds: per block, on
+    this machine. blocks: their number."""
+
+    fixed: int
+    states: int
+    disk: int
+    seconds: float
+    blocks: int
+
+    def told(self) -> str:
+        """The estimate in words."""
+        minutes = self.blocks * self.seconds / 60
+        return (
+            f"estimate: {self.blocks} blocks of {self.seconds:.1f} s, {minutes:.1f} min; memory {_mib(self.fixed)}"
+            f" beyond imports, and {_mib(self.states)} of hidden states there or on disk; disk {_mib(self.disk)}"
+        )
+
+    def room(self, memory: int) -> tuple[int, int]:
+        """Bytes for hidden states and for outputs that are reused, out of ``memory`` beyond imports.
+
+        Raises ConfigError when not even one block fits.
+        """
+        left = memory - self.fixed
+        if left < 0:
+            raise ConfigError(
+                f"one block of this model takes about {_mib(self.fixed)} of memory, and {_mib(memory)} may be used;"
+                " use a machine with more, raise memory: in the recipe, or lower calibration.batch_size."
+            )
+        reused = min(DEFAULT_LIMIT_BYTES, left // 4)
+        return left - reused, reused
+
+    def check_disk(self, free: int, spilled: int, place: str) -> None:
+        """Raise OutputError when the run will not fit on a disk with ``free`` bytes."""
+        if free < self.disk + spilled:
+            raise OutputError(
+                f"{place}: the run needs about {_mib(self.disk + spilled)} of disk there, and {_mib(free)} are free;"
+                " make room, or choose another place."
+            )
+
+
+def estimate(
+    skeleton: nn.Module,
+    calibration: Mapping[str, Sequence[Mapping[str, Any]]],
+    config: QuantConfig,
+    experts: int,
+    processes: int,
+) -> Estimate:
+    """For one of ``processes`` equal processes, disk for all of them; skeleton is the whole model, as on meta."""
+    addresses = find_blocks(skeleton)
+    blocks = [skeleton.get_submodule(address.name) for address in addresses]
+    block = max(blocks, key=_elements)
+    whole, largest = _elements(skeleton), _elements(block)
+    outer = whole - sum(_elements(one) for one in blocks)
+    groups = _groups(block)
+    width = min((k for _, k in groups), default=1)
+    batches = [_positions(inputs, width) for stream in calibration.values() for inputs in stream]
+    positions = math.ceil(sum(batches) / processes)
+    rectangle = max((n * k for n, k in groups), default=0)
+    square = max((k * k for _, k in groups), default=0)
+    fixed = outer + 2 * largest + RECTANGLES * rectangle + SQUARES * square
+    fixed += (experts + 2) * max((t.numel() for t in skeleton.state_dict().values()), default=0)
+    fixed += 2 * max(batches, default=0) * sum(n + k for n, k in groups)
+    if config.distill is not None:
+        fixed += whole * 2 + round(3 * config.distill.last_blocks * (whole - outer))
+    inside = 1 if config.needs_expert_features and experts else 0
+    streams = (1 + inside) * positions * width
+    seen = inside * positions * (width + sum(k for _, k in groups))
+    bits = 16 if config.bits is None else config.bits + 32 / max(config.group_size, 16)
+    written = round((whole - outer) * bits / 8 + outer * FLOAT)
+    flops = RUNS * 2.0 * largest * positions
+    flops += sum((1 + 2 * inside) * k * k * positions for _, k in groups)
+    flops += sum((2 * experts + 6) * 2 * n * k * k / processes for n, k in groups)
+    states = FLOAT * (streams + seen)
+    disk = 2 * written + 2 * processes * FLOAT * streams
+    return Estimate(FLOAT * fixed, states, disk, flops / _speed(), len(blocks))
+
+
+def _groups(block: nn.Module) -> list[tuple[int, int]]:
+    """Rows and columns of linears that probably read the same input: same parent, same width."""
+    rows: dict[tuple[str, int], int] = {}
+    for name, module in block.named_modules():
+        if is_linear(module):
+            columns, outputs = features_of(module) or (0, 0)
+            key = (name.rpartition(".")[0], columns)
+            rows[key] = rows.get(key, 0) + outputs
+    return [(n, k) for (_, k), n in rows.items()]
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _positions(inputs: Mapping[str, Any], width: int) -> int:
+    """Rows of hidden states that a batch makes: one per token, or per ``width`` numbers of anything else."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    return max((-(-t.numel() // width) if t.is_floating_point() else t.numel() for t in tensors), default=0)
+
+
+def _speed() -> float:
+    """Floating-point operations per second of a product of the usual size."""
+    a = torch.ones(PROBE, PROBE)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    return 2.0 * PROBE**3 / max(time.perf_counter() - started, 1e-9)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

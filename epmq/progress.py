@@ -1,0 +1,276 @@
+"""The journal of a run: finished blocks and the streams' states after them, from which ``--resume`` goes on.
+
+It lies beside the output as ``.NAME.partial`` and holds
+
+- ``fingerprint.json``: what the result depends on; a run with another one is refused;
+- ``blocks/STAGE-NUMBER.safetensors``: a finished block's tensors and its lines of the report. The file appears whole,
+  and its being there is what makes the block finished;
+- ``streams/STAGE-NUMBER/``: the states in front of that block, of the latest one only;
+- ``distill.safetensors``: the latest state of a distillation;
+- ``result``: the output while it is written, which in the end takes the output's name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from epmq import files
+from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
+from epmq.quantized import QuantizedTensor, pack, unpack
+from epmq.shelf import read_value, write_value
+from epmq.states import States
+from epmq.world import World
+
+FINGERPRINT = "fingerprint.json"
+# What only other input helps against, with which no finished block could be used.
+OF_THE_INPUT = (CalibrationError, ConfigError, ModelError, SourceError)
+
+
+class Sink(Protocol):
+    """Takes finished tensors of a block, each name once."""
+
+    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None: ...
+
+    def tensor(self, name: str, tensor: Tensor) -> None: ...
+
+
+class Discard:
+    """The sink of a process that does not write."""
+
+    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        """Nothing."""
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        """Nothing."""
+
+
+class Journal:
+    """The working folder beside an output folder, shared by all processes of a run; the main one keeps it."""
+
+    def __init__(self, out: str | Path, world: World):
+        self.out = Path(out).resolve()
+        self.folder = self.out.with_name(f".{self.out.name}.partial")
+        self.world = world
+        self._lock: Any = None
+
+    @property
+    def result(self) -> Path:
+        """Where the output is written."""
+        return self.folder / "result"
+
+    @property
+    def scratch(self) -> Path:
+        """Where this process may leave what it needs no longer than it lives."""
+        return self.folder / f"scratch-{self.world.rank}"
+
+    @property
+    def distillation(self) -> Path:
+        """The latest state of a distillation."""
+        return self.folder / "distill.safetensors"
+
+    def check(self, resume: bool) -> None:
+        """Raise OutputError for an output that is there already, or a run begun earlier unless it is to go on."""
+        if not (resume and self._renamed()):
+            files.check_free(self.out)
+        if self.folder.exists() and not resume:
+            raise OutputError(
+                f"{self.folder}: a run that was to write {self.out.name} began and did not end; go on with --resume,"
+                " or remove that folder to begin anew."
+            )
+
+    @contextmanager
+    def kept(self, fingerprint: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """The working folder while a run lasts: made or taken up, and removed when the body ends well.
+
+        When it does not, the folder stays for ``--resume`` if it has any finished block, and the error has a note that
+        says so. Raises OutputError when another process works there, when the earlier run was another (naming the
+        first difference), or when a process of this run does not see the folder.
+        """
+        try:
+            if self.world.main:
+                self._open(json.loads(json.dumps(fingerprint())))
+            self.world.wait()
+            if not all(self.world.gather((self.folder / FINGERPRINT).is_file())):
+                raise OutputError(f"{self.folder}: all processes of a run must see the folder of {self.out.name}.")
+            yield
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if self.world.main:
+            self._clear()
+
+    def _open(self, fingerprint: dict[str, Any]) -> None:
+        try:
+            for place in ("blocks", "streams"):
+                (self.folder / place).mkdir(parents=True, exist_ok=True)
+            # Held until the process ends, in whatever way.
+            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{self.folder}: the working folder cannot be made ({error.strerror}).") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{self.folder}: another process is at work on it; wait for its end.") from None
+        stale = [*self.folder.rglob(".*.partial-*"), *self.folder.glob("scratch-*"), self.result, self._finished]
+        for left in stale:
+            files.remove(left)
+        path = self.folder / FINGERPRINT
+        if path.is_file():
+            difference = first_difference(json.loads(path.read_text()), fingerprint)
+            if difference is not None:
+                raise OutputError(
+                    f"{self.folder}: the run to go on with was begun otherwise: {difference}; restore that, or remove"
+                    " the folder to begin anew."
+                )
+        else:
+            files.write_text(path, json.dumps(fingerprint, indent=1))
+
+    def _abandon(self, error: BaseException) -> None:
+        """Leave the folder for ``--resume``, or remove it when no block was finished or the input must be another."""
+        holds = self.world.main and self._lock is not None
+        hopeless = isinstance(error, OF_THE_INPUT) and not isinstance(error, ChangedError)
+        if not hopeless and any((self.folder / "blocks").glob("*.safetensors")):
+            if holds:
+                for left in [*self.folder.glob("scratch-*"), self.result]:
+                    files.remove(left)
+            if holds or not self.world.main:
+                error.add_note(f"Finished blocks are kept in {self.folder}; go on with --resume, or remove it.")
+        elif holds:
+            files.remove(self.folder)
+
+    @property
+    def _finished(self) -> Path:
+        return self.folder / "finished"
+
+    def _renamed(self) -> bool:
+        """Whether an earlier run was ended between giving the result its name and the end of removing this folder."""
+        if not (self.folder.is_dir() and self.out.is_dir() and any(self.out.iterdir())):
+            return False
+        left = {path.name for path in self.folder.iterdir()}
+        return not left or (self._finished.name in left and self.result.name not in left)
+
+    def _clear(self) -> None:
+        """Remove the folder, and last the file that says that the output is whole."""
+        for path in self.folder.iterdir():
+            if path != self._finished:
+                files.remove(path)
+        files.remove(self._finished)
+        self.folder.rmdir()
+
+    def already_done(self) -> bool:
+        """Clear up behind a run that had only that left to do; whether there was such a run."""
+        renamed = self._renamed()
+        if renamed:
+            self._clear()
+        return renamed
+
+    def mark_finished(self) -> None:
+        """Note that nothing is left but to give the result its name."""
+        files.write_text(self._finished, "")
+
+
+class Stage:
+    """One walk over the blocks, as the engine sees it: a sink for the block in hand, and what earlier ones left."""
+
+    def __init__(self, journal: Journal, name: str):
+        self.journal, self.name, self.world = journal, name, journal.world
+        self._items: list[dict[str, Any]] = []
+        finished = 0
+        while self.world.main and self._block(finished).is_file():
+            finished += 1
+        self.finished: int = self.world.from_main(finished)
+
+    def _block(self, number: int) -> Path:
+        return self.journal.folder / "blocks" / f"{self.name}-{number:05d}.safetensors"
+
+    def _streams(self, number: int) -> Path:
+        return self.journal.folder / "streams" / f"{self.name}-{number:05d}"
+
+    def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        """Take a quantized linear of the block in hand."""
+        if self.world.main:
+            packed = pack(tensor.codes, tensor.bits)
+            facts = {"bits": tensor.bits, "group_size": tensor.group_size, "columns": tensor.shape[1]}
+            tensors = {"packed": packed, "scales": tensor.scales, "zeros": tensor.zeros, "order": tensor.columns}
+            self._items.append({"linear": name, **facts, **tensors, "bias": bias})
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        """Take any other tensor of the block in hand."""
+        if self.world.main:
+            self._items.append({"tensor": name, "value": tensor})
+
+    def take_up(self, states: States, total: int) -> list[Any]:
+        """The finished blocks' lines of the report; ``states`` are brought to where they stood behind them.
+
+        Where those were not kept, no block counts as finished.
+        """
+        streams = self._streams(self.finished)
+        if 0 < self.finished < total:
+            if all(self.world.gather(states.saved(streams))):
+                states.load(streams)
+            else:
+                for number in reversed(range(self.finished if self.world.main else 0)):
+                    files.remove(self._block(number))
+                self.finished = 0
+        return [read_value(self._block(number), "rows") for number in range(self.finished)]
+
+    def commit(self, number: int, rows: dict[str, Any], states: States, last: bool) -> str | None:
+        """The block in hand is finished; returns a note when its run could not be continued from here."""
+        note = None
+        if not last:
+            folder = self._streams(number + 1)
+            if self.world.main:
+                files.remove(folder)
+                folder.mkdir()
+            self.world.wait()
+            try:
+                states.save(folder)
+            except FormatError as error:
+                note = f"the blocks' outputs cannot be kept ({error}); --resume would begin anew."
+            self.world.wait()
+        if self.world.main:
+            write_value(self._block(number), {"items": self._items, "rows": rows})
+            for folder in (self.journal.folder / "streams").iterdir():
+                if last or folder != self._streams(number + 1):
+                    files.remove(folder)
+        self._items = []
+        return note
+
+    def replay(self, sink: Sink) -> None:
+        """Hand all finished blocks' tensors on."""
+        self.world.wait()
+        if isinstance(sink, Discard):
+            return
+        number = 0
+        while self._block(number).is_file():
+            for item in read_value(self._block(number), "items"):
+                if "tensor" in item:
+                    sink.tensor(item["tensor"], item["value"])
+                    continue
+                codes = unpack(item["packed"], item["bits"], item["columns"])
+                grid = (item["scales"], item["zeros"], item["bits"], item["group_size"], item["order"])
+                sink.linear(item["linear"], QuantizedTensor(codes, *grid), item["bias"])
+            number += 1
+
+
+def first_difference(earlier: Any, now: Any, path: str = "") -> str | None:
+    """The first place in which two nested dicts differ, in words."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in sorted({*earlier, *now}):
+            found = first_difference(earlier.get(key), now.get(key), f"{path}, {key}" if path else str(key))
+            if found is not None:
+                return found
+        return None
+    return None if earlier == now else f"{path} was {_shown(earlier)} and is {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,138 @@
+"""Where every batch's streams stand between blocks: in the deployed model, inside its expert, and inside one block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from epmq.blocks import BlockAddress, BlockCall, StreamState, hidden_of
+from epmq.inside import Seen
+from epmq.shelf import Shelf, bytes_of
+from epmq.streams import Batch
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A batch inside its expert. outputs: per block list the expert's latest output. hidden, sequences: what the
+    expert's next block reads (:meth:`epmq.blocks.BlockCall.sequences`)."""
+
+    outputs: dict[str, Any]
+    hidden: Tensor
+    sequences: dict[int | str, Tensor]
+
+    def within(self, call: BlockCall) -> BlockCall:
+        """The same call on what the expert's block reads."""
+        return call.with_hidden(self.hidden).with_sequences(self.sequences)
+
+
+class States:
+    """The states of the batches this process runs, on a shelf that may lie on disk.
+
+    deployed: per block list the latest output of the deployed model. inside: the batch in its expert (:class:`Inside`).
+    seen: what one run of the expert's block read and gave, kept for that block only.
+    """
+
+    def __init__(self, shelf: Shelf, streams: Mapping[str, Sequence[Batch]]):
+        self.shelf = shelf
+        self.batches = [(task, batch.number) for task, batches in streams.items() for batch in batches]
+        self._task = {task: place for place, task in enumerate(streams)}
+        self._deployed: set[tuple[str, int]] = set()
+        self._inside: set[tuple[str, int]] = set()
+        self._with_calls: dict[tuple[str, int], StreamState] = {}
+
+    def _key(self, kind: str, task: str, number: int) -> str:
+        return f"{kind}-{self._task[task]:04d}-{number:06d}"
+
+    def deployed(self, task: str, number: int) -> StreamState:
+        """The state to run the deployed model from."""
+        if (task, number) in self._with_calls:
+            return self._with_calls[task, number]
+        if (task, number) not in self._deployed:
+            return StreamState()
+        return StreamState(self.shelf.get(self._key("deployed", task, number)))
+
+    def remember(self, task: str, number: int, address: BlockAddress, state: StreamState) -> None:
+        """Keep a state with the block's arguments in it until the batch advances, where memory has room for them."""
+        call = state.kept(address)
+        spilled = (task, number) in self._deployed and not self.shelf.holds(self._key("deployed", task, number))
+        if call is None or spilled or (task, number) in self._with_calls:
+            return
+        if self.shelf.reserve(self._key("call", task, number), bytes_of((call.args, call.kwargs))):
+            self._with_calls[task, number] = state
+
+    def advance(self, task: str, number: int, list_name: str, output: Any) -> None:
+        """Keep a finished block's output in place of the one before it."""
+        outputs = {**self.deployed(task, number).outputs, list_name: output}
+        self._with_calls.pop((task, number), None)
+        self.shelf.drop(self._key("call", task, number))
+        self.shelf.put(self._key("deployed", task, number), outputs)
+        self._deployed.add((task, number))
+
+    def outputs_inside(self, task: str, number: int) -> dict[str, Any]:
+        """Per block list the expert's latest output; nothing in front of the first list."""
+        if (task, number) not in self._inside:
+            return {}
+        found: dict[str, Any] = self.shelf.part(self._key("inside", task, number), "outputs")
+        return found
+
+    def inside(self, task: str, number: int) -> Inside:
+        """The batch inside its expert."""
+        kept = self.shelf.get(self._key("inside", task, number))
+        hidden = hidden_of(kept["outputs"][kept["list"]]) if kept["hidden"] is None else kept["hidden"]
+        return Inside(kept["outputs"], hidden, dict(kept["sequences"]))
+
+    def start_inside(self, task: str, number: int, call: BlockCall) -> None:
+        """Begin a list of blocks inside the expert with the arguments of its first one."""
+        outputs, sequences = self.outputs_inside(task, number), list(call.sequences().items())
+        self._put_inside(task, number, {"outputs": outputs, "hidden": call.hidden, "sequences": sequences})
+
+    def go_inside(self, task: str, number: int, before: Inside, list_name: str, output: Any) -> None:
+        """Keep the output of an expert's block in place of the one before it."""
+        outputs, sequences = {**before.outputs, list_name: output}, list(before.sequences.items())
+        # The hidden states are in the output, and are not kept twice.
+        place = {"list": list_name, "hidden": None}
+        self._put_inside(task, number, {"outputs": outputs, "sequences": sequences, **place})
+
+    def _put_inside(self, task: str, number: int, value: dict[str, Any]) -> None:
+        self.shelf.put(self._key("inside", task, number), value)
+        self._inside.add((task, number))
+
+    def keep_seen(self, task: str, number: int, seen: Seen) -> None:
+        """Keep what was seen inside the expert's block."""
+        self.shelf.put(self._key("seen", task, number), seen)
+
+    def seen(self, task: str, number: int, name: str) -> Tensor:
+        """What was seen at one module of the expert's block."""
+        tensor: Tensor = self.shelf.part(self._key("seen", task, number), name)
+        return tensor
+
+    def forget_seen(self) -> None:
+        """Drop what was seen inside the experts' block."""
+        for task, number in self.batches:
+            self.shelf.drop(self._key("seen", task, number))
+
+    def save(self, folder: Path) -> None:
+        """Leave every batch's states in files of a folder that is there already."""
+        for task, number in self.batches:
+            for kind, known in (("deployed", self._deployed), ("inside", self._inside)):
+                if (task, number) in known:
+                    key = self._key(kind, task, number)
+                    self.shelf.export(key, folder / f"{key}.safetensors")
+
+    def saved(self, folder: Path) -> bool:
+        """Whether the folder holds a deployed state of each of this process's batches."""
+        return all((folder / f"{self._key('deployed', *batch)}.safetensors").is_file() for batch in self.batches)
+
+    def load(self, folder: Path) -> None:
+        """Take up what :meth:`save` left, in this or another number of processes."""
+        for batch in self.batches:
+            for kind, known in (("deployed", self._deployed), ("inside", self._inside)):
+                key = self._key(kind, *batch)
+                path = folder / f"{key}.safetensors"
+                if path.is_file():
+                    self.shelf.take(key, path)
+                    known.add(batch)

@@ -1,0 +1,85 @@
+"""Jobs around statistics files: an owner collects, anybody with the experts' weights merges and rounds from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from epmq import files
+from epmq.collected import check_settings, collect, quantize_collected
+from epmq.console import progress_bar
+from epmq.errors import CalibrationError, ConfigError
+from epmq.formats.statistics import StatisticsReader, StatisticsWriter
+from epmq.huggingface import skeleton_from_folder
+from epmq.jobs import calibration_of, device_of, finish, open_sources, planned_writer
+from epmq.recipe import Recipe
+from epmq.sources import FileSource, require_same_layout
+from epmq.streams import make_streams
+from epmq.world import world
+
+
+def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
+    """Write the statistics of one expert of a recipe on its own calibration data into a new folder."""
+    files.check_free(out)
+    settings = recipe.calibration
+    if task not in recipe.experts or settings is None or task not in settings.tasks:
+        raise ConfigError(
+            f"task {task!r}: name its expert under experts: and its data under calibration: in the recipe."
+        )
+    own = settings.model_copy(update={"tasks": {task: settings.tasks[task]}})
+    recipe = recipe.model_copy(update={"experts": {task: recipe.experts[task]}, "calibration": own})
+    device = device_of(recipe)
+    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    expert = open_sources(recipe, skeleton).experts[task]
+    batches = make_streams(calibration_of(recipe), device)[task]
+    with files.new_folder(out) as working, progress_bar("collecting") as progress:
+        writer = StatisticsWriter(working, recipe.shard_bytes)
+        collect(skeleton, expert, task, batches, writer, progress, device)
+        examples = sum(len(batch.held) for batch in batches)
+        writer.finish(task, {"examples": examples, "max_length": own.max_length, "model": type(skeleton).__name__})
+
+
+def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
+    """Merge and quantize a recipe's model from statistics folders alone; returns the report, which is left there too.
+
+    Every expert of the recipe needs the folder of its task, and no other folder is taken. No calibration data are read.
+    One process does it all; others it was started with get an empty report.
+    """
+    if not world().main:
+        return {}
+    files.check_free(out)
+    check_settings(recipe.quantization)
+    started = time.perf_counter()
+    statistics: dict[str, StatisticsReader] = {}
+    for folder in folders:
+        reader = StatisticsReader(folder)
+        if reader.task not in recipe.experts:
+            raise CalibrationError(f"{folder}: statistics of task {reader.task!r}, which has no expert in the recipe.")
+        if reader.task in statistics:
+            raise CalibrationError(f"{folder}: a second folder for task {reader.task!r}; give one for each.")
+        statistics[reader.task] = reader
+    for task in recipe.experts:
+        if task not in statistics:
+            raise CalibrationError(f"expert {task!r} has no statistics; give the folder that its owner collected.")
+    # In the recipe's order, so that the order of the folders does not matter to the sums.
+    statistics = {task: statistics[task] for task in recipe.experts}
+    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    sources = open_sources(recipe, skeleton)
+    require_same_layout(sources.merged, sources.experts)
+    device = device_of(recipe)
+    with files.new_folder(out) as working, progress_bar("quantizing") as progress:
+        writer = planned_writer(recipe, working, skeleton, sources)
+        found = quantize_collected(
+            skeleton,
+            sources.merged,
+            sources.base,
+            sources.experts,
+            statistics,
+            recipe.quantization,
+            writer,
+            progress,
+            device,
+        )
+        return finish(recipe, working, writer, skeleton, sources, found, started)

@@ -1,0 +1,449 @@
+"""Runs that are cut off, at any moment and by anything, and go on: the same bytes, nothing twice, nothing left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Job, in_process, make_job
+from safetensors.torch import load_file
+from torch import Tensor
+
+from epmq import files, progress
+from epmq.blocks import BlockAddress
+from epmq.engine import Engine
+from epmq.errors import OutputError
+from epmq.fingerprint import fingerprint
+from epmq.jobs import quantize_to_folder
+from epmq.page.document import PAGE_NAME
+from epmq.progress import first_difference
+from epmq.recipe import read_recipe
+from epmq.report import RUN_NAME, whole_report
+from epmq.shelf import write_value
+
+pytest.importorskip("transformers")
+
+KILLS = int(os.environ.get("EPMQ_KILLS", "4"))
+BEST = {"distill": {"steps": 45, "copies": 1, "examples": 2}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = make_job(tmp_path_factory.mktemp("made") / "job", blocks=4)
+    job.write()
+    return job
+
+
+@pytest.fixture
+def job(made: Job, tmp_path: Path) -> Job:
+    shutil.copytree(made.folder, tmp_path / "job")
+    return Job(tmp_path / "job", json.loads(json.dumps(made.recipe)))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes but of those that tell of the run itself."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (RUN_NAME, PAGE_NAME)
+    }
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """A process that has imported everything already and does one thing."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def quantize(recipe: Path, out: Path, resume: bool = True) -> None:
+    quantize_to_folder(read_recipe(recipe), out, resume)
+
+
+def ended(child: int) -> int:
+    """How a child ended: its exit status, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.timeout(600 + 60 * KILLS)
+@pytest.mark.parametrize("settings", [{}, BEST], ids=["closed form", "best"])
+def test_killed_at_random_moments_and_resumed(settings: dict[str, Any], job: Job, tmp_path: Path) -> None:
+    job.recipe["quantization"].update(settings)
+    recipe = job.write()
+    whole, out = tmp_path / "whole", tmp_path / "place" / "out"
+    started = time.perf_counter()
+    assert ended(in_child(lambda: quantize(recipe, whole))) == 0
+    seconds = time.perf_counter() - started
+    wanted = content(whole)
+    moments = random.Random(f"{settings}")
+    killed = 0
+    while killed < KILLS:
+        while True:
+            child = in_child(lambda: quantize(recipe, out))
+            time.sleep(moments.uniform(0.0, seconds))
+            os.kill(child, signal.SIGKILL)
+            if ended(child) == 0:
+                break
+            killed += 1
+            if moments.random() < 0.5:
+                assert ended(in_child(lambda: quantize(recipe, out))) == 0
+                break
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert content(out) == wanted
+        shutil.rmtree(out)
+
+
+def cut_off(recipe: Path, out: Path, blocks: int) -> Path:
+    """A run that is killed once so many blocks are finished; returns its working folder."""
+    kept = out.with_name(f".{out.name}.partial")
+
+    def work() -> None:
+        original = write_value
+
+        def write_and_die(path: Path, value: Any) -> None:
+            original(path, value)
+            if path.parent.name == "blocks" and len(list(path.parent.iterdir())) == blocks:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(progress, "write_value", write_and_die)  # noqa: B010
+        quantize(recipe, out)
+
+    assert ended(in_child(work)) == -signal.SIGKILL
+    assert len(list((kept / "blocks").iterdir())) == blocks
+    return kept
+
+
+def dying(name: str, when: Callable[[], bool]) -> Callable[..., Any]:
+    """In place of a function: kills this process, or does as the function does."""
+    owner, _, leaf = name.rpartition(".")
+    original = getattr(pathlib.Path if owner == "pathlib.Path" else shutil, leaf)
+
+    def act(*arguments: Any, **settings: Any) -> Any:
+        if when() and out_exists(arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **settings)
+
+    return act
+
+
+def out_exists(arguments: tuple[Any, ...]) -> bool:
+    """Whether what is removed lies in, or is, the working folder of an output that has its name."""
+    path = Path(arguments[0])
+    kept = next((folder for folder in [path, *path.parents] if folder.name == ".out.partial"), None)
+    return kept is not None and (kept.parent / "out").exists()
+
+
+@pytest.mark.parametrize("point", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)])
+def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_path: Path) -> None:
+    recipe, whole, out = job.write(), tmp_path / "whole", tmp_path / "place" / "out"
+    assert ended(in_child(lambda: quantize(recipe, whole))) == 0
+    which, after = point
+
+    def work() -> None:
+        original = os.rename
+        last = {0: "finished", 1: "out"}
+
+        def rename(old: Any, new: Any) -> None:
+            hit = which in last and Path(new).name == last[which]
+            if hit and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(old, new)
+            if hit:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(os, "rename", rename)  # noqa: B010
+        die = {2: "shutil.rmtree", 3: "pathlib.Path.unlink", 4: "pathlib.Path.rmdir"}
+        if which in die:
+            # While the working folder is removed: before the first of its folders, before its marks, at the very end.
+            kept = out.with_name(".out.partial")
+            pytest.MonkeyPatch().setattr(
+                die[which], dying(die[which], lambda: (kept / "finished").exists() or which == 4)
+            )
+        quantize(recipe, out)
+
+    assert ended(in_child(work)) == -signal.SIGKILL
+    assert ended(in_child(lambda: quantize(recipe, out))) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert content(out) == content(whole)
+
+
+def test_a_half_finished_folder_is_not_overwritten(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    kept = cut_off(recipe, out, 2)
+    before = content(kept)
+    done = in_process(capsys, "quantize", recipe, "--out", out)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"epmq: {kept}: a run that was to write out began and did not end; go on with --resume, or remove that folder"
+        " to begin anew.\n"
+    )
+    assert content(kept) == before
+
+
+def test_finished_blocks_are_not_computed_again(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    cut_off(recipe, out, 3)
+    computed: list[str] = []
+    original = Engine._block
+
+    def block(self: Engine, address: BlockAddress) -> None:
+        computed.append(address.name)
+        original(self, address)
+
+    monkeypatch.setattr(Engine, "_block", block)
+    assert in_process(capsys, "quantize", recipe, "--out", out, "--resume").code == 0
+    assert computed == ["encoder.layer.3"]
+    names = [row["linear"] for row in whole_report(out)["layers"]]
+    assert len(names) == len(set(names)) == 4 * 6
+    assert len([name for name in load_file(out / "model.safetensors") if name.endswith(".weight_packed")]) == 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda job: job.recipe["quantization"].update(bits=3), "settings, quantization, bits was 4 and is 3"),
+        (lambda job: job.recipe["merge"].update(scaling=0.5), "settings, merge, scaling was 0.4 and is 0.5"),
+        (
+            lambda job: job.change_expert("intents", **{"embeddings.LayerNorm.weight": torch.zeros(32)}),
+            "files, experts.intents, model.safetensors, sha256 was ",
+        ),
+        (
+            lambda job: (job.folder / "reviews.jsonl").write_text('{"text": "w1 w2"}\n'),
+            "files, calibration.tasks.reviews, reviews.jsonl, sha256 was ",
+        ),
+    ],
+    ids=["settings", "merge", "expert", "data"],
+)
+def test_another_run_is_not_gone_on_with(
+    change: Callable[[Job], Any], told: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / ".out.partial"
+    (kept / "blocks").mkdir(parents=True)
+    files.write_text(kept / "fingerprint.json", json.dumps(fingerprint(read_recipe(job.write()), torch.device("cpu"))))
+    (kept / "blocks" / "rounding-00000.safetensors").write_bytes(b"kept")
+    change(job)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out", "--resume")
+    assert done.code == 2
+    assert told in done.err
+    assert (kept / "blocks" / "rounding-00000.safetensors").read_bytes() == b"kept"
+
+
+def test_first_difference_names_the_place() -> None:
+    assert first_difference({"a": {"b": 1, "c": [1]}}, {"a": {"b": 1, "c": [1]}}) is None
+    assert first_difference({"a": {"b": 1}}, {"a": {"c": 2}}) == "a, b was 1 and is absent"
+
+
+def test_two_runs_do_not_share_a_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    kept = cut_off(job.write(), tmp_path / "out", 1)
+    with open(kept / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out", "--resume")
+    assert done.code == 2
+    assert "another process is at work on it" in done.err
+    assert len(list((kept / "blocks").iterdir())) == 1
+
+
+# -- faults of the machine -------------------------------------------------------------------------------------------
+
+
+def limited(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.fixture(scope="module")
+def sizes(made: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[int]]:
+    """What an undisturbed run leaves, and the sizes of all files it writes on its way."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    listing = out.with_name("sizes")
+
+    def work() -> None:
+        original = os.rename
+        seen: set[int] = set()
+
+        def rename(old: Any, new: Any) -> None:
+            seen.update(path.stat().st_size for path in [Path(old), *Path(old).glob("*")] if path.is_file())
+            original(old, new)
+
+        setattr(os, "rename", rename)  # noqa: B010
+        quantize(made.folder / "recipe.yaml", out)
+        listing.write_text(json.dumps(sorted(seen - {0})))
+
+    assert ended(in_child(work)) == 0
+    return content(out), json.loads(listing.read_text())
+
+
+def test_a_full_disk_at_every_size(
+    made: Job, sizes: tuple[dict[str, bytes], list[int]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wanted, written = sizes
+    out = tmp_path / "out"
+    told = []
+    for size in written:
+
+        def work(size: int = size) -> None:
+            limited(size - 1)
+            try:
+                quantize(made.folder / "recipe.yaml", out)
+            except Exception as error:
+                (tmp_path / "told").write_text(f"{type(error).__name__} {error}")
+                raise SystemExit from error
+
+        assert ended(in_child(work)) == 1
+        told.append((tmp_path / "told").read_text())
+        assert not out.exists()
+        assert ".partial" in told[-1] and "the file would pass the size limit" in told[-1], told[-1]
+        assert "bytes are needed for it" in told[-1]
+        assert not [path for path in tmp_path.glob("**/.*.partial-*") if path.name != ".out.partial"]
+    assert ended(in_child(lambda: quantize(made.folder / "recipe.yaml", out))) == 0
+    assert content(out) == wanted
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here ({mounted.stderr.strip()})")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_room_is_made_on_a_full_disk(
+    made: Job,
+    sizes: tuple[dict[str, bytes], list[int]],
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, out, ballast = made.folder / "recipe.yaml", small_disk / "out", small_disk / "ballast"
+    ballast.write_bytes(bytes(560 * 1024))
+    done = in_process(capsys, "quantize", recipe, "--out", out)
+    assert done.code == 2
+    assert "of disk there" in done.err and "make room" in done.err
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+    ballast.unlink()
+    with monkeypatch.context() as patch:
+        after_block(1, lambda: ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096)), patch)
+        done = in_process(capsys, "quantize", recipe, "--out", out)
+    kept = small_disk / ".out.partial"
+    assert done.code == 2
+    assert f"epmq: {kept}/" in done.err and "the disk is full" in done.err and "bytes are needed for it" in done.err
+    assert sorted(small_disk.iterdir()) == [kept, ballast]
+    ballast.unlink()
+    assert in_process(capsys, "quantize", recipe, "--out", out, "--resume").code == 0
+    assert list(small_disk.iterdir()) == [out]
+    assert content(out) == sizes[0]
+
+
+def test_a_folder_that_cannot_be_written(made: Job, tmp_path: Path) -> None:
+    """Root may write everywhere, so this is asked by another user."""
+    place = tmp_path / "closed"
+    place.mkdir(mode=0o555)
+
+    def work() -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            files.check_free(place / "out")
+        except Exception as error:
+            os._exit(7 if f"{place} is not a writable folder" in str(error) else 8)
+
+    if os.getuid() == 0:
+        for parent in [tmp_path, *tmp_path.parents]:
+            if not os.stat(parent).st_mode & 0o001:
+                os.chmod(parent, os.stat(parent).st_mode | 0o011)
+    assert ended(in_child(work)) == 7
+
+
+def after_block(number: int, do: Callable[[], Any], patch: pytest.MonkeyPatch) -> None:
+    """Let something happen once block ``number`` is finished."""
+    original = Engine._commit
+
+    def commit(self: Engine, finished: int, *rest: Any) -> None:
+        original(self, finished, *rest)
+        if finished == number:
+            do()
+
+    patch.setattr(Engine, "_commit", commit)
+
+
+@pytest.mark.parametrize("fate", ["changed", "vanished"])
+def test_a_source_that_changes_meanwhile(
+    fate: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = job.expert("intents")
+    change = {"embeddings.LayerNorm.bias": torch.ones(32)}
+    after_block(1, file.unlink if fate == "vanished" else lambda: job.change_expert("intents", **change), monkeypatch)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert f"{file}: the file " in done.err and fate in done.err
+    assert "go on with --resume" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        # Finite weights whose products are not, in one expert, which the merge leaves out.
+        (
+            "output.LayerNorm.weight",
+            torch.full((32,), 3e38),
+            "encoder.layer.2.intermediate.dense: an activation inside expert 'reviews' is NaN or Inf",
+        ),
+        (
+            "self.value.weight",
+            torch.full((32, 32), 3e38),
+            "encoder.layer.2.attention.self.query: the targets of task 'reviews' are NaN or Inf",
+        ),
+    ],
+    ids=["activation", "target"],
+)
+def test_overflow_names_task_and_block(
+    name: str, value: Tensor, told: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.change_expert("reviews", **{f"encoder.layer.2.attention.{name}": value})
+    job.recipe["merge"] = {"method": "weighted_average", "weights": {"reviews": 0.0, "intents": 1.0}}
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert told in done.err
+    assert f"Finished blocks are kept in {tmp_path}/.out.partial; go on with --resume" in done.err
+
+
+def test_out_of_space_is_told_with_the_size(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with (
+        pytest.raises(OutputError, match=rf"{path}: the disk is full: 5,000 bytes are needed for it, .* are free"),
+        files.naming_space(path, 5000),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
