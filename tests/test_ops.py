@@ -143,7 +143,7 @@ def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
 
 @compiled
 def test_products_below_the_normal_numbers_may_count_as_zero() -> None:
-    """Matrix tiles flush products (never operands of ordinary size) below 2^-126; every other form keeps them."""
+    """Matrix tiles flush products below 2^-126; the sums of x keep everything."""
     x, hessian, sum_x = seeded(40, 30) * 2.0**-64, torch.zeros(30, 30), torch.zeros(30)
     torch.ops.epmq_native.accumulate(x, hessian, sum_x)
     exact = x.double().T @ x.double()

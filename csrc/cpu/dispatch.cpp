@@ -74,7 +74,8 @@ const Kernels& choose() {
   std::string names;
   for (const Level& level : levels()) {
     if (level.name == std::string(wanted)) {
-      TORCH_CHECK_VALUE(level.runs, "EPMQ_CPU=", wanted, " asks for instructions that this CPU does not have or this system does not allow.");
+      TORCH_CHECK_VALUE(level.runs, "EPMQ_CPU=", wanted,
+                        " asks for instructions that this CPU does not have or this system does not allow.");
       return level.table();
     }
     names += (names.empty() ? "" : ", ") + std::string(level.name);

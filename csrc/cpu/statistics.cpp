@@ -1,4 +1,5 @@
-// Second and first moments of a batch, added to running sums; the arithmetic is in statistics_kernel.h.
+// Second and first moments of a batch, added to running sums; the arithmetic is in statistics_kernel.h and, with
+// matrix tiles, in tile_statistics.h. A chunk with numbers that are not for tiles goes through the vector kernels.
 //
 // A batch is walked in chunks of rows. Each chunk is read once: converted to fp32, packed into tiles of columns and
 // summed. Both operands of every product are then taken from the packed copy, and of the symmetric Hessian only the
@@ -185,12 +186,15 @@ void by_tiles(const Kernels& kernel, const Batch& batch) {
   constexpr int64_t depth = 32, width = 32, words = 512;  // rows per step, columns per pair of tiles, numbers per tile
   const TileKernels& tile = *kernel.tile;
   const int64_t kept = static_cast<int64_t>(batch.rows.index.size());
-  const int64_t x_tiles = (batch.columns + width - 1) / width * 2, target_tiles = (batch.targets + width - 1) / width * 2;
+  const int64_t x_tiles = (batch.columns + width - 1) / width * 2;
+  const int64_t target_tiles = (batch.targets + width - 1) / width * 2;
   const int x_parts = tile.parts(batch.x.dtype), target_parts = tile.parts(batch.target.dtype);
   const int right_parts = batch.rows.uniform ? x_parts : tile.parts(Dtype::kFloat);
   const int64_t chunk_steps = std::min((kept + depth - 1) / depth, kTileSteps / right_parts);
   const auto halves = at::TensorOptions(at::kBFloat16);
-  const auto buffer = [&](int64_t tiles, int parts) { return at::empty({tiles * chunk_steps * parts * words}, halves); };
+  const auto buffer = [&](int64_t tiles, int parts) {
+    return at::empty({tiles * chunk_steps * parts * words}, halves);
+  };
   const Tensor left = buffer(x_tiles, x_parts), right = buffer(x_tiles, right_parts);
   const Tensor left_target = buffer(target_tiles, target_parts);
   const auto data = [](const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); };

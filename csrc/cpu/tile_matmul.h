@@ -339,7 +339,8 @@ struct TileMatmul {
     const TileScope scope(a.width);
     for (int64_t first = 0; first < a.tiles; first += batch) {
       const int64_t count = a.tiles - first < batch ? a.tiles - first : batch;
-      const int64_t m_begin = first / a.parts * kTileRows, m_end = first + count == a.tiles ? a.m : m_begin + count / a.parts * kTileRows;
+      const int64_t m_begin = first / a.parts * kTileRows;
+      const int64_t m_end = first + count == a.tiles ? a.m : m_begin + count / a.parts * kTileRows;
       for (int64_t row = row_begin; row < row_end; row += height) {
         const int64_t pairs = ((row_end - row < height ? row_end - row : height) + pair_rows - 1) / pair_rows;
         for (int64_t b = 0; b < 2 * pairs; b++)
@@ -367,8 +368,9 @@ struct TileMatmul {
 
   static void run(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
     const bool whole = segment_of(a) == unit_steps;
-    if (a.zeros) return whole ? panels<true, false>(a, row_begin, row_end, scratch) : panels<false, false>(a, row_begin, row_end, scratch);
-    return whole ? panels<true, true>(a, row_begin, row_end, scratch) : panels<false, true>(a, row_begin, row_end, scratch);
+    const auto zeros = whole ? panels<true, false> : panels<false, false>;
+    const auto symmetric = whole ? panels<true, true> : panels<false, true>;
+    return a.zeros ? zeros(a, row_begin, row_end, scratch) : symmetric(a, row_begin, row_end, scratch);
   }
 };
 

@@ -1,7 +1,7 @@
 // Packing of a batch into tiles of bf16 parts, and the products of its columns.
 //
-// A number is an exact sum of one (bf16), two (fp16) or three (fp32) bf16 parts of falling size, each at most 2^-8 of the
-// one before. Products of parts l and r are exact and are formed for l + r <= 2; what is left out is below 2^-23 of the
+// A number is an exact sum of one (bf16), two (fp16) or three (fp32) bf16 parts, each at most 2^-8 of the one before.
+// Products of parts l and r are exact and are formed for l + r <= 2; what is left out is below 2^-23 of the
 // whole product: two roundings. fp32 accumulators run over one chunk of rows and are then added to the running sums.
 #pragma once
 

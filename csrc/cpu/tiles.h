@@ -1,7 +1,7 @@
 // Matrix tiles (AMX): 16 rows of 64 bytes, and the numbers that they multiply. Only kernels_amx.cpp includes this.
 //
-// C[n][m] += sum over 16 pairs p of A[n][2p] B[p][2m] + A[n][2p+1] B[p][2m+1], A and B bf16, C fp32. Products are exact;
-// even and odd terms are each summed by fused multiply-adds, then added, then added to C, all rounded to nearest.
+// C[n][m] += sum over 16 pairs p of A[n][2p] B[p][2m] + A[n][2p+1] B[p][2m+1], A and B bf16, C fp32. Products are
+// exact; even and odd terms are each summed by fused multiply-adds, then added, then added to C, rounded to nearest.
 // Denormal operands and results count as zero whatever the rounding mode register says.
 #pragma once
 
