@@ -104,8 +104,8 @@ cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, share
 	touch $@
 
 gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and sm_90, oldest and newest Triton; no GPU
-	$(BIN)/python benchmarks/gates.py --all
-	PYTHONPATH=. .venv-triton/bin/python benchmarks/gates.py --all
+	$(BIN)/python benchmarks/gates.py --all --table
+	PYTHONPATH=. .venv-triton/bin/python benchmarks/gates.py --all --table
 
 stress: $(READY)  ## STRESS random problems of every Triton kernel against float64; on a CPU they are interpreted
 	EPMQ_STRESS=$(STRESS) $(BIN)/python -m pytest tests/test_int4_matmul.py tests/test_gptq_block.py tests/test_gram.py \

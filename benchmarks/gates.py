@@ -3,7 +3,7 @@
 Each kernel is compiled with the installed Triton, disassembled and counted (:mod:`machine_code`). A limit that is
 broken (:mod:`gates_int4`, :mod:`gates_gptq`) or a count 5 % above the committed one (results/gates.json, by Triton
 version) is an error. ``--all`` adds every group, dtype and tile of the int4 product to those of the shipped choice;
-``--update`` writes the counts and the table of docs/kernels.md.
+``--table`` writes the table of docs/kernels.md, ``--update`` the counts that are compared with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def table(gates: list[Gate], committed: Committed) -> list[str]:
     lines = ["| kernel | " + " | ".join(COLUMNS.values()) + " | limit |", "|" + "---|" * (len(COLUMNS) + 2)]
     for gate in gates:
         found = [committed[version][gate.name] for version in sorted(committed) if gate.name in committed[version]]
-        cells = [" / ".join(dict.fromkeys(shown(name, counts[name]) for counts in found)) for name in COLUMNS]
+        cells = [" / ".join(dict.fromkeys(shown(name, counts.get(name)) for counts in found)) for name in COLUMNS]
         limit = "" if gate.limit is None else f"{gate.limit:g}"
         limit += "" if gate.asked is None else f" (asked: {gate.asked:g})"
         lines.append(f"| {gate.name} | " + " | ".join(cells) + f" | {limit} |")
@@ -56,18 +56,24 @@ def table(gates: list[Gate], committed: Committed) -> list[str]:
 
 
 def shown(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
     if name == "shared":
         return f"{value / 1024:.0f}"
     return f"{value:.2f}" if isinstance(value, float) and value < 100 else str(value)
 
 
-def write(committed: Committed, lines: list[str]) -> None:
-    """The counts, a kernel a line, and the table between its markers."""
+def write_counts(committed: Committed) -> None:
+    """A kernel a line, so that a change of one is a change of a line."""
     versions = []
     for version, kernels in sorted(committed.items()):
         rows = [f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in sorted(kernels.items())]
         versions.append(f' "{version}": {{\n' + ",\n".join(rows) + "\n }")
     COUNTS.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def write_table(lines: list[str]) -> None:
+    """Put the table between its markers."""
     text = DOCS.read_text()
     if START not in text or END not in text:
         sys.exit(f"{DOCS}: the markers {START} and {END} are missing.")
@@ -78,7 +84,8 @@ def write(committed: Committed, lines: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every tile, group and dtype, not only the shipped choice")
-    parser.add_argument("--update", action="store_true", help="write the counts and the table of docs/kernels.md")
+    parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md")
+    parser.add_argument("--update", action="store_true", help="take these counts for those to be compared with")
     options = parser.parse_args()
     committed: Committed = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     before = committed.get(VERSION, {})
@@ -92,9 +99,11 @@ def main() -> None:
     print("\n".join(table([gate for gate in found if options.all or gate.shown], {VERSION: now})))
     if missing := sum(gate.name not in before for gate in found):
         print(f"{missing} of {len(found)} kernels have no committed counts for Triton {VERSION}: growth is not known.")
+    together = {**committed, VERSION: now if options.all else {**before, **now}}
+    if options.table:
+        write_table(table([gate for gate in found if gate.shown], together))
     if options.update:
-        committed[VERSION] = now if options.all else {**before, **now}
-        write(committed, table([gate for gate in found if gate.shown], committed))
+        write_counts(together)
     if faults:
         sys.exit("\n".join(faults))
     print(f"{len(found)} kernels within their limits.")
