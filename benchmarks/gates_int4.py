@@ -17,7 +17,7 @@ GROUPS = (0, 32, 64, 128)  # 0: one scale a row
 DECODE_LIMITS = {128: (2.75, 3.1), 64: (2.9, 3.2), 32: (3.0, 3.3), 0: (2.2, 2.5)}
 # Of large tiles, by architecture, tokens and rows.
 TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 256): 3.2, (80, 64, 128): 4.0}
-# These exceed their limit, and got another after that was seen: bf16 takes three shifts for eight weights, fp16 one, and
+# These exceed their limit, and got another after that was seen: bf16 takes three shifts for eight weights, fp16 one;
 # groups of 32 take three more grid words a step. docs/kernels.md says why they are launched all the same.
 EXCEPTIONS = {(90, "bf16", 32, 64, 128): 3.3, (90, "bf16", 32, 128, 256): 3.3, (80, "bf16", 32, 64, 128): 4.2}
 
