@@ -30,10 +30,16 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 
 Committed = dict[str, dict[str, dict[str, Any]]]  # by version of Triton, kernel and count
 COLUMNS = {
-    "each": "instructions", "registers": "registers", "shared": "shared KiB", "spills": "spills", "barriers": "BAR",
+    "each": "instructions", "registers": "registers", "shared": "shared KiB", "spills": "spills",
     "conversions": "I2F", "permutes": "PRMT", "stores": "STS", "wide_copies": "16-byte copies", "tensor": "tensor",
-    "waits": "waits",
+    "waits": "waits", "limit": "limit",
 }  # fmt: skip
+
+
+def row(gate: Gate) -> dict[str, Any]:
+    """What is kept of a kernel: its counts, and the limit as the table shows it."""
+    limit = None if gate.limit is None else f"{gate.limit:g}"
+    return {**asdict(gate.counts), "limit": limit if gate.asked is None else f"{limit} (asked: {gate.asked:g})"}
 
 
 def grown(counts: Counts, before: dict[str, Any]) -> Iterator[str]:
@@ -45,13 +51,11 @@ def grown(counts: Counts, before: dict[str, Any]) -> Iterator[str]:
 
 def table(gates: list[Gate], committed: Committed) -> list[str]:
     """Markdown of the counts; where two versions of Triton differ, both, the older first."""
-    lines = ["| kernel | " + " | ".join(COLUMNS.values()) + " | limit |", "|" + "---|" * (len(COLUMNS) + 2)]
+    lines = ["| kernel | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
     for gate in gates:
         found = [committed[version][gate.name] for version in sorted(committed) if gate.name in committed[version]]
         cells = [" / ".join(dict.fromkeys(shown(name, counts.get(name)) for counts in found)) for name in COLUMNS]
-        limit = "" if gate.limit is None else f"{gate.limit:g}"
-        limit += "" if gate.asked is None else f" (asked: {gate.asked:g})"
-        lines.append(f"| {gate.name} | " + " | ".join(cells) + f" | {limit} |")
+        lines.append(f"| {gate.name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -95,7 +99,7 @@ def main() -> None:
         found.append(gate)
         for what in (*gate.faults, *grown(gate.counts, before.get(gate.name, {}))):
             faults.append(f"{gate.name}: {what}")
-    now = {gate.name: asdict(gate.counts) for gate in found}
+    now = {gate.name: row(gate) for gate in found}
     print("\n".join(table([gate for gate in found if options.all or gate.shown], {VERSION: now})))
     if missing := sum(gate.name not in before for gate in found):
         print(f"{missing} of {len(found)} kernels have no committed counts for Triton {VERSION}: growth is not known.")
