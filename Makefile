@@ -11,10 +11,11 @@ PEERS := .venv-peers
 LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
 GPU_MINUTES ?= 8
+STRESS ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test kill-test test-levels test-transformers4 sanitize lint format demo minilm8 memory processes statistics whole-job tables \\
-  bench peers cuda-check gates gates-gptq stress gpu clean
+.PHONY: help setup test kill-test test-levels test-transformers4 sanitize lint format demo minilm8 memory processes \
+  statistics whole-job tables bench peers cuda-check gates stress gpu fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -119,14 +120,12 @@ cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, share
 	touch $@
 
 gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and sm_90, oldest and newest Triton; no GPU
-	$(BIN)/python benchmarks/gates.py --all
-	PYTHONPATH=. .venv-triton/bin/python benchmarks/gates.py --all
+	$(BIN)/python benchmarks/gates.py --all --table
+	PYTHONPATH=. .venv-triton/bin/python benchmarks/gates.py --all --table
 
-stress: $(READY)  ## 10,000 random int4 products against float64 (about half an hour in the interpreter)
-	EPMQ_STRESS=10000 $(BIN)/python -m pytest tests/test_int4_matmul.py -k random_problems
-
-gates-gptq: $(READY)  ## compile the GPTQ and gram kernels for sm_80 and sm_90 without a GPU; refuse spills and growth
-	PYTHONPATH=. $(BIN)/python benchmarks/gates_gptq.py
+stress: $(READY)  ## STRESS random problems of every Triton kernel against float64; on a CPU they are interpreted
+	EPMQ_STRESS=$(STRESS) $(BIN)/python -m pytest tests/test_int4_matmul.py tests/test_gptq_block.py tests/test_gram.py \
+	  -k random_problems
 
 # No network and no virtual environment: the machine's own Python, with its CUDA build of torch, Triton and pytest.
 gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -58,8 +59,8 @@ def _on(device: str, *tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.device.type == device for tensor in tensors)
 
 
-def _accumulates(
-    device: str,
+def accumulates(
+    reachable: Callable[..., bool],
     x: Tensor,
     hessian: Tensor,
     sum_x: Tensor,
@@ -68,23 +69,20 @@ def _accumulates(
     sum_target: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> bool:
+    """Whether compiled forms take this call: floats and contiguous fp32 sums, all of them ``reachable``."""
     sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
     return (
-        _on(device, x, *sums, target, row_weights)
+        reachable(x, *sums, target, row_weights)
         and x.dtype in FLOATS
         and (target is None or target.dtype in FLOATS)
         and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in sums)
     )
 
 
-def _accumulates_on_cpu(*args: Any, **kwargs: Any) -> bool:
-    return _accumulates("cpu", *args, **kwargs)
-
-
 def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
     target, row_weights = _argument(args, kwargs, 2, "target"), _argument(args, kwargs, 5, "row_weights")
     return (
-        _accumulates("cuda", x, *args, **kwargs)
+        accumulates(partial(_on, "cuda"), x, *args, **kwargs)
         and (target is None or target.dtype == x.dtype)
         and (row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()))
     )
@@ -107,9 +105,18 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
     return args[place] if len(args) > place else kwargs.get(name)
 
 
-def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int) -> bool:
+def sweeps(
+    reachable: Callable[..., bool],
+    weight: Tensor,
+    unit_upper: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    bits: int,
+) -> bool:
+    """Whether compiled forms take this call: fp32, all of it ``reachable``."""
     floats = (weight, unit_upper, scales, zeros)
-    return _on("cpu", *floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
+    return reachable(*floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
 
 
 def _weighs_grids(
@@ -193,9 +200,9 @@ def offer(register: Callable[..., None]) -> None:
     if module is None:
         return
     _register_fakes()
-    native = torch.ops.epmq_native
-    register("accumulate", "cpp", native.accumulate, _accumulates_on_cpu)
-    register("gptq_sweep", "cpp", native.gptq_sweep, _sweeps)
+    native, on_cpu = torch.ops.epmq_native, partial(_on, "cpu")
+    register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu))
+    register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)
     if module.build_info()["cuda_archs"]:

@@ -8,19 +8,16 @@ tensors at hand runs as reference, which is logged once.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from epmq import blocked, extension, reference, triton_forms
 from epmq.errors import ConfigError
-from epmq.kernels.layout import BITS, kernel_group, pack_rows
 
 log = logging.getLogger("epmq")
 
@@ -81,47 +78,10 @@ def _call(op: str, *args: Any, **kwargs: Any) -> Any:
     return choose(op, *args, **kwargs).function(*args, **kwargs)
 
 
-def _runs_triton(device: torch.device) -> bool:
-    """Whether the kernels run on this device: an NVIDIA GPU from sm_80 on."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    # Of the ways to ask this, the one that torch.compile takes for a constant.
-    return bool(torch.cuda.get_device_properties(device).major >= 8)
-
-
-def _interprets_triton() -> bool:
-    """Whether Triton's interpreter is on and asked for: on CPU tensors it is for tests, never a preference."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and wanted_backend() == "triton"
-
-
-def _multiplies_tiles(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> bool:
-    """What epmq.kernels.int4_matmul takes: 4 bits, the kernels' groups, 16-bit inputs, all on one device."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or bits != BITS or kernel_group(group_size, x.shape[1]) is None:
-        return False
-    if any(tensor is not None and tensor.device != x.device for tensor in (packed, scales, zeros, bias)):
-        return False
-    return _interprets_triton() if x.device.type == "cpu" else _runs_triton(x.device)
-
-
-def _pack_and_multiply(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
-    """The Triton form on a checkpoint's codes; QuantLinear packs once and calls the kernel itself."""
-    from epmq.kernels.int4_matmul import int4_matmul
-
-    weight = pack_rows(packed, scales, zeros, bits, group_size, x.shape[1], x.dtype)
-    y: Tensor = int4_matmul(x, weight, bias)
-    return y
-
-
 register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
 register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
-if importlib.util.find_spec("triton") is not None:
-    register("dequant_matmul", "triton", _pack_and_multiply, _multiplies_tiles)
 register("cholesky", "reference", reference.cholesky)
 register("cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked")
 triton_forms.offer(register)

@@ -26,9 +26,9 @@ class TaskStatistics:
 
     x are the rows the deployed model feeds to the group, ``target`` the rows inside the expert: what its group reads
     (P = K features), or, where that is less, what its linears make of it (P = N outputs, without their bias).
-    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. sum_x: ``[K]``. cross ``[P, K]`` and sum_target ``[P]``: Σ r d xᵀ and
-    Σ r d, where d are target outputs, or how far target features are from x (which is all that a problem around the
-    anchor needs, and exactly zero for an expert that sees what the deployed model sees).
+    hessian: ``[K, K]`` lower triangle of Σ r x xᵀ. sum_x: ``[K]``. cross ``[P, K]`` and sum_target ``[P]``: Σ r d xᵀ
+    and Σ r d, where d are target outputs, or how far target features are from x, which is all that a problem around the
+    anchor needs, and exactly zero for an expert that sees what the deployed model sees.
     weight: Σ r. A thin sample of rows is kept for reporting errors. targets is P, or None when alpha is 0.
 
     exact: add up the batches' fp32 moments in fp64, where such sums hardly ever round, so that the result does not

@@ -1,7 +1,7 @@
 """Offers the Triton kernels to :mod:`epmq.ops`; Triton itself is imported when one of them first runs.
 
-They take tensors of a CUDA device. On the CPU they run in Triton's interpreter, which only serves tests: both
-``TRITON_INTERPRET=1`` and ``EPMQ_BACKEND=triton`` must ask for it.
+They take tensors of an NVIDIA GPU from sm_80 on. On the CPU they run in Triton's interpreter, which only serves tests:
+both ``TRITON_INTERPRET=1`` and ``EPMQ_BACKEND=triton`` must ask for it.
 """
 
 from __future__ import annotations
@@ -9,58 +9,33 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.extension import FLOATS
+from epmq.extension import accumulates, sweeps
+from epmq.kernels.layout import BITS, kernel_group, pack_rows
 
 
-@cache
-def installed() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _reachable(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may run on these tensors: one CUDA device, or the interpreter where it is asked for."""
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) != 1 or not installed():
+def _reachable(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel may run on these tensors: one device that has kernels, or the interpreter if asked for."""
+    device = first.device
+    if any(tensor is not None and tensor.device != device for tensor in others):
         return False
-    if devices.pop().type == "cuda":
-        return True
-    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("EPMQ_BACKEND") == "triton"
-
-
-def _accumulates(
-    x: Tensor,
-    hessian: Tensor,
-    sum_x: Tensor,
-    target: Tensor | None = None,
-    cross: Tensor | None = None,
-    sum_target: Tensor | None = None,
-    row_weights: Tensor | None = None,
-) -> bool:
-    sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
-    return (
-        _reachable(x, *sums, target, row_weights)
-        and x.dtype in FLOATS
-        and (target is None or target.dtype in FLOATS)
-        and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in sums)
-    )
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("EPMQ_BACKEND") == "triton"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    # Of the ways to ask this, the one that torch.compile takes for a constant.
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
 def _accumulate(*args: Any, **kwargs: Any) -> None:
     from epmq.kernels.gram import accumulate
 
     accumulate(*args, **kwargs)
-
-
-def _sweeps(weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int) -> bool:
-    floats = (weight, unit_upper, scales, zeros)
-    return _reachable(*floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
 
 
 def _gptq_sweep(*args: Any, **kwargs: Any) -> Tensor:
@@ -70,7 +45,30 @@ def _gptq_sweep(*args: Any, **kwargs: Any) -> Tensor:
     return codes
 
 
+def _multiplies(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> bool:
+    """What epmq.kernels.int4_matmul takes: 4 bits, the kernels' groups, 16-bit inputs."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or bits != BITS or kernel_group(group_size, x.shape[1]) is None:
+        return False
+    return _reachable(x, packed, scales, zeros, bias)
+
+
+def _dequant_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """On a checkpoint's codes; QuantLinear packs once and calls the kernel itself."""
+    from epmq.kernels.int4_matmul import int4_matmul
+
+    y: Tensor = int4_matmul(x, pack_rows(packed, scales, zeros, bits, group_size, x.shape[1], x.dtype), bias)
+    return y
+
+
 def offer(register: Callable[..., None]) -> None:
-    """Register the Triton forms. Those of the compiled extension come after and are preferred where both apply."""
-    register("accumulate", "triton", _accumulate, _accumulates)
-    register("gptq_sweep", "triton", _gptq_sweep, _sweeps)
+    """Register the Triton forms where Triton is installed. Those of the compiled extension come after and are
+    preferred where both apply."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    register("accumulate", "triton", _accumulate, partial(accumulates, _reachable))
+    register("gptq_sweep", "triton", _gptq_sweep, partial(sweeps, _reachable))
+    register("dequant_matmul", "triton", _dequant_matmul, _multiplies)

@@ -9,13 +9,13 @@ just written and reads back.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from epmq.kernels.launch import interpreted, on_device
 
 BLOCK = 128
 # Between super-blocks the update is right-looking: one product with 512 inner columns over all that is left, which
@@ -121,9 +121,9 @@ def gptq_sweep(
     factor = unit_upper if unit_upper.stride(1) == 1 else unit_upper.contiguous()
     group_of = group_of.to(torch.int32).contiguous()
     # The interpreter's cost is by operation, not by element: all rows at once.
-    per_program = triton.next_power_of_2(rows) if interpreting() else ROWS_PER_PROGRAM
+    per_program = triton.next_power_of_2(rows) if interpreted() else ROWS_PER_PROGRAM
     grid = (triton.cdiv(rows, per_program),)
-    with torch.cuda.device_of(weight):
+    with on_device(weight):
         for super_start in range(0, columns, super_block):
             super_stop = min(super_start + super_block, columns)
             for start in range(super_start, super_stop, block):
@@ -150,8 +150,3 @@ def gptq_sweep(
                 share = factor[super_start:super_stop, super_stop:]
                 running[super_stop:].addmm_(share.T, running[super_start:super_stop])
     return swept[: columns - missing].T.contiguous()
-
-
-def interpreting() -> bool:
-    """Whether this process runs Triton kernels in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

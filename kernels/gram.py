@@ -8,15 +8,15 @@ is the symmetry, half of H is never computed; reading X once gains next to nothi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epmq.kernels.gptq_block import interpreting
+from epmq.kernels.launch import interpreted, on_device, readable
 from epmq.rows import kept_rows
 
 TILE = 128
+LINE = 16  # columns that are read together
 # Tensor cores do not round their running sums to nearest, so sums of squares drift; the total is therefore carried in
 # the fp32 result, and a sum in registers never covers more rows than this.
 ROWS_PER_LAUNCH = 8192
@@ -150,12 +150,12 @@ def accumulate(
     if target is not None and target.dtype != x.dtype:
         x, target = x.float(), target.float()
     exact = weighted or x.dtype == torch.float32
-    rows = _readable(x)
-    targets = rows if target is None else _readable(target)
+    rows = readable(x, LINE)
+    targets = rows if target is None else readable(target, LINE)
     columns, count = x.shape[1], 0 if target is None else target.shape[1]
     h_tiles = triton.cdiv(columns, TILE)
     grid = (h_tiles * (h_tiles + 1) // 2 + triton.cdiv(count, TILE) * h_tiles,)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         for start in range(0, x.shape[0], ROWS_PER_LAUNCH):
             some = slice(start, start + ROWS_PER_LAUNCH)
             part, part_targets = rows[some], targets[some]
@@ -176,7 +176,7 @@ def accumulate(
                 h_tiles,
                 EXACT=exact,
                 WEIGHTED=weighted,
-                INTERPRETED=interpreting(),
+                INTERPRETED=interpreted(),
                 TILE=TILE,
                 **(WIDE if exact else NARROW),
             )
@@ -199,13 +199,3 @@ def _add_column_sums(rows: Tensor, weights: Tensor, sums: Tensor, weighted: bool
         DEPTH=64,
         enable_fp_fusion=True,
     )
-
-
-def _readable(rows: Tensor) -> Tensor:
-    """The rows as the kernel reads them, 16 bytes at a time: as they are, or copied with zeros behind them."""
-    step = 16
-    element = rows.element_size()
-    fits = rows.stride(1) == 1 and rows.shape[1] % step == 0 and rows.stride(0) % step == 0
-    if fits and rows.data_ptr() % (step * element) == 0:
-        return rows
-    return F.pad(rows, (0, -rows.shape[1] % step)).contiguous()

@@ -7,7 +7,6 @@ two calls give the same bits. ``batch_invariant`` fixes the order for every numb
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,18 +17,14 @@ from torch import Tensor
 from epmq.errors import NumericalError
 from epmq.kernels import tune
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
-from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, pack_rows, pack_weight, packed_shapes, padded
+from epmq.kernels.launch import interpreted, on_device, readable
+from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, pack_rows, pack_weight, packed_shapes
 from epmq.kernels.tune import Config
 from epmq.quantized import QuantizedTensor
 
 SWIZZLED_FROM = 256  # tokens; fewer see each weight once, and their order does not matter
 SUM_BLOCK = 1024
 _checked: set[tuple[int | None, Config, int, torch.dtype]] = set()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its programs in its interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def int4_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
@@ -162,24 +157,6 @@ product.register_autograd(_backward, setup_context=_keep_for_backward)
 # ---- launching -------------------------------------------------------------------------------------------------------
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Programs are launched on the current device's current stream: make that the tensor's device."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-def ready(x: Tensor) -> Tensor:
-    """x as the kernels read it: whole blocks of 128 columns, 16-byte aligned rows; copied only where it is not so."""
-    columns = padded(x.shape[1], TILE_COLUMNS)
-    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 16 == 0)
-    if columns == x.shape[1] and x.stride(1) == 1 and aligned:
-        return x
-    copy = x.new_zeros(x.shape[0], columns)
-    copy[:, : x.shape[1]] = x
-    return copy
-
-
 def run(
     x: Tensor,
     words: Tensor,
@@ -197,7 +174,7 @@ def run(
     if config.two_stages:
         weight = dequantized(words, scale_words, out_features, x.shape[1], group_size, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    x = ready(x)
+    x = readable(x, TILE_COLUMNS)
     blocks = words.shape[1]
     per_part = -(-blocks // config.split_k)
     parts = -(-blocks // per_part)

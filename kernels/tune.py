@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 from epmq.errors import ConfigError
 from epmq.files import write_text
+from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}

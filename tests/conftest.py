@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run in the interpreter here
@@ -93,20 +91,6 @@ def toy_batches(generator: torch.Generator, count: int = 3) -> list[dict[str, Te
     return batches
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")),
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")],
-        ),
-    ]
-)
-def kernel_device(request: pytest.FixtureRequest) -> str:
-    """Where Triton kernels run: on the GPU, or without one in the interpreter."""
-    return str(request.param)
-
-
 @pytest.fixture
 def toy_job() -> ToyJob:
     return make_toy_job()
@@ -120,6 +104,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, it does not interpret")
     return torch.device(request.param)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Random problems of the kernels by their seeds, ten a test; EPMQ_STRESS says how many (``make stress``)."""
+    if "random_seeds" in metafunc.fixturenames:
+        count = int(os.environ.get("EPMQ_STRESS", "30"))
+        parts = [range(first, min(first + 10, count)) for first in range(0, count, 10)]
+        metafunc.parametrize("random_seeds", parts, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,6 @@ from epmq import ops, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 gptq_block = pytest.importorskip("epmq.kernels.gptq_block")
-
-STRESS = int(os.environ.get("EPMQ_STRESS", "25"))
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ CASES = [(shape, bits) for place, shape in enumerate(SHAPES) for bits in (4, (2,
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("shape, bits", CASES, ids=str)
 def test_codes_are_the_references(
-    kernel_device: str, shape: tuple[int, int, int, int, int], bits: int, symmetric: bool
+    device: torch.device, shape: tuple[int, int, int, int, int], bits: int, symmetric: bool
 ) -> None:
     rows, columns, group, block, super_block = shape
     problem = sweep_problem(rows, columns, group, bits, symmetric)
@@ -74,19 +72,19 @@ def test_codes_are_the_references(
     assert ours <= 1.001 * theirs, f"{int((codes != wanted).sum())} codes differ, output error {ours / theirs:.5f} x"
 
 
-def test_whole_blocks_of_128_columns(kernel_device: str) -> None:
+def test_whole_blocks_of_128_columns(device: torch.device) -> None:
     problem = sweep_problem(12, 144, 128, 4, False)
     codes = check_sweep(form(), problem, 4)
     assert (codes != by_reference(problem, 4)).float().mean() < 1e-3
 
 
-def test_act_order_leaves_groups_to_their_columns(kernel_device: str) -> None:
+def test_act_order_leaves_groups_to_their_columns(device: torch.device) -> None:
     weight, upper, scales, zeros, groups = sweep_problem(9, 60, 16, 4, False)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     check_sweep(form(32, 32), (weight, upper, scales, zeros, groups[order]), 4)
 
 
-def test_stacked_rows_are_each_rows_own_result(kernel_device: str) -> None:
+def test_stacked_rows_are_each_rows_own_result(device: torch.device) -> None:
     """Inside one block no row knows of another: stacking linears that share H changes no bit."""
     weight, upper, scales, zeros, groups = placed(form(), *sweep_problem(70, 48, 16, 4, True))
     whole = form(64, 64).function(weight, upper, scales, zeros, groups, 4)
@@ -95,7 +93,7 @@ def test_stacked_rows_are_each_rows_own_result(kernel_device: str) -> None:
         assert torch.equal(alone, whole[part])
 
 
-def test_rounding_is_the_references_bit_for_bit(kernel_device: str) -> None:
+def test_rounding_is_the_references_bit_for_bit(device: torch.device) -> None:
     """Ties, neighbours of ties, huge and non-finite values, without any propagation."""
     halves = torch.arange(-80, 81) / 2.0
     values = [halves, halves.nextafter(torch.tensor(99.0)), halves.nextafter(torch.tensor(-99.0))]
@@ -110,7 +108,7 @@ def test_rounding_is_the_references_bit_for_bit(kernel_device: str) -> None:
         assert torch.equal(codes, by_reference(problem, 4))
 
 
-def test_a_row_with_nan_spoils_no_other(kernel_device: str) -> None:
+def test_a_row_with_nan_spoils_no_other(device: torch.device) -> None:
     weight, upper, scales, zeros, groups = sweep_problem(6, 40, 16, 4, True)
     clean = form(16, 32).function(*placed(form(), weight, upper, scales, zeros, groups), 4)
     weight[2, 20] = float("nan")
@@ -120,23 +118,25 @@ def test_a_row_with_nan_spoils_no_other(kernel_device: str) -> None:
     assert torch.equal(dirty.cpu(), reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
 
 
-def test_nothing_to_do_gives_nothing(kernel_device: str) -> None:
+def test_nothing_to_do_gives_nothing(device: torch.device) -> None:
     weight, upper, scales, zeros, groups = placed(form(), *sweep_problem(3, 20, 8, 4, True))
     assert form().function(weight[:0], upper, scales[:0], zeros[:0], groups, 4).shape == (0, 20)
     assert form().function(weight[:, :0], upper[:0, :0], scales, zeros, groups[:0], 4).shape == (3, 0)
 
 
-def test_strided_factor_and_weight(kernel_device: str) -> None:
+def test_strided_factor_and_weight(device: torch.device) -> None:
     weight, upper, scales, zeros, groups = sweep_problem(6, 40, 16, 4, True)
     wide = torch.cat([upper, seeded(40, 9)], 1)
     for factor in (upper.T.contiguous().T, wide[:, :40]):
         check_sweep(form(16, 32), (weight.T.contiguous().T, factor, scales, zeros, groups), 4)
 
 
-def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.MonkeyPatch, kernel_device: str) -> None:
+def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     on_cpu = sweep_problem(3, 20, 8, 4, True)
-    problem = [tensor.to(kernel_device) for tensor in on_cpu]
-    if kernel_device == "cpu":
+    problem = [tensor.to(device) for tensor in on_cpu]
+    if device.type == "cpu":
         assert ops.choose("gptq_sweep", *problem, 4).backend != "triton"
         monkeypatch.setenv("EPMQ_BACKEND", "triton")
     assert ops.choose("gptq_sweep", *problem, 4).backend == "triton"
@@ -145,7 +145,7 @@ def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.M
     assert ops.choose("gptq_sweep", *wide, problem[4], 4).backend == "reference"
 
 
-def test_a_whole_quantization_through_the_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_quantization_through_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels at work in the engine: the same errors as the reference's, to what a code at a tie can change."""
     job = make_toy_job(2, 8, 1)
     few = {task: batches[:1] for task, batches in job.calibration.items()}
@@ -153,26 +153,20 @@ def test_a_whole_quantization_through_the_kernels(kernel_device: str, monkeypatc
     for backend in ("reference", "triton"):
         monkeypatch.setenv("EPMQ_BACKEND", backend)
         config = epmq.QuantConfig(group_size=4, diagnostics=False, include=("query", "key", "down"))
-        errors[backend] = epmq.quantize(job.merged, job.experts, few, config, device=kernel_device).report[
-            "average_error"
-        ]
+        errors[backend] = epmq.quantize(job.merged, job.experts, few, config, device=device).report["average_error"]
     for task, by_method in errors["reference"].items():
         assert errors["triton"][task]["epmq"] == pytest.approx(by_method["epmq"], rel=0.01)
 
 
-def test_random_problems(kernel_device: str) -> None:
-    """EPMQ_STRESS of them (25): every size, group, width and block drawn from one seed."""
-    generator = torch.Generator().manual_seed(11)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    for number in range(STRESS):
-        rows, columns, bits = draw(1, 9), draw(1, 40), (2, 3, 4, 8)[draw(0, 3)]
-        group = -1 if draw(0, 4) == 0 else draw(1, columns)
-        weight, upper, scales, zeros, groups = sweep_problem(rows, columns, group, bits, draw(0, 1) == 1)
-        order = torch.randperm(columns, generator=generator)
-        print(f"problem {number}: {rows} x {columns}, groups of {group}, {bits} bits")
+def test_random_problems(random_seeds: range, device: torch.device) -> None:
+    """Any size, group, width and order of columns."""
+    for seed in random_seeds:
+        draw = random.Random(seed)
+        rows, columns, bits = draw.randint(1, 9), draw.randint(1, 40), draw.choice([2, 3, 4, 8])
+        group = -1 if draw.random() < 0.2 else draw.randint(1, columns)
+        weight, upper, scales, zeros, groups = sweep_problem(rows, columns, group, bits, draw.random() < 0.5)
+        order = draw.sample(range(columns), columns)
+        print(f"problem {seed}: {rows} x {columns}, groups of {group}, {bits} bits")
         check_sweep(form(16, 32), (weight, upper, scales, zeros, groups[order]), bits)
 
 

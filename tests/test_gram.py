@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,6 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from epmq.kernels.gram import tile_at  # noqa: E402
-
-STRESS = int(os.environ.get("EPMQ_STRESS", "25"))
 
 
 @triton.jit
@@ -55,14 +53,14 @@ def row_weights(kind: str, count: int) -> Tensor | None:
 @pytest.mark.parametrize(
     "shape", [(150, 64, 40), (1, 24, 8), (0, 16, 8), (97, 100, None), (70, 129, 131), (65, 33, 5), (5, 1, 1)], ids=str
 )
-def test_both_moments(kernel_device: str, shape: tuple[int, int, int | None], kind: str, dtype: torch.dtype) -> None:
+def test_both_moments(device: torch.device, shape: tuple[int, int, int | None], kind: str, dtype: torch.dtype) -> None:
     count, columns, targets = shape
     x = seeded(count, columns).to(dtype)
     target = None if targets is None else seeded(count, targets).to(dtype)
     check_accumulate(Form(), x, target, row_weights(kind, count))
 
 
-def test_strided_rows_and_columns(kernel_device: str) -> None:
+def test_strided_rows_and_columns(device: torch.device) -> None:
     base = seeded(90, 200)
     check_accumulate(Form(), base[::2, 10:70], base[::2, 100:150], None)
     check_accumulate(Form(), base.T[:100, ::3], None, None)
@@ -70,7 +68,7 @@ def test_strided_rows_and_columns(kernel_device: str) -> None:
     check_accumulate(Form(), narrow[:, 16:64], narrow[:, 3:20], None)
 
 
-def test_masked_rows_may_hold_anything(kernel_device: str) -> None:
+def test_masked_rows_may_hold_anything(device: torch.device) -> None:
     x = seeded(40, 30)
     rows = torch.ones(40)
     rows[7] = rows[31] = 0
@@ -80,27 +78,27 @@ def test_masked_rows_may_hold_anything(kernel_device: str) -> None:
     check_accumulate(Form(), x, x[:, :10].clone(), torch.zeros(40))
 
 
-def test_denormals_and_non_finite_numbers(kernel_device: str) -> None:
+def test_denormals_and_non_finite_numbers(device: torch.device) -> None:
     check_accumulate(Form(), torch.full((9, 20), 1e-41), None, None)
     x = seeded(20, 10)
     x[3, 2], x[5, 4] = float("inf"), float("nan")
     check_accumulate(Form(), x, None, None)
 
 
-def test_rows_and_targets_of_different_dtypes(kernel_device: str) -> None:
+def test_rows_and_targets_of_different_dtypes(device: torch.device) -> None:
     check_accumulate(Form(), seeded(20, 24).half(), seeded(20, 9), None)
 
 
-def test_more_rows_than_one_launch_takes(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_one_launch_takes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "ROWS_PER_LAUNCH", 64)
     check_accumulate(Form(), seeded(150, 20).half(), seeded(150, 9).half(), row_weights("weighted", 150))
 
 
-def test_two_runs_have_the_same_bits(kernel_device: str) -> None:
-    x = seeded(100, 140).half().to(kernel_device)
+def test_two_runs_have_the_same_bits(device: torch.device) -> None:
+    x = seeded(100, 140).half().to(device)
     found = []
     for _ in range(2):
-        sums = [torch.zeros(140, 140, device=kernel_device), torch.zeros(140, device=kernel_device)]
+        sums = [torch.zeros(140, 140, device=device), torch.zeros(140, device=device)]
         gram.accumulate(x, *sums)
         found.append(sums)
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
@@ -108,30 +106,32 @@ def test_two_runs_have_the_same_bits(kernel_device: str) -> None:
 
 @pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (40, 3)])
 def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
-    kernel_device: str, h_tiles: int, cross_tiles: int
+    device: torch.device, h_tiles: int, cross_tiles: int
 ) -> None:
     """The same list as the CUDA form's, whose arithmetic it is held to where that is built."""
     wanted = [(row, column, False) for row in range(h_tiles) for column in range(row + 1)]
     wanted += [(row, column, True) for row in range(cross_tiles) for column in range(h_tiles)]
     if extension.module is not None:
         assert extension.module.statistics_tiles(h_tiles, cross_tiles) == wanted
-    found = torch.empty(len(wanted), 3, dtype=torch.int32, device=kernel_device)
+    found = torch.empty(len(wanted), 3, dtype=torch.int32, device=device)
     list_tiles[(1,)](found, len(wanted), h_tiles, SIZE=2 ** math.ceil(math.log2(len(wanted) + 1)))
     assert [(row, column, bool(cross)) for row, column, cross in found.tolist()] == wanted
 
 
-def test_the_last_tile_of_the_largest_triangle(kernel_device: str) -> None:
+def test_the_last_tile_of_the_largest_triangle(device: torch.device) -> None:
     """The index where the square root has least room: the ends of row 1023, K = 131,072."""
     for index, wanted in [(1023 * 1024 // 2, [1023, 0, 0]), (1024 * 1025 // 2 - 1, [1023, 1023, 0])]:
-        found = torch.empty(1, 3, dtype=torch.int32, device=kernel_device)
+        found = torch.empty(1, 3, dtype=torch.int32, device=device)
         list_tiles[(1,)](found, 1, 1024, FIRST=index, SIZE=1)
         assert found.tolist() == [wanted]
 
 
-def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.MonkeyPatch, kernel_device: str) -> None:
-    x = seeded(20, 30).half().to(kernel_device)
-    hessian, sum_x = torch.zeros(30, 30, device=kernel_device), torch.zeros(30, device=kernel_device)
-    if kernel_device == "cpu":
+def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    x = seeded(20, 30).half().to(device)
+    hessian, sum_x = torch.zeros(30, 30, device=device), torch.zeros(30, device=device)
+    if device.type == "cpu":
         assert ops.choose("accumulate", x, hessian, sum_x).backend != "triton"
     monkeypatch.setenv("EPMQ_BACKEND", "triton")
     assert ops.choose("accumulate", x, hessian, sum_x).backend == "triton"
@@ -140,19 +140,14 @@ def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(monkeypatch: pytest.M
     assert ops.choose("accumulate", x, hessian.double(), sum_x.double()).backend == "reference"
 
 
-def test_random_problems(kernel_device: str) -> None:
-    """EPMQ_STRESS of them (25): sizes, dtypes, weights and strides drawn from one seed."""
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    for number in range(STRESS):
-        count, columns, targets = draw(0, 90), draw(1, 50), draw(0, 40)
-        dtype = list(DTYPES.values())[draw(0, 2)]
-        kind = ("ones", "mask", "weighted")[draw(0, 2)]
-        first = draw(0, 5)
-        print(f"problem {number}: {count} x {columns}, {targets} targets, {dtype}, {kind}, from column {first}")
+def test_random_problems(random_seeds: range, device: torch.device) -> None:
+    """Any sizes, dtype, weights and strides."""
+    for seed in random_seeds:
+        draw = random.Random(seed)
+        count, columns, targets = draw.randint(0, 90), draw.randint(1, 50), draw.randint(0, 40)
+        dtype, kind = draw.choice(list(DTYPES.values())), draw.choice(["ones", "mask", "weighted"])
+        first = draw.randint(0, 5)
+        print(f"problem {seed}: {count} x {columns}, {targets} targets, {dtype}, {kind}, from column {first}")
         x = seeded(count, columns + first).to(dtype)[:, first:]
         target = None if targets == 0 else seeded(count, targets).to(dtype)
         check_accumulate(Form(), x, target, row_weights(kind, count))

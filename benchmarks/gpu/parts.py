@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from gpu import rivals
-from gpu.timing import Call, copies_needed, microseconds, milliseconds
+from gpu.timing import milliseconds
 from torch import Tensor
 
 from epmq import ops, reference
+from epmq.kernels.int4_matmul import int4_matmul
+from epmq.kernels.layout import pack_weight
+from epmq.kernels.timing import Call, copies_needed, microseconds
 from epmq.quantized import QuantizedTensor, column_groups
 from epmq.solve import Factor, factorize
 
@@ -79,12 +81,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def int4(setting: Setting, layer: str, rows: int, columns: int) -> list[Row]:
     """Fused int4 product against dense and other int4 products: fp16, and bf16 where a rival knows only that."""
-    try:
-        int4_matmul = import_module("epmq.kernels.int4_matmul").int4_matmul
-        pack_weight = import_module("epmq.kernels.layout").pack_weight
-    except ImportError as missing:
-        setting.absent["int4 kernel"] = str(missing)
-        return []
     rows, columns = setting.shape(rows, columns, least=128)
     copies = copies_needed(rows * columns // 2, setting.device)
     weights = [random_weight(rows, columns, setting.device, seed) for seed in range(copies)]

@@ -1,0 +1,119 @@
+"""The int4 product's gates: which of its tiles are compiled, and the limits of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from machine_code import ARCHS, Counts, Gate, Program, build, common_faults, count
+from naive_int4 import naive_product
+
+from epmq.kernels import tune
+from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
+from epmq.kernels.tune import Config
+
+GROUPS = (0, 32, 64, 128)  # 0: one scale a row
+# Instructions per weight of 8 tokens by 128 rows, by group, with HMMA and with HGMMA as the tensor instruction.
+DECODE_LIMITS = {128: (2.75, 3.1), 64: (2.9, 3.2), 32: (3.0, 3.3), 0: (2.2, 2.5)}
+# Of large tiles, by architecture, tokens and rows.
+TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 256): 3.2, (80, 64, 128): 4.0}
+# These exceed their limit, and got another after that was seen: bf16 takes three shifts for eight weights, fp16 one;
+# groups of 32 take three more grid words a step. docs/kernels.md says why they are launched all the same.
+EXCEPTIONS = {(90, "bf16", 32, 64, 128): 3.3, (90, "bf16", 32, 128, 256): 3.3, (80, "bf16", 32, 64, 128): 4.2}
+
+
+def gates(everything: bool) -> Iterator[Gate]:
+    """The tiles of the shipped choice (groups of 128, and all groups at 8 tokens); with ``everything`` every tile,
+    dtype and group, and beside some the naive layout, which has no limits."""
+    for arch in ARCHS:
+        for config in tune.shapes(arch):
+            for dtype in ("fp16", "bf16"):
+                for group in GROUPS:
+                    shown = is_main(arch, dtype, group, config)
+                    if everything or shown:
+                        yield product_gate(arch, dtype, group, config, shown)
+            if everything and config.block_m in (16, 64, 128) and is_main(arch, "fp16", 128, config):
+                yield naive_gate(arch, config)
+        yield from other_gates(arch)
+
+
+def is_main(arch: int, dtype: str, group: int, config: Config) -> bool:
+    if (arch, dtype, group, config.block_m, config.block_n) in EXCEPTIONS:
+        return True
+    wide = config.block_n == 128 or (config.block_m, config.block_n) == (128, 256)
+    return wide and (group == 128 or config.block_m == 8)
+
+
+def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool) -> Gate:
+    """The tile program of a configuration, as launched with several parts where it is small."""
+    split = config.block_m <= 64
+    types = {"x": f"*{dtype}", "words": "*i16", "scales": "*i32", "bias": f"*{dtype}"}
+    types["out"] = "*fp32" if split else f"*{dtype}"
+    constants = {"BM": config.block_m, "BN": config.block_n, "GROUP": group, "SPLIT": split, "BIAS": not split}
+    constants |= {"JOINED": config.joined, "SWIZZLE": 1 if split else 8, "ASM": True, "WIDE": False}
+    program = build(product_tiles, arch, types, constants, ("M", "KB", "blocks_per_part"), options(config))
+    counts = count_weights(program, config)
+    name = f"int4 sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}"
+    limit, asked = limits(counts, arch, dtype, group, config)
+    faults = common_faults(program, arch) + broken(counts, program.serialized, arch, config)
+    if limit is not None and counts.each > limit:
+        faults.append(f"{counts.each:.2f} instructions per weight, limit {limit}")
+    return Gate(name, counts, faults, limit, asked, shown)
+
+
+def limits(counts: Counts, arch: int, dtype: str, group: int, config: Config) -> tuple[float | None, float | None]:
+    """The limit of instructions per weight, and the one that an exception stands in for."""
+    shape = (config.block_m, config.block_n)
+    limit = DECODE_LIMITS[group][counts.tensor == "HGMMA"] if shape == (8, 128) else TILE_LIMITS.get((arch, *shape))
+    exception = EXCEPTIONS.get((arch, dtype, group, *shape))
+    return (limit, None) if exception is None else (exception, limit)
+
+
+def broken(counts: Counts, serialized: bool, arch: int, config: Config) -> list[str]:
+    """Sentences for each limit of the loop that a tile breaks."""
+    faults = []
+    if counts.conversions or counts.permutes > 4 or counts.stores or counts.loads:
+        faults.append(
+            f"in the loop {counts.conversions} conversions, {counts.permutes} permutes (4 allowed), {counts.stores} "
+            f"shared stores, {counts.loads} synchronous loads"
+        )
+    wanted = config.block_n // (8 * config.warps)
+    if counts.wide_copies < wanted:
+        faults.append(f"{counts.wide_copies} copies of 16 bytes, {wanted} are needed for the weights")
+    if serialized or counts.waits > (1 if config.joined else 4):
+        faults.append(f"wgmma is serialized ({counts.waits} waits)")
+    allowed = {"HMMA"} if arch < 90 else {"HGMMA"} if config.block_m >= 16 else {"HGMMA", "HMMA"}
+    return faults if counts.tensor in allowed else [*faults, f"tensor instruction {counts.tensor}"]
+
+
+def naive_gate(arch: int, config: Config) -> Gate:
+    """The naive kernel with the same tile; its products need 16 tokens at least."""
+    types = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "origins": "*i8", "out": "*fp16"}
+    constants = {"BM": max(16, config.block_m), "BN": config.block_n}
+    program = build(naive_product, arch, types, constants, ("M",), options(config))
+    return Gate(f"naive int4 sm_{arch} fp16 g128 {config.block_m}x{config.block_n}", count_weights(program, config), [])
+
+
+def count_weights(program: Program, config: Config) -> Counts:
+    """Counts of the loop over columns, which takes 128 of them a turn."""
+    loop = program.loop_with("HMMA", "HGMMA")
+    weights = config.block_n * 128 / (32 * config.warps)
+    return count(program, loop, round(len(program.part(loop)) / weights, 3))
+
+
+def other_gates(arch: int) -> Iterator[Gate]:
+    """The kernels without tensor instructions: only the common limits matter."""
+    parts = {"parts": "*fp32", "bias": "*fp16", "out": "*fp16"}
+    tiles = {"words": "*i16", "scales": "*i32", "out": "*bf16"}
+    plain = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+    for kernel, types, constants, unaligned in (
+        (sum_parts, parts, {"SPLITS": 8, "BIAS": True, "WIDE": False, "BLOCK": 1024}, ("count", "N")),
+        (dequantize_tiles, tiles, {"GROUP": 128, "ASM": True, "WIDE": False}, ("N", "K", "KB")),
+    ):
+        program = build(kernel, arch, types, constants, unaligned, plain)
+        counts = count(program, None, len(program.operations))
+        yield Gate(f"int4 sm_{arch} {kernel.__name__}", counts, common_faults(program, arch), shown=False)
+
+
+def options(config: Config) -> dict[str, Any]:
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}

@@ -1,0 +1,36 @@
+"""What the launches of all kernels share: the interpreter, the current device, and rows that kernels can read."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its programs in its interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Programs are launched on the current device's current stream: make that the tensor's device."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def readable(rows: Tensor, multiple: int) -> Tensor:
+    """``rows`` with a multiple of so many columns, each row 16-byte aligned: as they are, or copied before zeros.
+
+    multiple: a multiple of 16. Strides are multiples of 16 elements, which lets Triton copy 16 bytes at a time.
+    """
+    missing = -rows.shape[1] % multiple
+    aligned = rows.data_ptr() % 16 == 0 and (rows.shape[0] == 1 or rows.stride(0) % 16 == 0)
+    if not missing and rows.stride(1) == 1 and aligned:
+        return rows
+    copy = rows.new_zeros(rows.shape[0], rows.shape[1] + missing)
+    copy[:, : rows.shape[1]] = rows
+    return copy
