@@ -14,7 +14,7 @@ GPU_MINUTES ?= 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-levels test-transformers4 sanitize lint format demo minilm8 memory bench peers cuda-check \
-  gates gates-gptq stress gpu clean
+  gates gates-gptq stress fuzz gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -108,6 +108,9 @@ gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and 
 
 stress: $(READY)  ## 10,000 random int4 products against float64 (about half an hour in the interpreter)
 	EPMQ_STRESS=10000 $(BIN)/python -m pytest tests/test_int4_matmul.py -k random_problems
+
+fuzz: $(READY)  ## 100,000 spoilt files over every reader; findings in tests/corpus/
+	$(BIN)/python tests/fuzz.py --inputs 100000
 
 gates-gptq: $(READY)  ## compile the GPTQ and gram kernels for sm_80 and sm_90 without a GPU; refuse spills and growth
 	PYTHONPATH=. $(BIN)/python benchmarks/gates_gptq.py

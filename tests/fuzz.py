@@ -132,7 +132,15 @@ def run(inputs: int, seed: int, corpus: Path, batch: int = 20_000) -> tuple[Coun
     first = 0
     while first < inputs:
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, __file__, "--work", str(seed), str(first), str(min(batch, inputs - first)), scratch]
+            command = [
+                sys.executable,
+                __file__,
+                "--work",
+                str(seed),
+                str(first),
+                str(min(batch, inputs - first)),
+                scratch,
+            ]
             current: list[Any] = []
             worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
             assert worker.stdout is not None

@@ -31,7 +31,16 @@ def mutate(content: bytes, name: str, random: Random) -> bytes:
     for _ in range(random.choice((1, 1, 2, 3))):
         try:
             content = (_structure if random.random() < 0.6 else _bytes)(content, name, random)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, yaml.YAMLError, RecursionError):
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            struct.error,
+            yaml.YAMLError,
+            RecursionError,
+        ):
             content = _bytes(content, name, random)  # what was changed before has no structure any more
     return content
 

@@ -137,7 +137,13 @@ def _read_packed(folder: Path) -> None:
 def _write_config(folder: Path) -> None:
     import transformers
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
     config = transformers.BertConfig(**sizes, max_position_embeddings=8, architectures=["BertModel"])
     config.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "max_length": 20}))
@@ -145,7 +151,10 @@ def _write_config(folder: Path) -> None:
 
 def _write_adapter(folder: Path) -> None:
     save_file(
-        {f"base_model.model.a.lora_{part}.weight": torch.ones(*shape) for part, shape in {"A": (2, 4), "B": (3, 2)}.items()},
+        {
+            f"base_model.model.a.lora_{part}.weight": torch.ones(*shape)
+            for part, shape in {"A": (2, 4), "B": (3, 2)}.items()
+        },
         folder / "adapter_model.safetensors",
     )
     config = {
