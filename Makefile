@@ -45,7 +45,7 @@ test-transformers4:  ## the table of model families with the last transformers 4
 	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers<5' \
-	  safetensors pydantic click rich pyyaml pytest hypothesis pytest-timeout
+	  safetensors pydantic click rich pyyaml regex pytest hypothesis pytest-timeout
 	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
@@ -116,7 +116,7 @@ cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, share
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-triton/bin/pip install --quiet torch==$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])") \
-	  triton==3.6.0 'numpy<2.4' pydantic pyyaml safetensors rich click
+	  triton==3.6.0 'numpy<2.4' pydantic pyyaml regex safetensors rich click
 	touch $@
 
 gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and sm_90, oldest and newest Triton; no GPU
@@ -126,6 +126,9 @@ gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and 
 stress: $(READY)  ## STRESS random problems of every Triton kernel against float64; on a CPU they are interpreted
 	EPMQ_STRESS=$(STRESS) $(BIN)/python -m pytest tests/test_int4_matmul.py tests/test_gptq_block.py tests/test_gram.py \
 	  -k random_problems
+
+fuzz: $(READY)  ## 100,000 spoilt files over every reader; findings in tests/corpus/
+	$(BIN)/python tests/fuzz.py --inputs 100000
 
 # No network and no virtual environment: the machine's own Python, with its CUDA build of torch, Triton and pytest.
 gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
+from epmq import patterns, trust
 from epmq.errors import ConfigError, SourceError
 from epmq.hub import find_model, name_of
 from epmq.settings import Settings
@@ -39,6 +39,9 @@ OF_TRAINING = {
 }  # fmt: skip
 
 
+Rank = Annotated[int, Field(ge=1, le=trust.INT32_MAX)]
+
+
 class AdapterConfig(Settings):
     """What adapter_config.json says about the sum. r: rank. lora_alpha: the scale is alpha/r, or alpha/√r with
     use_rslora. rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its own value}.
@@ -48,10 +51,10 @@ class AdapterConfig(Settings):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
-    r: int = Field(default=8, ge=1)
+    r: Rank = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     fan_in_fan_out: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
@@ -59,13 +62,10 @@ class AdapterConfig(Settings):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _valid_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        return patterns
+    def _valid_patterns(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for pattern in given:
+            patterns.check(pattern)
+        return given
 
     def rank_of(self, module: str) -> int:
         rank: int = _by_pattern(self.rank_pattern, module, self.r)
@@ -107,7 +107,7 @@ class AdapterSource:
         self.base = base
         self.config = read_adapter_config(self.folder)
         weights = self.folder / ADAPTER_WEIGHTS
-        if not weights.is_file():
+        if not trust.exists(weights):
             raise SourceError(
                 f"{self.folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; save the adapter as safetensors."
             )
@@ -143,7 +143,9 @@ class AdapterSource:
         pair = self._pairs.get(key)
         if pair is None:
             return weight
-        product = (_wide(read_finite(self.file, pair.b)) @ _wide(read_finite(self.file, pair.a))).mul_(pair.scale)
+        a, b = read_finite(self.file, pair.a), read_finite(self.file, pair.b)
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        product = (b.to(wide) @ a.to(wide)).mul_(pair.scale)
         if pair.turned:
             product = product.T
         # Where the weight is narrower, the sum is rounded once; peft rounds an embedding's product before as well.
@@ -259,10 +261,7 @@ class AdapterSource:
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """The adapter's configuration; raises SourceError naming the first key that would change the sum in another way."""
     file = folder / ADAPTER_CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: cannot be read as JSON ({error}).") from error
+    content = trust.read_json(file, SourceError)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         kind = content.get("peft_type") if isinstance(content, dict) else None
         raise SourceError(f"{file}: peft_type is {kind!r}; only LORA adapters can be added to a base.")
@@ -301,20 +300,16 @@ def open_model(what: Any, name: str, base: WeightSource | None = None) -> Weight
         path = find_model(what)
     except SourceError as error:
         raise SourceError(f"{name}: {error}") from error
-    if not (path / ADAPTER_CONFIG).is_file():
+    if not trust.exists(path / ADAPTER_CONFIG):
         return open_source(path, name)
     if base is None:
         raise SourceError(f"{name}: {path} is an adapter, which needs the model it was trained on; give that as base.")
     return AdapterSource(path, base)
 
 
-def _wide(factor: Tensor) -> Tensor:
-    return factor.to(torch.promote_types(factor.dtype, torch.float32))
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(given: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, from a dot on, as in peft."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    for pattern, value in given.items():
+        if patterns.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

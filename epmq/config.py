@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
+from epmq import patterns
 from epmq.errors import ConfigError
 from epmq.quantized import SUPPORTED_BITS
 from epmq.settings import Settings, nearest
+from epmq.trust import INT32_MAX, INT64_MAX
 
 DAMP_LIMIT = 1.0
 ClipSearch = Literal["auto", "none", "mse", "hessian"]
@@ -28,16 +28,16 @@ class DistillSettings(Settings):
     tasks count as similar.
     """
 
-    steps: int = Field(default=280, ge=1)
+    steps: int = Field(default=280, ge=1, le=INT32_MAX)
     learning_rate: float = Field(default=3e-4, gt=0.0)
-    examples: int = Field(default=8, ge=1)
-    copies: int = Field(default=3, ge=0)
+    examples: int = Field(default=8, ge=1, le=INT32_MAX)
+    copies: int = Field(default=3, ge=0, le=INT32_MAX)
     originals: float = Field(default=0.34, ge=0.0, le=1.0)
     last_blocks: float = Field(default=0.5, gt=0.0, le=1.0)
     covariance_share: float = Field(default=0.8, ge=0.0, le=1.0)
     cross_weight: float = Field(default=0.5, ge=0.0)
     least_similarity: float = Field(default=0.1, ge=-1.0, le=1.0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-INT64_MAX, le=INT64_MAX)
 
 
 def _known_bits(bits: int | None) -> int | None:
@@ -47,17 +47,9 @@ def _known_bits(bits: int | None) -> int | None:
 
 
 def _known_group(group_size: int) -> int:
-    if group_size != -1 and group_size < 1:
+    if group_size != -1 and not 1 <= group_size <= INT32_MAX:
         raise ValueError("use a positive number of columns, or -1 for the whole row")
     return group_size
-
-
-def _valid_patterns(patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
 class Override(Settings):
@@ -139,9 +131,10 @@ class QuantConfig(Settings):
 
     @field_validator("include", "exclude", "overrides")
     @classmethod
-    def _regular_expressions(cls, patterns: Any) -> Any:
-        _valid_patterns(patterns)
-        return patterns
+    def _regular_expressions(cls, given: Any) -> Any:
+        for pattern in given:
+            patterns.check(pattern)
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantConfig:
@@ -186,13 +179,13 @@ class QuantConfig(Settings):
 
     def selects(self, linear: str) -> bool:
         """Whether a linear of this name is to be quantized."""
-        if any(re.search(pattern, linear) for pattern in self.exclude):
+        if any(patterns.search(pattern, linear) for pattern in self.exclude):
             return False
-        return not self.include or any(re.search(pattern, linear) for pattern in self.include)
+        return not self.include or any(patterns.search(pattern, linear) for pattern in self.include)
 
     def override_of(self, linear: str) -> str | None:
         """The pattern whose settings a linear of this name has; None for the general ones."""
-        return next((pattern for pattern in self.overrides if re.search(pattern, linear)), None)
+        return next((pattern for pattern in self.overrides if patterns.search(pattern, linear)), None)
 
     def of(self, pattern: str | None) -> QuantConfig:
         """The settings of the linears that a pattern of ``overrides`` matches."""

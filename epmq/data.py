@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq import trust
 from epmq.errors import CalibrationError
+
+# Of a jsonl file, in signs.
+LONGEST_LINE = 2**24
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -18,16 +22,20 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
 
     Raises CalibrationError naming file and line for anything that is not a JSON object.
     """
-    path = Path(path)
     rows: list[dict[str, Any]] = []
+    number = 0
     try:
-        with open(path, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                if limit is not None and len(rows) == limit:
+        with io.TextIOWrapper(trust.open_file(path, CalibrationError), encoding="utf-8") as handle:
+            while limit is None or len(rows) < limit:
+                number += 1
+                line = handle.readline(LONGEST_LINE + 1)
+                if not line:
                     break
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"the line has more than {LONGEST_LINE} signs")
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = trust.parse_json(line)
                 if not isinstance(row, dict):
                     raise CalibrationError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
                 rows.append(row)
@@ -44,6 +52,10 @@ def texts_of(rows: list[dict[str, Any]], key: str, path: str | Path) -> list[str
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(key), str):
             raise CalibrationError(f"{path}, object {number}: it has no text under the key {key!r}.")
+        if any("\ud800" <= sign <= "\udfff" for sign in row[key]):
+            raise CalibrationError(
+                f"{path}, object {number}: its text holds half a surrogate pair; repair or remove it."
+            )
         texts.append(row[key])
     return texts
 

@@ -3,9 +3,19 @@
 Every message is one sentence that names the file, tensor, task or key at fault and what to do.
 """
 
+# A message carries names from files; a name may be a page long.
+LONGEST_MESSAGE = 4_000
+
 
 class EpmqError(Exception):
     """Base of everything this package raises on purpose."""
+
+    def __str__(self) -> str:
+        """One line of printable signs: what a name from a file could break or colour is escaped."""
+        text = super().__str__()
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class ConfigError(EpmqError, ValueError):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq.data import padded_batches, read_jsonl, texts_of, tokenize
-from epmq.errors import CalibrationError
-from epmq.sources import FileSource
+from epmq.errors import CalibrationError, SourceError
+from epmq.sources import FileSource, read_finite
 
 Pooling = Literal["mean", "first"]
 
@@ -40,12 +40,20 @@ def load_task(
     if not rows:
         raise CalibrationError(f"{data}: holds no example.")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("label"), int):
+        if type(row.get("label")) is not int:
             raise CalibrationError(f"{data}, object {number}: it has no whole number under the key 'label'.")
     ids = tokenize(tokenizer, texts_of(rows, text_key, data), max_length)
     source = FileSource(head)
+    if len(source.shape("weight")) != 2 or source.shape("bias") != source.shape("weight")[:1]:
+        raise SourceError(f"{head}: expected weight [classes, features] and bias [classes].")
+    classes = source.shape("weight")[0]
+    for number, row in enumerate(rows, 1):
+        if not 0 <= row["label"] < classes:
+            raise CalibrationError(
+                f"{data}, object {number}: label {row['label']} is none of the head's {classes} classes."
+            )
     labels = torch.tensor([row["label"] for row in rows])
-    return TextTask(ids, labels, source.tensor("weight").float(), source.tensor("bias").float())
+    return TextTask(ids, labels, read_finite(source, "weight").float(), read_finite(source, "bias").float())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from epmq import trust
 from epmq.errors import SourceError
 
 # Weights, configurations and tokenizers; never code, pickles or another framework's weights.
@@ -23,10 +24,10 @@ def find_model(what: str | Path, folder: str | Path = ".") -> Path:
     Raises SourceError when there is neither such a path nor such an id, or when the hub cannot be reached.
     """
     found = Path(folder) / what
-    if found.exists():
+    if trust.exists(found):
         return found
     text = os.fspath(what)
-    if not _ID.fullmatch(text) or (Path(folder) / text.split("/")[0]).exists():
+    if not _ID.fullmatch(text) or ".." in text or trust.exists(Path(folder) / text.split("/")[0]):
         raise SourceError(f"there is no such file or folder: {found}.")
     try:
         return _fetch(*text.partition("@")[::2])

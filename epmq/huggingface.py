@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.errors import ModelError, SourceError
+from epmq import trust
+from epmq.errors import EpmqError, ModelError, SourceError
 from epmq.sources import WeightSource
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -23,6 +25,11 @@ CARRIED = (
     "video_preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
+# What numbers of config.json may be at most, by a part of their name: transformers makes lists and tables of them.
+MOST = ((("position", "ctx", "length"), 2**24), (("num_", "n_", "layer", "depth"), 2**20))
+# A checkpoint may hold experts in one tensor that the model has one by one, and lack what is tied or starts anew.
+SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
+
 
 def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
     """The model of ``folder/config.json`` with parameters on the meta device and its buffers made.
@@ -31,18 +38,20 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
     encoders are published. Raises ModelError when transformers is absent or does not know the model.
     """
     transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot read config.json ({str(error).splitlines()[0]}).") from error
+    _check_config(Path(folder) / "config.json")
+    with _refusing(f"{folder}: transformers cannot read config.json"):
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         # It tells of the files; the skeleton is an ordinary model.
         del config.quantization_config
-    architecture = (config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, transformers.AutoModel)
-    with _parameters_on_meta():
+    # A kernel of the hub may be named here, which transformers would fetch and run.
+    config._attn_implementation = config._experts_implementation = None
+    with _refusing(f"{folder}: transformers cannot build the model of config.json"), _parameters_on_meta(stored):
+        named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        # Not every name that a file could give is a model.
+        known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
         model: nn.Module = (
-            model_class(config) if model_class is not transformers.AutoModel else model_class.from_config(config)
+            named(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=False)
         )
     if getattr(model, "pooler", None) is not None and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
@@ -51,22 +60,37 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
     """The tokenizer of a folder."""
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+    if not any(trust.is_file(Path(folder) / name) for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: holds no tokenizer files ({', '.join(TOKENIZER_FILES)}).")
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}).") from error
+    with _refusing(f"{folder}: no tokenizer can be loaded from it"):
+        return _transformers().AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+
+
+def stop_tokens(folder: str | Path) -> int | list[int] | None:
+    """The ids that end a text, where ``generation_config.json`` names some."""
+    path = Path(folder) / "generation_config.json"
+    if not trust.exists(path):
+        return None
+    trust.require_file(path, ModelError)
+    with _refusing(f"{path}: transformers cannot read it"):
+        settings = _transformers().GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    ids: int | list[int] | None = settings.eos_token_id
+    for token in ids if isinstance(ids, list) else [ids]:
+        if token is not None and not trust.is_whole(token, -1):
+            raise ModelError(f"{path}: eos_token_id is {ids!r}, expected the number of a token or a list of them.")
+    return ids
 
 
 def carry_files(source: str | Path, target: Path, dtype: str | None = None) -> None:
     """Copy configuration, tokenizer and processor files; ``dtype`` becomes the configuration's when one is given."""
     for name in CARRIED:
-        if (Path(source) / name).is_file():
+        if trust.is_file(Path(source) / name):
             shutil.copyfile(Path(source) / name, target / name)
     config = target / "config.json"
     if dtype is not None and config.is_file():
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = trust.read_json(config, ModelError)
         # transformers 5 writes the first, 4 the second; both read both.
         key = "dtype" if "dtype" in content else "torch_dtype"
         config.write_text(json.dumps({**content, key: dtype}, indent=2) + "\n", encoding="utf-8")
@@ -123,12 +147,53 @@ class NamedForModel:
         return tensor
 
 
+def _check_config(path: Path) -> None:
+    """Raise ModelError for a config.json whose numbers would fill the memory before a model is built."""
+    content = trust.read_json(path, ModelError)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object.")
+    sections: list[Any] = [content]
+    while sections:
+        section = sections.pop()
+        if not isinstance(section, dict):
+            sections += [inner for inner in section if isinstance(inner, (dict, list))]
+            continue
+        sections += [inner for inner in section.values() if isinstance(inner, (dict, list))]
+        for key, value in section.items():
+            most = next((limit for words, limit in MOST if any(word in key for word in words)), trust.INT64_MAX)
+            if isinstance(value, (int, float)) and abs(value) > most and not math.isinf(value):
+                raise ModelError(f"{path}: {key} is {value:.4g}, expected at most {most:,}.")
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """While active, new parameters take no memory, while buffers, which configurations compute, are made for real."""
+def _refusing(what: str) -> Iterator[None]:
+    """ModelError, ``what`` and the first line of the reason, for whatever transformers raises on a file."""
+    try:
+        yield
+    except (EpmqError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # A panic of the tokenizers' Rust is no Exception.
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(f"{what} ({told}).") from error
+
+
+@contextmanager
+def _parameters_on_meta(stored: set[str]) -> Iterator[None]:
+    """While active, new parameters take no memory, while buffers, which configurations compute, are made for real.
+
+    Raises ModelError when they are far more than the stored tensors.
+    """
     original = nn.Module.register_parameter
+    room = SPARE_PARAMETERS + PARAMETERS_PER_TENSOR * len(stored)
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise ModelError(
+                f"config.json describes a model of far more parameters than the {len(stored)} tensors of the"
+                " checkpoint; they do not belong together."
+            )
         original(self, name, parameter)
         # One that is there already is kept as it is, so that ties hold.
         if parameter is not None and not parameter.is_meta:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq import trust
 from epmq.console import progress_bar
 from epmq.errors import CalibrationError, ConfigError, ModelError
-from epmq.huggingface import tokenizer_from_folder
+from epmq.huggingface import stop_tokens, tokenizer_from_folder
 from epmq.jobs import load_any
 from epmq.perplexity import perplexity
 
@@ -59,9 +60,8 @@ def text_perplexity(
     window: min(2048, what the model can read) when left out; stride: the window.
     """
     try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(f"{text_file}: the file cannot be read ({error.strerror}).") from error
+        with trust.open_file(text_file, CalibrationError) as handle:
+            text = handle.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{text_file}: not a text in UTF-8 ({error.reason} at byte {error.start}).") from error
     model, tokenizer = open_language_model(folder)
@@ -125,9 +125,7 @@ def generate_text(
 def _generation_config(folder: str | Path, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
-    stop = tokenizer.eos_token_id
-    if (Path(folder) / "generation_config.json").is_file():
-        stop = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id or stop
+    stop = stop_tokens(folder) or tokenizer.eos_token_id
     first = stop[0] if isinstance(stop, list) else stop
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
     chosen: dict[str, Any] = {"do_sample": False}

@@ -7,14 +7,13 @@ directory, or ids of the hub; ``path@revision`` and ``path+adapter`` are underst
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from epmq import trust
 from epmq.errors import ConfigError, EpmqError, ModelError
 from epmq.hub import find_model
 from epmq.huggingface import tokenizer_from_folder
@@ -73,12 +72,7 @@ def read_mergekit(path: str | Path) -> MergekitMerge:
     ConfigError with one sentence that names the file, the key and what to do.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the mergekit configuration cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+    content = trust.read_yaml(path, ConfigError, "the mergekit configuration")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as merge_method: and models:.")
     try:
@@ -98,7 +92,7 @@ def _read(content: dict[str, Any]) -> MergekitMerge:
         if key not in KEYS:
             raise _Refusal(f"unknown key {key!r}, which mergekit would ignore; {nearest(key, list(KEYS))}")
     method = content.get("merge_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(METHODS)
         if method in OTHER_METHODS:
             raise _Refusal(f"merge_method {method!r} of mergekit is not supported; supported are {known}.")
@@ -108,9 +102,8 @@ def _read(content: dict[str, Any]) -> MergekitMerge:
     base = None if "base_model" not in content else _reference(content["base_model"], "base_model")
     if base is None and method != "linear":
         raise _Refusal(f"{method} needs base_model.")
-    written = [model.written for model in models]
-    for one in written:
-        if written.count(one) > 1:
+    for one, count in Counter(model.written for model in models).items():
+        if count > 1:
             raise _Refusal(f"models: {one!r} is listed twice.")
     inputs = [model for model in models if base is None or model.written != base.written]
     if not inputs:
@@ -291,8 +284,9 @@ def _names(models: list[_Model]) -> dict[str, _Model]:
         return Path((model.adapter or model.model).partition("@")[0]).name
 
     short = [called(model) for model in models]
+    times = Counter(short)
     return {
-        name if short.count(name) == 1 else model.adapter or model.model: model
+        name if times[name] == 1 else model.adapter or model.model: model
         for name, model in zip(short, models, strict=True)
     }
 
@@ -317,7 +311,8 @@ def _check_tokenizers(source: Any, base: str, has_base: bool, models: list[_Mode
                 f"tokenizer_source: the vocabulary of {model.model!r} is not that of {base!r}, and embeddings are not"
                 " permuted here; make them equal, or remove tokenizer_source."
             )
-    rows = json.loads((folder / "config.json").read_text()).get("vocab_size", len(vocabulary))
+    config = trust.read_json(folder / "config.json", ConfigError)
+    rows = config.get("vocab_size", len(vocabulary)) if isinstance(config, dict) else None
     if rows != len(vocabulary):
         raise _Refusal(
             f"tokenizer_source: mergekit would cut or fill the embeddings of {rows} rows to the"

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
+from epmq import trust
 from epmq.config import PRESETS, Format, QuantConfig
 from epmq.errors import ConfigError, SourceError
 from epmq.hub import find_model
 from epmq.merge_config import MergeConfig
 from epmq.mergekit import read_mergekit
 from epmq.settings import Settings, nearest
+from epmq.trust import INT32_MAX, INT64_MAX
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -30,10 +31,10 @@ class CalibrationSettings(Settings):
 
     tasks: dict[str, Path]
     text_key: str = "text"
-    examples: int = Field(default=256, ge=1)
-    max_length: int = Field(default=512, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    seed: int | None = None
+    examples: int = Field(default=256, ge=1, le=INT32_MAX)
+    max_length: int = Field(default=512, ge=1, le=INT32_MAX)
+    batch_size: int = Field(default=32, ge=1, le=INT32_MAX)
+    seed: int | None = Field(default=None, ge=-INT64_MAX, le=INT64_MAX)
 
 
 class TaskFiles(Settings):
@@ -48,7 +49,7 @@ class EvaluationSettings(Settings):
 
     tasks: dict[str, TaskFiles]
     pooling: Literal["mean", "first"] = "mean"
-    max_length: int = Field(default=512, ge=1)
+    max_length: int = Field(default=512, ge=1, le=INT32_MAX)
     text_key: str = "text"
 
 
@@ -71,8 +72,8 @@ class Recipe(Settings):
     evaluation: EvaluationSettings | None = None
     format: Format = "compressed-tensors"
     device: str = "auto"
-    shard_bytes: int = Field(default=512 * 2**20, ge=1)
-    memory: int | None = Field(default=None, ge=1)
+    shard_bytes: int = Field(default=512 * 2**20, ge=1, le=INT64_MAX)
+    memory: int | None = Field(default=None, ge=1, le=INT64_MAX)
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -97,12 +98,7 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises ConfigError with one sentence that names the recipe, the key, and the nearest known key where one is unknown.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+    content = trust.read_yaml(path, ConfigError, "the recipe")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as base: and experts:.")
     return _recipe_of(content, path, path.parent)
@@ -165,7 +161,7 @@ def _with_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _resolved(recipe: Recipe, folder: Path, path: Path) -> Recipe:
     def place(key: str, value: Path) -> Path:
         found = folder / value
-        if not found.exists():
+        if not trust.exists(found):
             raise ConfigError(f"{path}: {key}: there is no {found}.")
         return found
 

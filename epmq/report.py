@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from epmq import files
+from epmq import files, trust
 from epmq.config import QuantConfig
 from epmq.errors import FormatError
 from epmq.memory import peak_memory_bytes
@@ -191,18 +191,13 @@ def read_report(folder: str | Path) -> RunReport:
 def read_results(folder: str | Path) -> Results | None:
     """The table of accuracies beside a report, or None. Raises FormatError as :func:`read_report` does."""
     path = Path(folder) / RESULTS_NAME
-    return _checked(_json(path), path, Results) if path.is_file() else None
+    return _checked(_json(path), path, Results) if trust.exists(path) else None
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: there is no such file; give a folder that epmq quantize or demo made.") from error
-    except OSError as error:
-        raise FormatError(f"{path}: the file cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({error}).") from error
+    if not trust.exists(path):
+        raise FormatError(f"{path}: there is no such file; give a folder that epmq quantize or demo made.")
+    return trust.read_json(path, FormatError, "JSON")
 
 
 def _checked(content: Any, path: Path, model: type[Model]) -> Model:

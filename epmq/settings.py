@@ -29,7 +29,7 @@ class _RefusesWithConfigError(ModelMetaclass):
 class Settings(BaseModel, metaclass=_RefusesWithConfigError):
     """A frozen pydantic model whose refusals are ConfigErrors: one sentence with the key, the value and a way out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: Any, where: str) -> Self:

@@ -6,7 +6,6 @@ else with the same four methods, such as :class:`epmq.merge.MergedSource`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from epmq import trust
 from epmq.errors import ChangedError, SourceError
 
 SAFETENSORS_DTYPES = {
@@ -114,17 +114,17 @@ class FileSource:
             raise SourceError(f"{self.path}: there is no tensor {key!r}.")
 
     def _find_files(self) -> dict[str, Path]:
-        if not self.path.exists():
+        if not trust.exists(self.path):
             raise SourceError(f"{self.path}: there is no such file or folder.")
-        if self.path.is_file():
+        if not self.path.is_dir():
             return self._keys_of(self.path)
         index = self.path / INDEX_NAME
-        if index.is_file():
+        if trust.exists(index):
             return self._read_index(index)
         single = self.path / SINGLE_NAME
-        if single.is_file():
+        if trust.exists(single):
             return self._keys_of(single)
-        if (self.path / ADAPTER_CONFIG).is_file():
+        if trust.is_file(self.path / ADAPTER_CONFIG):
             raise SourceError(f"{self.path}: is an adapter, not a whole checkpoint; it can only be used as an expert.")
         found = sorted(self.path.glob("*.safetensors"))
         if len(found) == 1:
@@ -134,22 +134,20 @@ class FileSource:
         )
 
     def _read_index(self, index: Path) -> dict[str, Path]:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            pairs = [(str(key), str(file)) for key, file in weight_map.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SourceError(f"{index}: not a shard index with a weight_map ({error!r}).") from error
-        files = {}
-        for key, file in pairs:
-            if Path(file).name != file:
-                raise SourceError(f"{index}: shard name {file!r} leaves the folder; use a plain file name.")
-            if not (self.path / file).is_file():
-                raise SourceError(f"{index}: shard {file!r} is missing from the folder.")
-            files[key] = self.path / file
-        return files
+        kind = "a shard index with a weight_map"
+        content = trust.read_json(index, SourceError, kind)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict):
+            raise SourceError(f"{index}: not {kind} of names and files.")
+        for key, file in weight_map.items():
+            if not isinstance(file, str):
+                raise SourceError(f"{index}: tensor {key!r} is in {file!r}, which is no file name.")
+        shards = {file: trust.shard_in(self.path, file, index, SourceError) for file in set(weight_map.values())}
+        return {key: shards[file] for key, file in weight_map.items()}
 
     @staticmethod
     def _keys_of(file: Path) -> dict[str, Path]:
+        trust.require_file(file, SourceError)
         try:
             with safe_open(file, framework="pt") as handle:
                 return dict.fromkeys(handle.keys(), file)
@@ -166,7 +164,11 @@ class FileSource:
                     stored = view.get_dtype()
                     if stored not in SAFETENSORS_DTYPES:
                         raise SourceError(f"{file}: tensor {key!r} has dtype {stored}, which is not supported.")
-                    self._shape[key] = tuple(view.get_shape())
+                    shape = tuple(view.get_shape())
+                    # The library holds the sizes against the file; a size of 0 would hide any other from that.
+                    if math.prod(max(size, 1) for size in shape) > trust.INT64_MAX:
+                        raise SourceError(f"{file}: tensor {key!r} has the impossible shape {list(shape)}.")
+                    self._shape[key] = shape
                     self._dtype[key] = SAFETENSORS_DTYPES[stored]
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{file}: not a complete safetensors file ({error}).") from error

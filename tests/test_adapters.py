@@ -297,7 +297,7 @@ def test_a_folder_that_is_half_an_adapter(plain: Path, tmp_path: Path) -> None:
         folder, FileSource(plain / "base")
     )
     (folder / "adapter_config.json").write_text("{")
-    assert "adapter_config.json: cannot be read as JSON" in refusal(folder, FileSource(plain / "base"))
+    assert "adapter_config.json: not a JSON file" in refusal(folder, FileSource(plain / "base"))
 
 
 def test_an_adapter_needs_a_base(plain: Path) -> None:

@@ -26,7 +26,7 @@ case $name in
     ;;
 esac
 # What epmq itself needs; the peers run it from the checkout.
-packages+=(pydantic safetensors numpy click rich pyyaml)
+packages+=(pydantic safetensors numpy click rich pyyaml regex)
 
 "${PYTHON:-python3}" -m venv "$dir/$name"
 "$dir/$name/bin/python" -m pip install --quiet "$torch"

@@ -8,7 +8,6 @@ what they mean stands in config.json. Read as well: ``m.weight_g_idx``, which re
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from epmq import patterns
 from epmq.errors import FormatError
 from epmq.formats.packed import (
     CONFIG_NAME,
@@ -23,14 +23,16 @@ from epmq.formats.packed import (
     LinearFacts,
     PackedReader,
     extend_config,
+    is_bits,
     is_causal_lm,
+    is_group_size,
     open_shards,
     read_config,
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from epmq.linear import QuantLinear
-from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
+from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # The release whose layout this is: since 0.18 the stream of 3-bit codes is dense.
@@ -290,14 +292,14 @@ class CompressedTensorsReader(PackedReader):
             if target == name:
                 return 0
             if target.startswith("re:"):
-                return 1 if re.match(target.removeprefix("re:"), name) else None
+                return 1 if patterns.match(target.removeprefix("re:"), name) else None
             return 2 if target == "Linear" else None
 
         found: list[tuple[int, str]] = []
         for group, settings in self.settings["config_groups"].items():
             try:
                 found += [(kind(target), group) for target in settings["targets"] if kind(target) is not None]  # type: ignore[misc]
-            except (TypeError, KeyError, AttributeError, re.error) as error:
+            except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise FormatError(f"{self.path}: config_groups.{group} has no usable targets ({error!r}).") from error
         if not found:
             raise FormatError(f"{self.path}: no config group covers the quantized linear {name!r}.")
@@ -315,14 +317,18 @@ class CompressedTensorsReader(PackedReader):
         weights = settings.get("weights")
         if not isinstance(weights, dict):
             raise FormatError(f"{where}: weights is missing.")
-        bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        if bits not in SUPPORTED_BITS or weights.get("type", "int") != "int":
+        bits: Any = weights.get("num_bits")
+        size: Any = weights.get("group_size")
+        strategy = weights.get("strategy")
+        if not is_bits(bits) or weights.get("type", "int") != "int":
             raise FormatError(f"{where}: weights of {bits!r} bits, type {weights.get('type')!r}, are not read by epmq.")
         if strategy == "channel" or (strategy == "group" and size == -1):
             size = -1
-        elif strategy != "group" or not isinstance(size, int) or size < 1:
+        elif strategy != "group" or not is_group_size(size):
             raise FormatError(f"{where}: strategy {strategy!r} with group_size {size!r} is not read by epmq.")
-        return Scheme(bits, size, bool(weights.get("symmetric", True)))
+        if not isinstance(sym := weights.get("symmetric", True), bool):
+            raise FormatError(f"{where}: symmetric is {sym!r}, expected true or false.")
+        return Scheme(bits, size, sym)
 
 
 def _word(dtype: torch.dtype) -> str:

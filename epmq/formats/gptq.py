@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq import trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.packed import (
     CONFIG_NAME,
@@ -23,7 +24,9 @@ from epmq.formats.packed import (
     LinearFacts,
     PackedReader,
     extend_config,
+    is_bits,
     is_causal_lm,
+    is_group_size,
     open_shards,
     read_config,
     require_config,
@@ -192,12 +195,15 @@ class GPTQReader(PackedReader):
         self.folder = folder
         self.path, self.settings = gptq_settings(folder) or (folder, {})
         self.offset = self._offset()
-        bits, group_size = self.settings.get("bits"), self.settings.get("group_size")
-        if bits not in SUPPORTED_BITS:
+        bits: Any = self.settings.get("bits")
+        group_size: Any = self.settings.get("group_size")
+        if not is_bits(bits):
             raise FormatError(f"{self.path}: bits is {bits!r}; epmq reads {', '.join(map(str, SUPPORTED_BITS))}.")
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        if not is_group_size(group_size):
             raise FormatError(f"{self.path}: group_size is {group_size!r}, expected a number of columns or -1.")
-        self.bits, self.group_size, self.sym = int(bits), group_size, bool(self.settings.get("sym", True))
+        if not isinstance(sym := self.settings.get("sym", True), bool):
+            raise FormatError(f"{self.path}: sym is {sym!r}, expected true or false.")
+        self.bits, self.group_size, self.sym = bits, group_size, sym
         self.source = open_shards(folder)
         names = [key.removesuffix(".qweight") for key in self.source.keys() if key.endswith(".qweight")]
         if not names:
@@ -285,12 +291,12 @@ class GPTQReader(PackedReader):
 def gptq_settings(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The file that says how a GPTQ folder is quantized, and what it says; None when there is none."""
     path = folder / CONFIG_NAME
-    if path.is_file():
+    if trust.exists(path):
         settings = read_config(path).get("quantization_config")
         if isinstance(settings, dict) and settings.get("quant_method", METHOD) == METHOD and "bits" in settings:
             return path, settings
     path = folder / QUANTIZE_CONFIG_NAME
-    if path.is_file():
+    if trust.exists(path):
         settings = read_config(path)
         if settings.get("quant_method", METHOD) == METHOD:
             return path, settings

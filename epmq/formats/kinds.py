@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from epmq import trust
 from epmq.config import Format
 from epmq.errors import ConfigError, FormatError
 from epmq.formats import compressed_tensors, gptq
@@ -31,7 +32,7 @@ def open_writer(format: Format, folder: Path, model: nn.Module, dtype: torch.dty
 def format_of(folder: str | Path) -> Format | None:
     """The format of a quantized folder; None when it holds no quantized model that epmq knows."""
     folder = Path(folder)
-    if (folder / MANIFEST_NAME).is_file():
+    if trust.exists(folder / MANIFEST_NAME):
         return "native"
     if _method(folder) == compressed_tensors.METHOD:
         return "compressed-tensors"
@@ -58,7 +59,7 @@ def open_reader(folder: str | Path) -> PackedReader:
 
 
 def _method(folder: Path) -> str:
-    if not (folder / CONFIG_NAME).is_file():
+    if not trust.exists(folder / CONFIG_NAME):
         return ""
     settings = read_config(folder / CONFIG_NAME).get("quantization_config")
     return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""

@@ -16,11 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq import files
+from epmq import files, trust
 from epmq.errors import FormatError
-from epmq.formats.packed import PARTS, SCALE_DTYPES, LinearFacts, PackedReader, open_shards
+from epmq.formats.packed import (
+    PARTS,
+    SCALE_DTYPES,
+    LinearFacts,
+    PackedReader,
+    is_bits,
+    is_group_size,
+    open_shards,
+)
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words
+from epmq.quantized import QuantizedTensor, group_count, pack, packed_words
 
 FORMAT = "epmq-native"
 VERSION = 1
@@ -88,10 +96,11 @@ class NativeReader(PackedReader):
         path = self.folder / MANIFEST_NAME
         if not self.folder.is_dir():
             raise FormatError(f"{folder}: there is no such folder.")
-        if not path.is_file():
+        if not trust.exists(path):
             raise FormatError(f"{folder}: not an epmq checkpoint, {MANIFEST_NAME} is missing.")
+        kind = "a manifest this version can read"
+        self.manifest: dict[str, Any] = trust.read_json(path, FormatError, kind)
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
             if self.manifest["format"] != FORMAT:
                 raise FormatError(f"{path}: format {self.manifest['format']!r} is not {FORMAT!r}.")
             if self.manifest["version"] != VERSION:
@@ -100,14 +109,10 @@ class NativeReader(PackedReader):
                 )
             self.linears = {name: LinearFacts(**facts) for name, facts in self.manifest["linears"].items()}
             checksums: dict[str, str] = dict(self.manifest["sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{path}: not a manifest this version can read ({error!r}).") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path}: not {kind} ({error!r}).") from error
         for name, digest in checksums.items():
-            if Path(name).name != name:
-                raise FormatError(f"{path}: shard name {name!r} leaves the folder.")
-            if not (self.folder / name).is_file():
-                raise FormatError(f"{self.folder / name}: this shard is missing.")
-            if _digest(self.folder / name) != digest:
+            if _digest(trust.shard_in(self.folder, name, path, FormatError)) != digest:
                 raise FormatError(f"{self.folder / name}: truncated or altered, its checksum is not the manifest's.")
         self.source = open_shards(self.folder)
         for file in self.source.files:
@@ -121,10 +126,13 @@ class NativeReader(PackedReader):
     def _check_linears(self, path: Path) -> None:
         for name, facts in self.linears.items():
             sizes = (facts.in_features, facts.out_features, facts.group_size)
-            if facts.bits not in SUPPORTED_BITS or not all(isinstance(size, int) for size in sizes):
+            if not is_bits(facts.bits) or not all(isinstance(size, int) for size in sizes):
                 raise FormatError(f"{path}: linear {name!r} has {facts.bits!r} bits and sizes {sizes}.")
-            if min(sizes[:2]) < 1 or (facts.group_size < 1 and facts.group_size != -1):
+            if not all(trust.is_whole(size, 1) for size in sizes[:2]) or not is_group_size(facts.group_size):
                 raise FormatError(f"{path}: linear {name!r} has impossible sizes {sizes}.")
+            switches = (facts.sym, facts.bias, facts.permuted)
+            if not all(isinstance(switch, bool) for switch in switches):
+                raise FormatError(f"{path}: linear {name!r} has sym, bias and permuted {switches}, not true or false.")
             groups = group_count(facts.in_features, facts.group_size)
             packed = (facts.out_features, packed_words(facts.in_features, facts.bits))
             self.check_tensor(f"{name}.packed", packed, (torch.int32,))

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from epmq import files
+from epmq import files, trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear, set_submodule
 from epmq.orientation import features_of
-from epmq.quantized import QuantizedTensor, column_groups, group_count
-from epmq.sources import INDEX_NAME, FileSource
+from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, column_groups, group_count
+from epmq.sources import FileSource
 
 CONFIG_NAME = "config.json"
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,6 +152,11 @@ class PackedReader:
                     f"{self.folder}: tensor {name!r} has shape {list(self.source.shape(name))}, the model expects"
                     f" {list(expected[name].shape)}."
                 )
+            if name in expected and self.source.dtype(name).is_floating_point != expected[name].is_floating_point():
+                raise FormatError(
+                    f"{self.folder}: tensor {name!r} has dtype {self.source.dtype(name)}, the model expects"
+                    f" {expected[name].dtype}."
+                )
 
     def check_tensor(self, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         """Raise FormatError unless the file holds ``key`` in that shape and one of those dtypes."""
@@ -182,11 +187,11 @@ class PackedReader:
         groups = self.source.tensor(key)
         natural = column_groups(len(groups), group_size)
         order = torch.argsort(groups, stable=True)
-        if not torch.equal(groups[order].to(torch.int32), natural):
+        if not torch.equal(groups[order].long(), natural.long()):
             raise FormatError(
                 f"{self.folder}: tensor {key!r} does not put {group_size} columns into each of its groups."
             )
-        return None if torch.equal(groups.to(torch.int32), natural) else order.to(torch.int32)
+        return None if torch.equal(groups.long(), natural.long()) else order.to(torch.int32)
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -236,9 +241,6 @@ def open_shards(folder: Path) -> FileSource:
         source = FileSource(folder)
     except SourceError as error:
         raise FormatError(str(error)) from error
-    index = folder / INDEX_NAME
-    if index.is_file():
-        json.loads(index.read_text(), object_pairs_hook=lambda pairs: _unique(pairs, index))
     owner: dict[str, Path] = {}
     for file in source.files:
         for key in FileSource(file).keys():
@@ -248,24 +250,22 @@ def open_shards(folder: Path) -> FileSource:
     return source
 
 
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError(f"{path}: name {twice!r} is there twice.")
-    return found
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object; raises FormatError when the file holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not a JSON file ({error}).") from error
+    content = trust.read_json(path, FormatError)
     if not isinstance(content, dict):
         raise FormatError(f"{path}: expected a JSON object.")
     return content
+
+
+def is_bits(value: Any) -> bool:
+    """Whether a value from JSON is a number of bits that is read; True and 4.0 are none."""
+    return type(value) is int and value in SUPPORTED_BITS
+
+
+def is_group_size(value: Any) -> bool:
+    """Whether a value from JSON is a number of columns, or -1 for the whole row."""
+    return trust.is_whole(value, 1) or trust.is_whole(value, -1, -1)
 
 
 def require_config(folder: Path, format: str) -> None:

@@ -26,8 +26,10 @@ class CausalBenchmark:
 
         self.paper, self.rows = paper, rows
         self.folder = model_folder(paper.base)
-        self.base: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype="auto").eval()
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.folder)
+        self.base: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            self.folder, trust_remote_code=False, use_safetensors=True, dtype="auto"
+        ).eval()
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.experts: dict[str, WeightSource] = {
             task: ForModule(FileSource(model_folder(name)), self.base) for task, name in paper.experts.items()
         }

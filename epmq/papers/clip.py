@@ -30,8 +30,8 @@ class ClipBenchmark:
 
         self.paper, self.rows = paper, rows
         folder = model_folder(paper.base)
-        clip = transformers.CLIPModel.from_pretrained(folder).eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        clip = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.processor = transformers.CLIPImageProcessor.from_pretrained(folder)
         self.base = image_tower(clip)
         tuned = self.base.get_submodule(TUNED)

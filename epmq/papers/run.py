@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from epmq import files
+from epmq import files, trust
 from epmq.api import save
 from epmq.compare import Comparison
 from epmq.console import progress_bar
@@ -21,7 +21,7 @@ from epmq.papers.clip import ClipBenchmark
 from epmq.papers.glue import GlueBenchmark
 from epmq.papers.hub import Rows, hub_rows
 from epmq.papers.settings import Paper, Row
-from epmq.report import machine
+from epmq.report import ResultRow, machine
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import WeightSource
 
@@ -96,14 +96,17 @@ def read_results(paper: Paper, folder: Path) -> Results:
     """Results so far: ``{"settings", "machine", "rows"}``, none in a new folder."""
     settings = paper.model_dump(mode="json", exclude={"rows", "published", "title"})
     path = folder / RESULTS_NAME
-    if not path.is_file():
+    if not trust.exists(path):
         return {"settings": settings, "machine": machine(), "rows": []}
+    kind = "the results of a paper"
+    results: Results = trust.read_json(path, ConfigError, kind)
     try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
         same = results["settings"] == settings
         results["rows"] = list(results["rows"])
+        for row in results["rows"]:
+            ResultRow.model_validate(row)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not the results of a paper ({error!r}); give another folder as --out.") from error
+        raise ConfigError(f"{path}: not {kind} ({error!r}); give another folder as --out.") from error
     if not same:
         raise ConfigError(f"{path}: made with other settings than this paper's; give another folder as --out.")
     return results

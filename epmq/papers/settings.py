@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
+from epmq import trust
 from epmq.compare import CLOSED, METHODS
 from epmq.config import QuantConfig
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
 from epmq.settings import Settings, nearest
+from epmq.trust import INT32_MAX
 
 # Rows that quantize nothing: the base as it is, each task's own expert, the merge.
 UNQUANTIZED = ("pretrained", "expert", "merged")
@@ -66,12 +67,12 @@ class Paper(Settings):
     experts: dict[str, str]
     data: dict[str, DataSet]
     merge: MergeConfig
-    examples: int = Field(default=256, ge=1)
-    seed: int = 42
-    batch_size: int = Field(default=32, ge=1)
-    max_length: int = Field(default=512, ge=1)
-    generated: int = Field(default=10, ge=1)
-    test_examples: int | None = Field(default=None, ge=1)
+    examples: int = Field(default=256, ge=1, le=INT32_MAX)
+    seed: int = Field(default=42, ge=0, le=INT32_MAX)
+    batch_size: int = Field(default=32, ge=1, le=INT32_MAX)
+    max_length: int = Field(default=512, ge=1, le=INT32_MAX)
+    generated: int = Field(default=10, ge=1, le=INT32_MAX)
+    test_examples: int | None = Field(default=None, ge=1, le=INT32_MAX)
     group_size: int = 128
     quantization: dict[str, Any] = Field(default_factory=dict)
     rows: tuple[Row, ...]
@@ -81,12 +82,7 @@ class Paper(Settings):
 def read_paper(path: str | Path) -> Paper:
     """Read and check a paper's file. Raises ConfigError with one sentence that names the file and the key at fault."""
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from error
+    content = trust.read_yaml(path, ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as title: and kind:.")
     paper = Paper.parse(content, str(path))

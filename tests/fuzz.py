@@ -1,0 +1,206 @@
+"""Spoilt files for every reader: each is read, or refused by an EpmqError of one line; all else is a finding.
+
+    python tests/fuzz.py --inputs 100000            tells the counts; findings are kept in tests/corpus
+    python tests/fuzz.py tests/corpus/FILE          reads one of them again, with the whole traceback
+
+Inputs are numbered: the same seed and number make the same file. Workers read them in their own processes with a limit
+of processor time for each and of address space beyond what the libraries take; one that dies is a finding, and another
+goes on behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+CORPUS = Path(__file__).with_name("corpus")
+SECONDS = 10.0  # of processor time for one input
+WALL_SECONDS = 120  # in which nothing may wait, however busy the machine is
+ROOM = 512 * 2**20  # of address space: seeds have a few KiB
+LONGEST = 4_100
+
+
+class Hang(BaseException):
+    """Raised by the clock; no reader may catch it as one of its own failures."""
+
+
+class Fuzzer:
+    """Good folders of all readers, and what they make of spoilt files."""
+
+    def __init__(self, folder: Path, limited: bool = True):
+        from readers import READERS
+
+        self.readers = READERS
+        self.folder = folder
+        self.turns = [name for name, reader in READERS.items() for _ in range(reader.share)]
+        Random(0).shuffle(self.turns)
+        self.good: dict[tuple[str, str], bytes] = {}
+        for name, reader in READERS.items():
+            (folder / name).mkdir()
+            reader.write(folder / name)
+            reader.read(folder / name)  # what is good is read, and everything is imported
+            self.good.update({(name, file): (folder / name / file).read_bytes() for file in reader.spoilt})
+        signal.signal(signal.SIGPROF, _stop)
+        if limited:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
+            resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+    def input(self, seed: int, number: int) -> tuple[str, str, bytes]:
+        """Reader, file and its content."""
+        from mutations import mutate
+
+        random = Random(f"{seed}/{number}")
+        name = self.turns[number % len(self.turns)]
+        file = random.choice(self.readers[name].spoilt)
+        return name, file, mutate(self.good[name, file], file, random)
+
+    def outcome(self, name: str, file: str, content: bytes) -> str:
+        """``read``, ``refused``, or what is wrong."""
+        path = self.folder / name / file
+        path.write_bytes(content)
+        faulthandler.dump_traceback_later(WALL_SECONDS, exit=True)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            return _attempt(self.readers[name].read, self.folder / name)
+        except Hang:
+            return f"it takes longer than {SECONDS:g} s of processor time"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            faulthandler.cancel_dump_traceback_later()
+            path.write_bytes(self.good[name, file])
+
+
+def _attempt(read: Any, folder: Path) -> str:
+    from epmq.errors import EpmqError
+
+    try:
+        read(folder)
+    except EpmqError as error:
+        told = str(error)
+        whole = told.endswith(".") and told.isprintable() and 10 < len(told) < LONGEST
+        return "refused" if whole else f"its refusal is no sentence: {told!r}"
+    except Hang:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return "".join(traceback.format_exception(error)[-6:])
+    return "read"
+
+
+def _stop(signal: int, frame: FrameType | None) -> None:
+    raise Hang
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def work(seed: int, first: int, count: int, scratch: Path) -> None:
+    """In a worker: tells each input's number before it is read and its outcome behind it, a JSON line each."""
+    warnings.simplefilter("ignore")
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    fuzzer = Fuzzer(scratch)
+    for number in range(first, first + count):
+        name, file, content = fuzzer.input(seed, number)
+        print(json.dumps([number, name, file]), flush=True)
+        print(json.dumps(fuzzer.outcome(name, file, content)), flush=True)
+        if any(path.is_symlink() for path in scratch.iterdir()):
+            raise SystemExit("a reader has written")
+
+
+def run(inputs: int, seed: int, corpus: Path, batch: int = 20_000) -> tuple[Counter[tuple[str, str]], list[Path]]:
+    """Counts by (reader, ``read`` or ``refused`` or ``wrong``), and the files of what is wrong."""
+    counts: Counter[tuple[str, str]] = Counter()
+    findings: list[Path] = []
+    first = 0
+    while first < inputs:
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [
+                sys.executable,
+                __file__,
+                "--work",
+                str(seed),
+                str(first),
+                str(min(batch, inputs - first)),
+                scratch,
+            ]
+            current: list[Any] = []
+            worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                told = json.loads(line)
+                if isinstance(told, list):
+                    current = told
+                    continue
+                first = current[0] + 1
+                counts[current[1], told if told in ("read", "refused") else "wrong"] += 1
+                if told not in ("read", "refused"):
+                    findings += _keep(corpus, seed, current, told)
+                current = []
+            if worker.wait() != 0:
+                if not current:
+                    raise SystemExit("a worker cannot start")
+                first = current[0] + 1
+                counts[current[1], "wrong"] += 1
+                findings += _keep(corpus, seed, current, f"the process died with status {worker.returncode}")
+    return counts, findings
+
+
+def _keep(corpus: Path, seed: int, current: list[Any], told: str) -> list[Path]:
+    number, name, file = current
+    with tempfile.TemporaryDirectory() as scratch:
+        _, _, content = Fuzzer(Path(scratch), limited=False).input(seed, number)
+    path = corpus / f"{name}--{hashlib.sha256(content).hexdigest()[:8]}--{file}"
+    print(f"{path.name} (seed {seed}, number {number}): {told}", file=sys.stderr)
+    corpus.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return [path]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Spoilt files for every reader.")
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        work(*map(int, given.work[:3]), Path(given.work[3]))
+        return
+    if given.file:
+        name, _, file = given.file.name.split("--", 2)
+        with tempfile.TemporaryDirectory() as scratch:
+            print(Fuzzer(Path(scratch), limited=False).outcome(name, file, given.file.read_bytes()))
+        return
+    counts, findings = run(given.inputs, given.seed, CORPUS)
+    for name in sorted({name for name, _ in counts}):
+        told = ", ".join(f"{counts[name, kind]} {kind}" for kind in ("read", "refused", "wrong"))
+        print(f"{name}: {told}")
+    print(f"{sum(counts.values())} inputs, {len(findings)} findings")
+    sys.exit(1 if findings else 0)
+
+
+if __name__ == "__main__":
+    main()
