@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ TENSORS = {
 @dataclass(frozen=True)
 class Reader:
     """write: makes the good folder. spoilt: the files in it that are changed. read: raises EpmqError or nothing.
-    share: of the inputs, against the others."""
+    share: of the inputs, against the others. mend: what else has to be changed with a file."""
 
     write: Callable[[Path], None]
     spoilt: tuple[str, ...]
     read: Callable[[Path], Any]
     share: int = 4
+    mend: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def _all(source: Any) -> None:
@@ -80,19 +81,11 @@ def _write_native(folder: Path) -> None:
         path.rename(folder / path.name)
 
 
-def _read_native(folder: Path) -> None:
-    # The checksum is no secret: whoever changes a shard changes it too.
-    path = folder / "epmq.json"
-    before = path.read_bytes()
-    good = hashlib.sha256((folder / "good.bin").read_bytes()).hexdigest() if (folder / "good.bin").is_file() else ""
-    if not good:
-        (folder / "good.bin").write_bytes((folder / "model.safetensors").read_bytes())
-    now = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    path.write_bytes(before.replace(good.encode(), now.encode()) if good else before)
-    try:
-        epmq.load(folder, _model().to("meta"))
-    finally:
-        path.write_bytes(before)
+def _mend_native(folder: Path) -> None:
+    """The checksum is no secret: whoever changes a shard changes it too."""
+    manifest = json.loads((folder / "epmq.json").read_text())
+    manifest["sha256"] = {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    (folder / "epmq.json").write_text(json.dumps(manifest))
 
 
 def _write_compressed(folder: Path) -> None:
@@ -264,7 +257,13 @@ READERS = {
     "shards": Reader(
         _write_shards, ("model.safetensors.index.json", "one.safetensors"), lambda f: _all(FileSource(f)), 8
     ),
-    "native": Reader(_write_native, ("epmq.json", "model.safetensors"), _read_native, 8),
+    "native": Reader(
+        _write_native,
+        ("epmq.json", "model.safetensors"),
+        lambda f: epmq.load(f, _model().to("meta")),
+        8,
+        {"model.safetensors": _mend_native},
+    ),
     "compressed-tensors": Reader(_write_compressed, ("config.json", "model.safetensors"), _read_packed, 10),
     "gptq": Reader(_write_gptq, ("config.json", "model.safetensors"), _read_packed, 10),
     "adapter": Reader(
