@@ -68,7 +68,8 @@ def test_what_is_no_regular_file_is_never_waited_for(
     (tmp_path / file).unlink()
     kind = make(tmp_path / file)
     told = refusal(EpmqError, READERS[name].read, tmp_path)
-    assert kind in told or "there is no" in told or "is missing" in told or "no tokenizer" in told, told
+    # A head may be a folder, a shard may not be there; told is either.
+    assert kind in told or "is missing" in told or "expected model.safetensors" in told, told
 
 
 def test_links_to_regular_files_are_read_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
