@@ -111,6 +111,7 @@ class AdapterSource:
             raise SourceError(
                 f"{self.folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; save the adapter as safetensors."
             )
+        trust.require_file(weights, SourceError)
         self.file = FileSource(weights)
         self.notes = self._notes()
         self._pairs: dict[str, _Pair] = {}

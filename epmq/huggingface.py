@@ -60,6 +60,9 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
     """The tokenizer of a folder."""
+    for name in CARRIED:
+        if trust.exists(Path(folder) / name):
+            trust.require_file(Path(folder) / name, ModelError)
     if not any(trust.is_file(Path(folder) / name) for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: holds no tokenizer files ({', '.join(TOKENIZER_FILES)}).")
     with _refusing(f"{folder}: no tokenizer can be loaded from it"):

@@ -33,6 +33,9 @@ SECONDS = 10.0  # of processor time for one input
 WALL_SECONDS = 120  # in which nothing may wait, however busy the machine is
 ROOM = 512 * 2**20  # of address space: seeds have a few KiB
 LONGEST = 4_100
+BATCH = 20_000  # inputs that one worker reads
+KINDS = ("read", "refused")
+CURRENT = "current.bin"
 
 
 class Hang(BaseException):
@@ -73,6 +76,8 @@ class Fuzzer:
         """``read``, ``refused``, or what is wrong."""
         path = self.folder / name / file
         path.write_bytes(content)
+        if file in self.readers[name].mend:
+            self.readers[name].mend[file](self.folder / name)
         faulthandler.dump_traceback_later(WALL_SECONDS, exit=True)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
@@ -82,7 +87,8 @@ class Fuzzer:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
-            path.write_bytes(self.good[name, file])
+            for spoilt in self.readers[name].spoilt:
+                (self.folder / name / spoilt).write_bytes(self.good[name, spoilt])
 
 
 def _attempt(read: Any, folder: Path) -> str:
@@ -92,7 +98,7 @@ def _attempt(read: Any, folder: Path) -> str:
         read(folder)
     except EpmqError as error:
         told = str(error)
-        whole = told.endswith(".") and told.isprintable() and 10 < len(told) < LONGEST
+        whole = told.endswith((".", "?")) and told.isprintable() and 10 < len(told) < LONGEST
         return "refused" if whole else f"its refusal is no sentence: {told!r}"
     except Hang:
         raise
@@ -119,18 +125,19 @@ def work(seed: int, first: int, count: int, scratch: Path) -> None:
     fuzzer = Fuzzer(scratch)
     for number in range(first, first + count):
         name, file, content = fuzzer.input(seed, number)
+        (scratch / CURRENT).write_bytes(content)
         print(json.dumps([number, name, file]), flush=True)
-        print(json.dumps(fuzzer.outcome(name, file, content)), flush=True)
-        if any(path.is_symlink() for path in scratch.iterdir()):
-            raise SystemExit("a reader has written")
+        told = fuzzer.outcome(name, file, content)
+        print(json.dumps({"told": told, "content": "" if told in KINDS else content.hex()}), flush=True)
 
 
-def run(inputs: int, seed: int, corpus: Path, batch: int = 20_000) -> tuple[Counter[tuple[str, str]], list[Path]]:
+def run(inputs: int, seed: int, corpus: Path) -> tuple[Counter[tuple[str, str]], list[Path]]:
     """Counts by (reader, ``read`` or ``refused`` or ``wrong``), and the files of what is wrong."""
     counts: Counter[tuple[str, str]] = Counter()
     findings: list[Path] = []
     first = 0
     while first < inputs:
+        current: list[Any] = []
         with tempfile.TemporaryDirectory() as scratch:
             command = [
                 sys.executable,
@@ -138,40 +145,38 @@ def run(inputs: int, seed: int, corpus: Path, batch: int = 20_000) -> tuple[Coun
                 "--work",
                 str(seed),
                 str(first),
-                str(min(batch, inputs - first)),
+                str(min(BATCH, inputs - first)),
                 scratch,
             ]
-            current: list[Any] = []
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                told = json.loads(line)
-                if isinstance(told, list):
-                    current = told
-                    continue
-                first = current[0] + 1
-                counts[current[1], told if told in ("read", "refused") else "wrong"] += 1
-                if told not in ("read", "refused"):
-                    findings += _keep(corpus, seed, current, told)
-                current = []
-            if worker.wait() != 0:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) as worker:
+                assert worker.stdout is not None
+                for line in worker.stdout:
+                    found = json.loads(line)
+                    if isinstance(found, list):
+                        current = found
+                        continue
+                    first = current[0] + 1
+                    counts[current[1], found["told"] if found["told"] in KINDS else "wrong"] += 1
+                    if found["told"] not in KINDS:
+                        findings.append(_keep(corpus, seed, current, bytes.fromhex(found["content"]), found["told"]))
+                    current = []
+            if worker.returncode != 0:
                 if not current:
-                    raise SystemExit("a worker cannot start")
+                    raise SystemExit(f"a worker ended with status {worker.returncode} before it had read anything")
                 first = current[0] + 1
                 counts[current[1], "wrong"] += 1
-                findings += _keep(corpus, seed, current, f"the process died with status {worker.returncode}")
+                content, told = (Path(scratch) / CURRENT).read_bytes(), f"the process ended: {worker.returncode}"
+                findings.append(_keep(corpus, seed, current, content, told))
     return counts, findings
 
 
-def _keep(corpus: Path, seed: int, current: list[Any], told: str) -> list[Path]:
+def _keep(corpus: Path, seed: int, current: list[Any], content: bytes, told: str) -> Path:
     number, name, file = current
-    with tempfile.TemporaryDirectory() as scratch:
-        _, _, content = Fuzzer(Path(scratch), limited=False).input(seed, number)
     path = corpus / f"{name}--{hashlib.sha256(content).hexdigest()[:8]}--{file}"
-    print(f"{path.name} (seed {seed}, number {number}): {told}", file=sys.stderr)
+    print(f"{path.name} (seed {seed}, number {number}): {told}", file=sys.stderr, flush=True)
     corpus.mkdir(exist_ok=True)
     path.write_bytes(content)
-    return [path]
+    return path
 
 
 def _environment() -> dict[str, str]:

@@ -11,17 +11,25 @@ from typing import Any
 import yaml
 
 WORDS = [
-    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\x85", b"\xe2\x80\xa8", b"\x1b[31m", b'"\\ud800"', b"NaN", b"-Infinity",
-    b"1e999", b"9" * 25, b"9" * 5000, b"0x" + b"f" * 200, b"-1", b"[" * 200, b"{" * 200, b'{"a":' * 200, b'"', b"\\", b"null",
-    b"&a ", b"*a", b"&a [*a]", b"<<: *a", b"<<: [{a: 1}]", b"!!python/name:os.system ", b"!!bool x", b"!!int x", b"!!float x",
-    b"!!timestamp x", b"!!binary x", b"!!set {a, b}", b"!!omap [a]", b"2001-99-99", b"1:1" + b":1" * 60, b"? [a]\n: b\n",
+    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\x85", b"\xe2\x80\xa8", b"\x1b[31m", b'"\\ud800"', b"NaN",
+    b"-Infinity",
+    b"1e999", b"9" * 25, b"9" * 5000, b"0x" + b"f" * 200, b"-1", b"[" * 200, b"{" * 200, b'{"a":' * 200, b'"', b"\\",
+    b"null",
+    b"&a ", b"*a", b"&a [*a]", b"<<: *a", b"<<: [{a: 1}]", b"!!python/name:os.system ", b"!!bool x", b"!!int x",
+    b"!!float x",
+    b"!!timestamp x", b"!!binary x", b"!!set {a, b}", b"!!omap [a]", b"2001-99-99", b"1:1" + b":1" * 60,
+    b"? [a]\n: b\n",
     b"--- ", b"%YAML 9.9\n", b"\t", b"|\n", b"../", b"/dev/zero", b"F8_E4M3", b"BF16",
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 4.0, 0.5, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400, 1e308,
-    float("nan"), float("inf"), "", " ", "\0", "\n", "\x1b[31m", "\ud800", "a" * 5000, "..", "../x", "/dev/zero", "/etc/passwd",
-    "sub/x", "model.safetensors", ".", "re:(a|aa)+$", "re:(", "(a|aa)+$", "(?R)", "a{99999999999}", "(" * 300, "org/name",
-    "org/name@../../x", [], {}, [[]], [None], {"": None}, {"a": {"a": {}}}, [1, "a"], [2**62, 2**62], [2**32, 2**32, 0], [0],
+    None, True, False, 0, 1, -1, 3, 4.0, 0.5, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
+    10**400, 1e308,
+    float("nan"), float("inf"), "", " ", "\0", "\n", "\x1b[31m", "\ud800", "a" * 5000, "..", "../x", "/dev/zero",
+    "/etc/passwd",
+    "sub/x", "model.safetensors", ".", "re:(a|aa)+$", "re:(", "(a|aa)+$", "(?R)", "a{99999999999}", "(" * 300,
+    "org/name",
+    "org/name@../../x", [], {}, [[]], [None], {"": None}, {"a": {"a": {}}}, [1, "a"], [2**62, 2**62], [2**32, 2**32,
+    0], [0],
     "F32", "I64", "F8_E4M3", "pipeline", "Trainer", "__doc__", "LORA", "eager", "kernels-community/attention",
 ]  # fmt: skip
 

@@ -1,11 +1,11 @@
-"""Every reader of files with a small good folder for it, for tests/fuzz.py: what is written, what may be spoilt, a call."""
+"""Every reader of files with a small good folder, for tests/fuzz.py: what is written, what may be spoilt, a call."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,21 @@ from epmq.sources import DictSource, FileSource, total_bytes
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4), "b.weight": torch.ones(2, 2).half(), "c": torch.ones(3).bfloat16(),
-    "d": torch.zeros(0, 3), "e": torch.tensor(3.5, dtype=torch.float64), "f": torch.tensor([1, 2]), "g": torch.tensor([True]),
+    "d": torch.zeros(0, 3), "e": torch.tensor(3.5, dtype=torch.float64), "f": torch.tensor([1, 2]),
+    "g": torch.tensor([True]),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reader:
     """write: makes the good folder. spoilt: the files in it that are changed. read: raises EpmqError or nothing.
-    share: of the inputs, against the others."""
+    share: of the inputs, against the others. mend: what else has to be changed with a file."""
 
     write: Callable[[Path], None]
     spoilt: tuple[str, ...]
     read: Callable[[Path], Any]
     share: int = 4
+    mend: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def _all(source: Any) -> None:
@@ -80,26 +82,19 @@ def _write_native(folder: Path) -> None:
         path.rename(folder / path.name)
 
 
-def _read_native(folder: Path) -> None:
-    # The checksum is no secret: whoever changes a shard changes it too.
-    path = folder / "epmq.json"
-    before = path.read_bytes()
-    good = hashlib.sha256((folder / "good.bin").read_bytes()).hexdigest() if (folder / "good.bin").is_file() else ""
-    if not good:
-        (folder / "good.bin").write_bytes((folder / "model.safetensors").read_bytes())
-    now = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    path.write_bytes(before.replace(good.encode(), now.encode()) if good else before)
-    try:
-        epmq.load(folder, _model().to("meta"))
-    finally:
-        path.write_bytes(before)
+def _mend_native(folder: Path) -> None:
+    """The checksum is no secret: whoever changes a shard changes it too."""
+    manifest = json.loads((folder / "epmq.json").read_text())
+    manifest["sha256"] = {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    (folder / "epmq.json").write_text(json.dumps(manifest))
 
 
 def _write_compressed(folder: Path) -> None:
     codes = torch.arange(64, dtype=torch.uint8).reshape(8, 8) % 16
     save_file(
         {
-            "m.weight_packed": pack(codes, 4), "m.weight_scale": torch.ones(8, 2), "m.weight_shape": torch.tensor([8, 8]),
+            "m.weight_packed": pack(codes, 4), "m.weight_scale": torch.ones(8, 2), "m.weight_shape": torch.tensor([8,
+            8]),
             "m.weight_zero_point": pack(codes[:2], 4).T.contiguous(), "m.weight_g_idx": torch.tensor([0, 1] * 4),
             "m.bias": torch.ones(8), "norm.weight": torch.ones(8),
         },
@@ -158,7 +153,8 @@ def _write_adapter(folder: Path) -> None:
         folder / "adapter_model.safetensors",
     )
     config = {
-        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "rank_pattern": {"a": 2}, "alpha_pattern": {"z.*": 3},
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "rank_pattern": {"a": 2},
+        "alpha_pattern": {"z.*": 3},
         "target_modules": ["a"], "modules_to_save": None, "use_rslora": False, "fan_in_fan_out": False,
         "init_lora_weights": True, "base_model_name_or_path": "org/base", "task_type": None, "use_dora": False,
     }  # fmt: skip
@@ -234,7 +230,8 @@ def _write_report(folder: Path) -> None:
         "settings": QuantConfig().model_dump(mode="json"), "seconds": 1.5, "peak_memory_bytes": 1000,
         "bytes": {"merged": 100, "quantized": 30}, "machine": {"processor": "p", "threads": 1}, "escalated": [],
         "average_error": {"x": {"epmq": 0.1}}, "layers": [row, {**row, "linear": "blocks.0.k"}], "blocks": [block],
-        "notes": ["a note"], "stages": {"distill": {"steps": 3, "first_loss": 1.0, "last_loss": 0.5, "pairs": [["x", "y"]]}},
+        "notes": ["a note"], "stages": {"distill": {"steps": 3, "first_loss": 1.0, "last_loss": 0.5, "pairs": [["x",
+        "y"]]}},
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     results = {"rows": [{"merge": "ties", "method": "epmq", "bits": 4, "average": 90.0, "tasks": {"x": 90.0}}]}
@@ -243,9 +240,12 @@ def _write_report(folder: Path) -> None:
 
 def _write_paper(folder: Path) -> None:
     content = {
-        "title": "t", "kind": "glue", "base": "org/base", "experts": {"x": "org/x"}, "data": {"x": {"path": "p", "subset": "s"}},
-        "merge": {"method": "task_arithmetic", "scaling": 0.3}, "rows": [{"method": "merged"}, {"method": "epmq", "bits": 4}],
-        "published": [{"method": "merged", "average": 80.5, "tasks": {"x": 80.5}, "source": "s"}], "quantization": {"sym": True},
+        "title": "t", "kind": "glue", "base": "org/base", "experts": {"x": "org/x"}, "data": {"x": {"path": "p",
+        "subset": "s"}},
+        "merge": {"method": "task_arithmetic", "scaling": 0.3}, "rows": [{"method": "merged"}, {"method": "epmq",
+        "bits": 4}],
+        "published": [{"method": "merged", "average": 80.5, "tasks": {"x": 80.5}, "source": "s"}],
+        "quantization": {"sym": True},
     }  # fmt: skip
     (folder / "paper.yaml").write_text(yaml.safe_dump(content))
     paper = read_paper(folder / "paper.yaml")
@@ -264,7 +264,13 @@ READERS = {
     "shards": Reader(
         _write_shards, ("model.safetensors.index.json", "one.safetensors"), lambda f: _all(FileSource(f)), 8
     ),
-    "native": Reader(_write_native, ("epmq.json", "model.safetensors"), _read_native, 8),
+    "native": Reader(
+        _write_native,
+        ("epmq.json", "model.safetensors"),
+        lambda f: epmq.load(f, _model().to("meta")),
+        8,
+        {"model.safetensors": _mend_native},
+    ),
     "compressed-tensors": Reader(_write_compressed, ("config.json", "model.safetensors"), _read_packed, 10),
     "gptq": Reader(_write_gptq, ("config.json", "model.safetensors"), _read_packed, 10),
     "adapter": Reader(

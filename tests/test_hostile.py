@@ -64,19 +64,16 @@ def make_folder(path: Path) -> str:
 def test_what_is_no_regular_file_is_never_waited_for(
     name: str, file: str, make: Callable[[Path], str], tmp_path: Path
 ) -> None:
-    if (name, file) == ("native", "model.safetensors"):
-        pytest.skip("the seed's reader computes a checksum of its own; the shards' case is the same code")
     READERS[name].write(tmp_path)
     (tmp_path / file).unlink()
     kind = make(tmp_path / file)
     told = refusal(EpmqError, READERS[name].read, tmp_path)
-    assert kind in told or "there is no" in told or "is missing" in told or "no tokenizer" in told, told
+    # A head may be a folder, a shard may not be there; told is either.
+    assert kind in told or "is missing" in told or "expected model.safetensors" in told, told
 
 
 def test_links_to_regular_files_are_read_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     for name, reader in READERS.items():
-        if name == "native":
-            continue  # its reader here writes beside the files
         folder = tmp_path / name
         folder.mkdir()
         reader.write(folder)
@@ -289,7 +286,11 @@ def test_a_model_of_remote_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("change", [{"attn_implementation": "org/kernel"}, {"architectures": ["pipeline"]}, {"architectures": ["Trainer"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{"attn_implementation": "org/kernel"}, {"architectures": ["pipeline"]}, {"architectures": ["Trainer"]}],
+    ids=str,
+)
 def test_names_in_a_configuration_choose_no_code(
     change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +304,16 @@ def test_names_in_a_configuration_choose_no_code(
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"num_labels": 10**9}, {"max_position_embeddings": 2**40}, {"num_hidden_layers": 20_000}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**9},
+        {"max_position_embeddings": 2**40},
+        {"num_hidden_layers": 20_000},
+    ],
+    ids=str,
+)
 def test_a_configuration_larger_than_its_checkpoint(change: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     READERS["config"].write(tmp_path)
