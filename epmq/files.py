@@ -64,18 +64,18 @@ def written_whole(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
-def naming_space(path: Path, size: int = 0) -> Iterator[None]:
-    """Errors of the system while ``size`` bytes are written to ``path``, as OutputErrors that name both."""
+def naming_space(path: Path, size: int = 0, what: str = "it") -> Iterator[None]:
+    """Errors of the system while ``size`` bytes of ``what`` are written to ``path``, as OutputErrors that name them."""
     try:
         yield
     except OSError as error:
-        raise _refused(error, path, f"{path}: the file cannot be written", size) from error
+        raise _refused(error, path, f"{path}: the file cannot be written", size, what) from error
 
 
-def _refused(error: OSError, path: Path, sentence: str, size: int = 0) -> OutputError:
+def _refused(error: OSError, path: Path, sentence: str, size: int = 0, what: str = "it") -> OutputError:
     if error.errno not in NO_SPACE:
         return OutputError(f"{sentence} ({error.strerror or error}).")
-    needed = f"{size:,} bytes are needed for it" if size else "it does not fit"
+    needed = f"{size:,} bytes are needed for {what}" if size else "it does not fit"
     limit = "the file would pass the size limit" if error.errno == errno.EFBIG else "the disk is full"
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} are free"

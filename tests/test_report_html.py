@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 import epmq
 from epmq.evaluate import row
 from epmq.page.document import write_page
-from epmq.report import write_report
+from epmq.report import whole_report, write_report
 
 EVIL = "<script>document.title='owned'</script>&\"'"
 LOOKS = [("light", 1100), ("dark", 1100), ("light", 360), ("dark", 360)]
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deep(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """The same run as if the model had 40 blocks, a λ of its own for every linear, and no distillation."""
     target = tmp_path_factory.mktemp("deep")
-    report = json.loads((folder / "report.json").read_text())
+    report = whole_report(folder)
     del report["stages"]
     first = [entry for entry in report["layers"] if entry["linear"].startswith("blocks.0.")]
     report["blocks"] = [{**report["blocks"][0], "block": f"blocks.{n}"} for n in range(40)]
@@ -171,7 +171,7 @@ def test_the_cell_with_the_focus_is_not_covered(browser: Browser, folder: Path, 
 
 
 def test_the_switch_shows_each_candidate(browser: Browser, folder: Path) -> None:
-    report = json.loads((folder / "report.json").read_text())
+    report = whole_report(folder)
     browser.open(page(folder))
     labels = browser.driver.find_elements("css selector", ".switch label")
     assert [label.text for label in labels] == ["merged", "E-PMQ", "distilled, unrounded", "GPTQ", "E-PMQ"]

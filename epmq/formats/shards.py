@@ -59,7 +59,7 @@ class ShardWriter:
         if self._waiting_bytes and self._waiting_bytes + size > self.shard_bytes:
             self._flush()
         part = self.folder / _part(width)
-        with files.naming_space(part, size), open(part, "ab") as handle:
+        with files.naming_space(part, size, f"tensor {name!r}"), open(part, "ab") as handle:
             handle.write(_bytes_of(tensor))
         self._waiting[width].append(_Entry(name, tensor.dtype, list(tensor.shape), size))
         self._waiting_bytes += size
