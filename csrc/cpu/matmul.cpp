@@ -108,7 +108,8 @@ Tensor by_vectors(const Kernels& kernel, MatmulArgs args, const Tensor& x) {
 // [M, N] in x's type through matrix tiles; rows that are not for them through the vector kernels.
 Tensor by_tiles(const Kernels& kernel, const MatmulArgs& common, const Tensor& x) {
   const TileKernels& tile = *kernel.tile;
-  TileMatmulArgs args{common};
+  TileMatmulArgs args{};
+  static_cast<MatmulArgs&>(args) = common;
   tile.shape(args);
   Tensor out = at::empty({args.m, args.n}, x.options());
   const auto bytes = x.options().dtype(at::kByte);
