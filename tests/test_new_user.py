@@ -82,7 +82,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def assert_is_the_quantized_merge(workshop: Workshop, folder: Path, **merge: Any) -> None:
-    """The folder loads, runs packed, and is what whole experts, as peft merges them, give in memory."""
+    """The folder loads, here packed and in transformers, and is what whole experts, merged by peft, give in memory."""
     import transformers
 
     loaded: Any = epmq.load(folder)
@@ -93,6 +93,12 @@ def assert_is_the_quantized_merge(workshop: Workshop, folder: Path, **merge: Any
         logits = loaded(input_ids=ids).logits
     assert logits.shape == (1, ids.shape[1], VOCABULARY)
     assert bool(torch.isfinite(logits).all())
+
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    with torch.no_grad():
+        distance = (theirs(input_ids=ids).logits - logits).norm()
+    assert float(distance) <= 0.01 * float(logits.norm())
 
     recipe = read_recipe(workshop.folder / "recipe.yaml")
     merged = epmq.merge(workshop.model, workshop.experts, **merge)
