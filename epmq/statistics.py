@@ -86,7 +86,7 @@ class TaskStatistics:
 
     def over(self, world: World) -> None:
         """Make these the statistics of all processes' rows; the samples stand in the order of ranks."""
-        weight = torch.tensor([self.weight], dtype=torch.float64, device=self.sum_x.device)
+        weight = self.sum_x.new_full((1,), self.weight, dtype=torch.float64)
         world.add_up([weight, *(self._totals or self._moments())])
         self.weight = float(weight)
         for total, moment in zip(self._totals, self._moments(), strict=False):

@@ -97,7 +97,11 @@ def test_transformers_loads_what_we_write(
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5", "clip"])
 @pytest.mark.parametrize(("bits", "sym", "group_size"), [(4, True, 32), (3, False, 32), (4, True, 48), (4, False, 64)])
-def test_our_loader_gives_back_every_bit(kind: str, bits: int, sym: bool, group_size: int, tmp_path: Path) -> None:
+def test_our_loader_gives_back_every_bit(
+    kind: str, bits: int, sym: bool, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Groups that were split sum in another order where products are scaled group by group.
+    monkeypatch.setenv("EPMQ_BACKEND", "reference")
     model = quantized(kind, bits, sym, group_size)
     epmq.save(model, tmp_path / "out")
     ours = epmq.load(tmp_path / "out")
