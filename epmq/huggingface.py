@@ -164,8 +164,9 @@ def _check_config(path: Path) -> None:
         sections += [inner for inner in section.values() if isinstance(inner, (dict, list))]
         for key, value in section.items():
             most = next((limit for words, limit in MOST if any(word in key for word in words)), trust.INT64_MAX)
-            if isinstance(value, (int, float)) and abs(value) > most and not math.isinf(value):
-                raise ModelError(f"{path}: {key} is {value:.4g}, expected at most {most:,}.")
+            # Infinity is no size: some models bound times by it.
+            if isinstance(value, (int, float)) and value != math.inf and abs(value) > most:
+                raise ModelError(f"{path}: {key} is larger than {most:,}, which is more than any model has.")
 
 
 @contextmanager

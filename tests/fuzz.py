@@ -192,7 +192,8 @@ def main() -> None:
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        work(*map(int, given.work[:3]), Path(given.work[3]))
+        seed, first, count = map(int, given.work[:3])
+        work(seed, first, count, Path(given.work[3]))
         return
     if given.file:
         name, _, file = given.file.name.split("--", 2)

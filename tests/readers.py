@@ -132,7 +132,7 @@ def _read_packed(folder: Path) -> None:
 def _write_config(folder: Path) -> None:
     import transformers
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,

@@ -110,7 +110,7 @@ def write_header(path: Path, header: Any, data: bytes = b"\0" * 16, length: int 
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
-def entry(shape: list[int], start: int = 0, end: int = 16, dtype: str = "F32") -> dict[str, Any]:
+def entry(shape: list[Any], start: int = 0, end: int = 16, dtype: str = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 

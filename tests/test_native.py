@@ -152,7 +152,7 @@ def test_a_flipped_bit_is_found(place: int, saved: Path) -> None:
 def test_a_missing_shard_is_named(saved: Path) -> None:
     path = shards_of(saved)[1]
     path.unlink()
-    assert refusal(saved) == f"{path}: this shard is missing."
+    assert refusal(saved) == f"{saved / MANIFEST_NAME}: shard {path.name!r} is missing from the folder."
 
 
 def test_a_missing_index_is_named(saved: Path) -> None:

@@ -292,7 +292,9 @@ class CompressedTensorsReader(PackedReader):
             if target == name:
                 return 0
             if target.startswith("re:"):
-                return 1 if patterns.match(target.removeprefix("re:"), name) else None
+                pattern = target.removeprefix("re:")
+                patterns.check(pattern)
+                return 1 if patterns.match(pattern, name) else None
             return 2 if target == "Linear" else None
 
         found: list[tuple[int, str]] = []
