@@ -192,8 +192,8 @@ def main() -> None:
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        first, second, third = (int(number) for number in given.work[:3])
-        work(first, second, third, Path(given.work[3]))
+        seed, first, count = map(int, given.work[:3])
+        work(seed, first, count, Path(given.work[3]))
         return
     if given.file:
         name, _, file = given.file.name.split("--", 2)
