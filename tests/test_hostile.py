@@ -127,7 +127,7 @@ def entry(shape: list[Any], start: int = 0, end: int = 16, dtype: str = "F32") -
         {"a": entry([4], -16, 0)},
         {"a": entry([2], 0, 8), "b": entry([2], 4, 12)},
         {"a": entry([2], 0, 8)},
-        {"a": entry([4.5])},  # type: ignore[list-item]
+        {"a": entry([4.5])},
         {"a": entry([4], dtype="F99")},
         {"a": 3},
         [],

@@ -94,7 +94,8 @@ def assert_is_the_quantized_merge(workshop: Workshop, folder: Path, **merge: Any
     assert logits.shape == (1, ids.shape[1], VOCABULARY)
     assert bool(torch.isfinite(logits).all())
 
-    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    there: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    theirs, found = there
     assert not found["missing_keys"] and not found["unexpected_keys"]
     with torch.no_grad():
         distance = (theirs(input_ids=ids).logits - logits).norm()
