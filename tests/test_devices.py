@@ -1,111 +1,28 @@
-"""Quantization on another device than the CPU: no tensor is made in the wrong place, and the result comes home."""
+"""Runs devices_apart.py in a process of its own: a registered device changes how autograd works for a whole process."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ToyJob, make_toy_job
-from elsewhere import DEVICE, Away, elsewhere
-from torch import nn
 
-import epmq
-from epmq.devices import compute_device, home_of, moved
-from epmq.errors import ConfigError
-from epmq.linear import QuantLinear
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "regmean": {"method": "regmean", "gamma": 0.9, "alpha": 0.0, "diagnostics": False},
-    "rtn": {"method": "rtn"},
-    "auto anchor": {"anchor": "auto", "rho": 1.5, "diagnostics": False},
-    "3 bits, refits": {"bits": 3, "group_size": 4, "scale_refit": True, "norm_refit": True, "diagnostics": False},
-    "late grids": {"act_order": False, "static_groups": False, "group_size": 4, "diagnostics": False},
-    "distilled": {"distill": {"steps": 1, "copies": 1, "examples": 2}, "diagnostics": False},
-}
+HERE = Path(__file__).parent
 
 
-def small_job() -> ToyJob:
-    """One block and one batch a task: on the test's device every operator costs as much as a whole layer."""
-    job = make_toy_job(2, 8, 1)
-    return replace(job, calibration={task: batches[:1] for task, batches in job.calibration.items()})
+def run_apart(marker: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marker, str(HERE / "devices_apart.py")]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_another_device_gives_the_same_model(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPMQ_BACKEND", "reference")
-    job, config = small_job(), epmq.QuantConfig(**settings)
-    here = epmq.quantize(job.merged, job.experts, job.calibration, config, job.base, device="cpu")
-    with elsewhere() as device:
-        there = epmq.quantize(job.merged, job.experts, job.calibration, config, job.base, device=device)
-    assert here.report["device"] == "cpu" and there.report["device"] == str(DEVICE)
-    found = there.model.state_dict()
-    assert not [name for name, tensor in found.items() if isinstance(tensor, Away) or tensor.device.type != "cpu"]
-    assert any(isinstance(module, QuantLinear) for module in there.model.modules())
-    for name, tensor in here.model.state_dict().items():
-        assert torch.equal(found[name], tensor), name
-
-
-def test_a_model_is_computed_where_it_lives_and_stays_there() -> None:
-    job = small_job()
-    with elsewhere() as device:
-        states = [moved(dict(model.state_dict()), device) for model in job.experts.values()]
-        for module in job.merged.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
-        result = epmq.quantize(job.merged, dict(zip(job.experts, states, strict=True)), job.calibration)
-    assert result.report["device"] == str(DEVICE)
-    assert {tensor.device for tensor in result.model.state_dict().values()} == {DEVICE}
-
-
-def test_tensors_of_two_devices_do_not_meet_in_these_tests() -> None:
-    with elsewhere() as device:
-        away = torch.ones(3, device=device)
-        assert isinstance(away + 1.0, Away) and type(away.cpu()) is torch.Tensor
-        for meet in (
-            lambda: away + torch.ones(3),
-            lambda: torch.cat([away, torch.zeros(2)]),
-            lambda: away[torch.ones(1).long()],
-        ):
-            with pytest.raises(AssertionError, match="meets one on the CPU"):
-                meet()
-
-
-def test_auto_is_the_models_own_device_then_a_gpu_then_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compute_device("auto", DEVICE) == DEVICE
-    for there in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        expected = torch.device("cuda" if there else "cpu")
-        assert compute_device(None) == compute_device("auto", torch.device("cpu")) == expected
-    assert compute_device("cpu", DEVICE) == torch.device("cpu")
-    assert home_of(nn.ReLU()) == torch.device("cpu")
-
-
-def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="'gpu' is not a device; use auto, cpu, cuda"):
-        compute_device("gpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert compute_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(ConfigError, match="'cuda:1' is not there, CUDA offers 1"):
-        compute_device("cuda:1")
-    job = make_toy_job(1, 16, 1)
-    with pytest.raises(ConfigError, match="use auto, cpu"):
-        epmq.quantize(job.merged, job.experts, job.calibration, device="gpu")
+def test_quantization_on_a_device_that_refuses_tensors_of_the_cpu() -> None:
+    run_apart("not gpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_gpu_gives_nearly_the_same_model(settings: dict[str, Any]) -> None:
-    """The targets agree to fp32 rounding; codes may differ where it falls on a tie, and what follows from them."""
-    job, config = make_toy_job(2, 16, 2), epmq.QuantConfig(**settings)
-    results = [
-        epmq.quantize(job.merged, job.experts, job.calibration, config, job.base, device=device)
-        for device in ("cpu", "cuda")
-    ]
-    for task, errors in results[0].report["average_error"].items():
-        for method, error in errors.items():
-            assert results[1].report["average_error"][task][method] == pytest.approx(error, rel=0.05)
-    assert home_of(results[1].model) == torch.device("cpu")
+def test_quantization_on_a_gpu() -> None:
+    run_apart("gpu")
