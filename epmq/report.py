@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,8 @@ RESULTS_NAME = "results.json"
 # What two runs of the same job do not share, so that report.json is the same bytes.
 RUN_NAME = "run.json"
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
+# A page divides by them and into them.
+Whole = Annotated[int, Field(ge=0, le=trust.INT64_MAX)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -35,7 +37,7 @@ class LayerRow(_Read):
     """One linear: λ, damping, seconds, and per task the relative squared output error by the name of what made it."""
 
     linear: str
-    shape: list[int]
+    shape: list[Whole]
     anchor: float = Field(alias="lambda")
     damp: float
     escalated: bool
@@ -61,7 +63,7 @@ class ClosedForm(_Read):
 class Distilled(_Read):
     """Losses at both ends, and the pairs of tasks that were shown to each other's experts."""
 
-    steps: int
+    steps: Whole
     first_loss: float
     last_loss: float
     pairs: list[list[str]]
@@ -79,8 +81,8 @@ class RunReport(_Read):
 
     settings: dict[str, Any]
     seconds: float
-    peak_memory_bytes: int
-    sizes: dict[str, int] = Field(alias="bytes")
+    peak_memory_bytes: Whole
+    sizes: dict[str, Whole] = Field(alias="bytes")
     machine: dict[str, Any]
     escalated: list[str]
     average_error: dict[str, dict[str, float]]
@@ -95,7 +97,7 @@ class ResultRow(_Read):
 
     merge: str | None
     method: str
-    bits: int | None
+    bits: Whole | None
     average: float
     tasks: dict[str, float]
 

@@ -118,6 +118,8 @@ def _stop(signal: int, frame: FrameType | None) -> None:
 
 def work(seed: int, first: int, count: int, scratch: Path) -> None:
     """In a worker: tells each input's number before it is read and its outcome behind it, a JSON line each."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no outcome
     warnings.simplefilter("ignore")
     import logging
 
@@ -126,9 +128,10 @@ def work(seed: int, first: int, count: int, scratch: Path) -> None:
     for number in range(first, first + count):
         name, file, content = fuzzer.input(seed, number)
         (scratch / CURRENT).write_bytes(content)
-        print(json.dumps([number, name, file]), flush=True)
+        print(json.dumps([number, name, file]), file=channel, flush=True)
         told = fuzzer.outcome(name, file, content)
-        print(json.dumps({"told": told, "content": "" if told in KINDS else content.hex()}), flush=True)
+        content = b"" if told in KINDS else content
+        print(json.dumps({"told": told, "content": content.hex()}), file=channel, flush=True)
 
 
 def run(inputs: int, seed: int, corpus: Path) -> tuple[Counter[tuple[str, str]], list[Path]]:
