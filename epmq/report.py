@@ -22,8 +22,9 @@ RESULTS_NAME = "results.json"
 # What two runs of the same job do not share, so that report.json is the same bytes.
 RUN_NAME = "run.json"
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
-# A page divides by them and into them.
+# A page computes with them.
 Whole = Annotated[int, Field(ge=0, le=trust.INT64_MAX)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -41,7 +42,7 @@ class LayerRow(_Read):
     anchor: float = Field(alias="lambda")
     damp: float
     escalated: bool
-    seconds: float
+    seconds: Seconds
     tasks: dict[str, dict[str, float]]
 
 
@@ -49,7 +50,7 @@ class BlockRow(_Read):
     """One block: seconds, and per task the relative squared error of the hidden states behind it."""
 
     block: str
-    seconds: float
+    seconds: Seconds
     hidden_error: dict[str, float]
 
 
@@ -80,7 +81,7 @@ class RunReport(_Read):
     """A report as :func:`read_report` gives it; see docs/method.md, "The report"."""
 
     settings: dict[str, Any]
-    seconds: float
+    seconds: Seconds
     peak_memory_bytes: Whole
     sizes: dict[str, Whole] = Field(alias="bytes")
     machine: dict[str, Any]

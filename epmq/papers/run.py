@@ -104,7 +104,7 @@ def read_results(paper: Paper, folder: Path) -> Results:
         same = results["settings"] == settings
         results["rows"] = list(results["rows"])
         for row in results["rows"]:
-            ResultRow.model_validate(row)
+            ResultRow.model_validate(row, strict=True)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not {kind} ({error!r}); give another folder as --out.") from error
     if not same:
