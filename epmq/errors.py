@@ -18,6 +18,11 @@ class EpmqError(Exception):
         return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class ConfigError(EpmqError, ValueError):
     """A setting or a recipe that cannot be used."""
 

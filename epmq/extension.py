@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.errors import ConfigError, ExtensionError
+from epmq.errors import ConfigError, ExtensionError, first_line
 from epmq.quantized import dequantize, unpack
 from epmq.rows import kept_rows
 
@@ -41,7 +41,7 @@ def load() -> ModuleType | None:
     try:
         module.cpu_level()
     except ValueError as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
     return module
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from epmq import trust
-from epmq.errors import SourceError
+from epmq.errors import SourceError, first_line
 
 # Weights, configurations and tokenizers; never code, pickles or another framework's weights.
 FETCHED = ("*.safetensors", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
@@ -64,8 +64,4 @@ def _fetch(name: str, revision: str) -> Path:
             f"the hub id {name!r} is not in the local cache and the hub cannot be reached; give a local folder."
         ) from error
     except Exception as error:  # The client lets the errors of whichever HTTP library it uses through.
-        raise SourceError(f"the hub id {name!r} cannot be fetched ({_first_line(error)}).") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise SourceError(f"the hub id {name!r} cannot be fetched ({first_line(error)}).") from error

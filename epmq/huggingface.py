@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import trust
-from epmq.errors import EpmqError, ModelError, SourceError
+from epmq.errors import EpmqError, ModelError, SourceError, first_line
 from epmq.sources import WeightSource
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -177,8 +177,7 @@ def _refusing(what: str) -> Iterator[None]:
     except (EpmqError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # A panic of the tokenizers' Rust is no Exception.
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ModelError(f"{what} ({told}).") from error
+        raise ModelError(f"{what} ({first_line(error)}).") from error
 
 
 @contextmanager

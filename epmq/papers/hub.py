@@ -1,4 +1,4 @@
-"""Models and data sets from the hub or from local folders: the only place that reaches for the network."""
+"""Models and data sets of the papers, from the hub or from local folders."""
 
 from __future__ import annotations
 
@@ -7,31 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from epmq.errors import CalibrationError, ModelError
+from epmq.errors import CalibrationError, ModelError, SourceError, first_line
+from epmq.hub import find_model
 from epmq.papers.settings import DataSet
 
 Rows = Callable[[DataSet, str, int | None], Iterable[Mapping[str, Any]]]
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 SHUFFLED_AT_ONCE = 2_000  # encoded images of a streamed split are held that long
 
 
 def model_folder(name: str) -> Path:
     """The folder of a model: ``name`` itself when there is one, else a download of that hub id."""
-    if Path(name).exists():
-        return Path(name)
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ModelError(
-            f"{name}: no such folder, and downloading needs huggingface_hub: pip install 'epmq[papers]'."
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name}: neither a folder nor a hub id that can be reached ({_first_line(error)})."
-        ) from error
+        return find_model(name)
+    except SourceError as error:
+        raise ModelError(f"{name}: neither a folder nor a hub id that can be reached ({error})") from error
 
 
 def hub_rows(data: DataSet, split: str, seed: int | None) -> Iterable[Mapping[str, Any]]:
@@ -43,7 +32,7 @@ def hub_rows(data: DataSet, split: str, seed: int | None) -> Iterable[Mapping[st
     try:
         rows: Any = datasets.load_dataset(data.path, data.subset, split=split, streaming=True)
     except Exception as error:  # what goes wrong is up to the data set's own script or server
-        raise CalibrationError(f"{data.path}: split {split!r} cannot be loaded ({_first_line(error)}).") from error
+        raise CalibrationError(f"{data.path}: split {split!r} cannot be loaded ({first_line(error)}).") from error
     found: Iterable[Mapping[str, Any]] = rows
     return found if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
 
@@ -83,7 +72,3 @@ def class_names(rows: Any, label: str, where: str) -> list[str]:
             f"{where}: it does not name the classes of {label!r}; add them to epmq/papers/clip.yaml."
         )
     return [str(name).replace("_", " ") for name in names]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
