@@ -368,7 +368,8 @@ class Engine:
             target = None
             if targets is not None:
                 names = group.linears if of_outputs else (group.first,)
-                inside = torch.cat([self.states.seen(task, batch.number, name) for name in names], -1)
+                parts = [self.states.seen(task, batch.number, name) for name in names]
+                inside = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
                 target = inside.reshape(-1, inside.shape[-1])
                 target = target - expert.bias if of_outputs else target
             if held is None:

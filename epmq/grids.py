@@ -52,8 +52,9 @@ def fit_grid(
     if clip != "none":
         power = CLIP_POWER if clip == "mse" else 2.0
         importance = column_weight if clip == "hessian" else None
-        for rows in torch.arange(len(weight)).split(max(1, TRIED_AT_ONCE // (len(CLIP_STEPS) * scales.shape[1]))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        count = max(1, TRIED_AT_ONCE // (len(CLIP_STEPS) * scales.shape[1]))
+        for start in range(0, len(weight), count):
+            part = slice(start, start + count)
             tried = [_range_to_grid(low[part] * keep, high[part] * keep, bits, sym, stored) for keep in CLIP_STEPS]
             some_scales, some_zeros = (torch.stack(each) for each in zip(*tried, strict=True))
             losses = ops.grid_losses(weight[part], some_scales, some_zeros, bits, group_size, power, importance)
