@@ -15,9 +15,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 # The one device type that torch leaves to others: this process registers empty hooks for it.
 _setup_privateuseone_for_python_backend("elsewhere")
-# Once a backend is there, torch saves and restores its random state around other tests' graphs.
-torch.elsewhere.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)  # type: ignore[attr-defined]
-torch.elsewhere.set_rng_state = lambda *_: None  # type: ignore[attr-defined]
 DEVICE = torch.device("elsewhere:0")
 
 
