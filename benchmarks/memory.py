@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BLOCKS, EXPERTS = (12, 24, 48), (2, 8)
+BLOCKS, EXPERTS = (6, 12, 24, 48), (2, 4, 8)
 SHARD_BYTES = 64 * 2**20
 WIDTH, VOCABULARY, TEXTS, LENGTH = 512, 1000, 64, 32
 ALLOWED_GROWTH = 0.1
