@@ -11,6 +11,17 @@
 
 namespace {
 
+// Hands out parts of a piece of memory, or counts what they would take.
+struct Scratch {
+  char* at;
+
+  char* operator()(int64_t bytes) {
+    char* begin = at;
+    at += (bytes + 63) / 64 * 64;
+    return begin;
+  }
+};
+
 struct TileMatmul {
   static constexpr int64_t unit = epmq::kTileUnit;
   static constexpr int64_t unit_steps = unit / kTileDepth;
@@ -142,19 +153,14 @@ struct TileMatmul {
   static Work work_of(const epmq::TileMatmulArgs& a, void* scratch, int64_t& size) {
     const int64_t blocks = panel_rows / kTileRows, tile = kTileRows * a.width;
     const int64_t batch = a.tiles < batch_tiles ? a.tiles : batch_tiles;
-    char* at = (char*)scratch;
-    auto take = [&](int64_t bytes) {
-      char* begin = at;
-      at += (bytes + 63) / 64 * 64;
-      return begin;
-    };
+    Scratch take{(char*)scratch};
     Work work;
     work.weights = (uint16_t*)take(2 * pass_units * unit_steps * kTileWords * 2);
     work.products = (float*)take(4 * tile * 4);
     work.sums = (float*)take(blocks * batch * tile * 4);
     work.scales = (float*)take(blocks * a.groups * kTileRows * 4);
     work.groups = (int32_t*)take(units_of(a) * unit_steps * 4);
-    size = at - (char*)scratch;
+    size = take.at - (char*)scratch;
     return work;
   }
 
@@ -185,29 +191,49 @@ struct TileMatmul {
     }
   }
 
+  // Towards the second cache: the part of the grids of `rows` weight rows that is due at unit u of the rows before.
+  static EPMQ_INLINE void fetch_grids(const epmq::TileMatmulArgs& a, int64_t row, int64_t rows, int64_t u) {
+    const int64_t units = units_of(a), scale_bytes = a.scale_dtype == epmq::Dtype::kFloat ? 4 : 2;
+    auto fetch = [&](const void* grids, int64_t row_bytes) {
+      const char* begin = (const char*)grids + row * row_bytes;
+      const int64_t lines = (rows * row_bytes + 63) / 64;
+      for (int64_t line = lines * u / units; line < lines * (u + 1) / units; line++)
+        __builtin_prefetch(begin + line * 64, 0, 2);
+    };
+    fetch(a.scales, a.scale_stride * scale_bytes);
+    if (a.zeros) fetch(a.zeros, a.zero_stride);
+  }
+
   template <bool Symmetric>
   static EPMQ_INLINE const uint16_t* table_of(const epmq::TileMatmulArgs& a, int64_t row, int64_t group) {
     return a.words + kTileDepth * (Symmetric ? 8 : a.zeros[row * a.zero_stride + group]);
   }
 
-  // Units [from, to) of 16 weight rows: [step][row][32].
+  // The group of each segment of a row.
+  static void groups_of(const epmq::TileMatmulArgs& a, int32_t* groups) {
+    const int64_t segment = segment_of(a);
+    for (int64_t s = 0; s < units_of(a) * unit_steps / segment; s++) {
+      const int64_t group = s * segment * kTileDepth / a.group_size;
+      groups[s] = (int32_t)(group < a.groups ? group : a.groups - 1);
+    }
+  }
+
+  // Units [from, to) of 16 weight rows: [step][row][32]. A line of `ahead` is fetched for each of codes.
   template <bool Long, bool Symmetric>
   static EPMQ_INLINE void decode(const epmq::TileMatmulArgs& a, int64_t row, int64_t from, int64_t to,
-                                 const Work& work, uint16_t* out) {
-    const int64_t segment = segment_of(a), per_unit = unit_steps / segment, units = units_of(a);
+                                 const int32_t* segment_groups, const uint8_t* ahead, uint16_t* out) {
+    const int64_t segment = segment_of(a), per_unit = unit_steps / segment;
     const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
     for (int64_t u = from; u < to; u++, out += unit_steps * kTileWords) {
       if (rows < kTileRows) memset(out, 0, sizeof(uint16_t) * (size_t)(unit_steps * kTileWords));
-      const int32_t* groups = work.groups + u * per_unit;
+      const int32_t* groups = segment_groups + u * per_unit;
       const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
       if ((u + 1) * unit > a.k) {
         for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, out + r * kTileDepth);
         continue;
       }
-      // Some way along the row, or at the same place of the rows that come next.
-      const int64_t ahead = u + 6 < units ? 6 * (unit / 2) : pair_rows * a.row_bytes - (units - 6) * (unit / 2);
-      for (int64_t r = 0; r < rows; r++) {
-        __builtin_prefetch(codes + ahead);
+      for (int64_t r = 0; r < rows; r++, ahead += 64) {
+        __builtin_prefetch(ahead, 0, 2);
         uint16_t* to_row = out + r * kTileDepth;
         if (Long) {
           const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[0]));
@@ -244,7 +270,20 @@ struct TileMatmul {
 
   // ---- sums -----------------------------------------------------------------------------------------------------
 
-  // sums += scales * products, one tile [16][width]; `rows` says which weight row an element belongs to.
+  // The weight row of each element of a tile [16][width], a vector at a time; a full tile does without.
+  struct Owners {
+    __m512i rows[15];
+
+    explicit Owners(int64_t width) {
+      for (int v = 0; v < 15; v++) {
+        int32_t owner[16];
+        for (int l = 0; l < 16; l++) owner[l] = (int32_t)((16 * v + l) / width);
+        rows[v] = _mm512_loadu_si512(owner);
+      }
+    }
+  };
+
+  // sums += scales * products, one tile [16][width]; `rows` are its owners.
   static EPMQ_INLINE void scale(int64_t width, const __m512i* rows, const float* scales, const float* products,
                                 float* sums) {
     if (width == 16) {
@@ -322,17 +361,9 @@ struct TileMatmul {
   static void panels(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
     int64_t bytes;
     const Work work = work_of(a, scratch, bytes);
-    const int64_t units = units_of(a), segment = segment_of(a);
-    for (int64_t s = 0; s < units * unit_steps / segment; s++) {
-      const int64_t group = s * segment * kTileDepth / a.group_size;
-      work.groups[s] = (int32_t)(group < a.groups ? group : a.groups - 1);
-    }
-    __m512i rows[15];
-    for (int v = 0; v < 15; v++) {
-      int32_t owner[16];
-      for (int l = 0; l < 16; l++) owner[l] = (int32_t)((16 * v + l) / a.width);
-      rows[v] = _mm512_loadu_si512(owner);
-    }
+    const int64_t units = units_of(a);
+    groups_of(a, work.groups);
+    const Owners owners(a.width);
     const bool few = a.tiles <= few_tiles;
     const int64_t height = few ? pair_rows : panel_rows, pass = few ? 1 : pass_units;
     const int64_t batch = batch_tiles / a.parts * a.parts, tile = kTileRows * a.width;
@@ -348,16 +379,20 @@ struct TileMatmul {
         memset(work.sums, 0, sizeof(float) * (size_t)(2 * pairs * count * tile));
         for (int64_t from = 0; from < units; from += pass) {
           const int64_t to = from + pass < units ? from + pass : units;
+          const uint8_t* next = a.packed + (row + height) * a.row_bytes + from * height * (unit / 2);
+          for (int64_t u = from; u < to; u++) fetch_grids(a, row + height, height, u);
           for (int64_t p = 0; p < pairs; p++) {
             for (int64_t b = 0; b < 2; b++)
-              decode<Long, Symmetric>(a, row + p * pair_rows + b * kTileRows, from, to, work,
+              decode<Long, Symmetric>(a, row + p * pair_rows + b * kTileRows, from, to, work.groups,
+                                      next + (p * pair_rows + b * kTileRows) * (unit / 2) * (to - from),
                                       work.weights + b * pass_units * unit_steps * kTileWords);
             const float* scales = work.scales + 2 * p * a.groups * kTileRows;
             float* sums = work.sums + 2 * p * count * tile;
             int64_t t = 0;
             for (; t + 2 <= count; t += 2)
-              multiply<2>(a, from, to, first + t, work, scales, rows, sums + t * tile, count * tile);
-            if (t < count) multiply<1>(a, from, to, first + t, work, scales, rows, sums + t * tile, count * tile);
+              multiply<2>(a, from, to, first + t, work, scales, owners.rows, sums + t * tile, count * tile);
+            if (t < count)
+              multiply<1>(a, from, to, first + t, work, scales, owners.rows, sums + t * tile, count * tile);
           }
         }
         for (int64_t b = 0; b < 2 * pairs && row + b * kTileRows < row_end; b++)
