@@ -12,37 +12,32 @@ struct GridKernel {
   static_assert(piece % L == 0, "a piece is whole vectors");
 
   typedef float Floats __attribute__((vector_size(sizeof(float) * L)));
+  typedef decltype(Vec::r) Register;
   typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * L)));
 
-  static EPMQ_INLINE Floats all(float value) { return Floats{} + value; }
+  // a[0] t^n + ... + a[n]
+  template <int Count>
+  static EPMQ_INLINE Vec polynomial(const float (&a)[Count], Vec t) {
+    Vec value = Vec::broadcast(a[0]);
+    EPMQ_UNROLL
+    for (int i = 1; i < Count; i++) value = Vec::fma(value, t, Vec::broadcast(a[i]));
+    return value;
+  }
 
-  // v^p for v >= 0 by polynomials of log2 and exp2, within 2e-7 each; zero gives 2^-126.
-  static EPMQ_INLINE Floats power_of(Floats v, float p) {
-    const Ints bits = (Ints)v;
-    const Floats exponent = __builtin_convertvector((bits >> 23) - 127, Floats);
-    const Floats t = (Floats)((bits & 0x7fffff) | 0x3f800000) - 1.0f;
-    Floats log = all(0.00739540206f);
-    log = log * t - 0.0419450104f;
-    log = log * t + 0.111832075f;
-    log = log * t - 0.19623895f;
-    log = log * t + 0.275221199f;
-    log = log * t - 0.358299077f;
-    log = log * t + 0.480678886f;
-    log = log * t - 0.721339524f;
-    log = log * t + 1.44269502f;
-    Floats y = p * (exponent + log * t);
-    y = y < -126.0f ? all(-126.0f) : y;
-    y = y > 127.0f ? all(127.0f) : y;
-    const Ints whole = __builtin_convertvector(y + 256.0f, Ints) - 256;
-    const Floats f = y - __builtin_convertvector(whole, Floats);
-    Floats exp = all(0.000218657850f);
-    exp = exp * f + 0.00123913318f;
-    exp = exp * f + 0.00968418643f;
-    exp = exp * f + 0.0554806292f;
-    exp = exp * f + 0.240230456f;
-    exp = exp * f + 0.693146944f;
-    exp = exp * f + 1.0f;
-    return exp * (Floats)((whole + 127) << 23);
+  // v^p for v >= 0 by polynomials of log2, for numbers between the roots of 1/2 and 2, and of exp2 between -1/2 and
+  // 1/2, each within 2e-7; zero gives 2^-126.
+  static EPMQ_INLINE Vec power_of(Vec v, Vec p) {
+    static constexpr float log2[] = {-0.149731308f, 0.235708863f,  -0.248323113f, 0.286868989f,
+                                     -0.360263437f, 0.480931163f, -0.721352458f, 1.44269490f};
+    static constexpr float exp2[] = {0.00132764666f, 0.00967554096f, 0.0555071346f,
+                                     0.240221202f,   0.693146944f,   1.00000012f};
+    constexpr int32_t root_half = 0x3f3504f3;
+    const Ints bits = (Ints)v.r, exponent = (bits - root_half) >> 23;
+    const Vec t = Vec{(Register)(bits - (exponent << 23))} - Vec::broadcast(1.0f);
+    const Vec log = Vec::fma(polynomial(log2, t), t, Vec{(Register)__builtin_convertvector(exponent, Floats)});
+    const Vec y = (p * log).clamp(Vec::broadcast(-126.0f), Vec::broadcast(127.0f)), whole = y.round_even();
+    const Ints power = (__builtin_convertvector((Floats)whole.r, Ints) + 127) << 23;
+    return polynomial(exp2, y - whole) * Vec{(Register)power};
   }
 
   // Losses of one piece of a group under grid s, added to `total`.
@@ -58,11 +53,8 @@ struct GridKernel {
       (error * error).store(cost + j);
     }
     if (a.power != 2.0f) {
-      const float half = 0.5f * a.power;
-      for (int64_t j = 0; j < size; j += L) {
-        Floats* place = (Floats*)(cost + j);
-        *place = power_of(*place, half);
-      }
+      const Vec half = Vec::broadcast(0.5f * a.power);
+      for (int64_t j = 0; j < size; j += L) power_of(Vec::load(cost + j), half).store(cost + j);
     }
     Vec sum = Vec::zero();
     for (int64_t j = 0; j < size; j += L) sum = Vec::fma(Vec::load(cost + j), Vec::load(importance + j), sum);
