@@ -119,7 +119,6 @@ class Engine:
             known = len(self.layers)
             self._block(address)
             self._commit(number, self.layers[known:], number + 1 == total)
-            give_back_free_memory()
         self.progress("done", total, total)
         if not self.layers and self.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
@@ -209,6 +208,7 @@ class Engine:
                 if isinstance(step, InputGroup):
                     outcomes.update(self._group(address, block, step))
                     self.store.final += step.linears
+                    give_back_free_memory()
                 else:
                     self._norm(address, block, step)
             self.states.forget_seen()

@@ -25,7 +25,7 @@ def peak_memory_bytes() -> int:
 def give_back_free_memory() -> None:
     """Return the pages of freed tensors to the system, where the C library can be asked to (glibc).
 
-    Tensors of a few MiB leave holes in the heap that the next block's do not fit; without this a deep model's peak
+    Tensors of a few MiB leave holes in the heap that the next group's do not fit; without this a deep model's peak
     drifts upwards by what the holes add.
     """
     if sys.platform == "linux":
