@@ -92,7 +92,7 @@ class StreamState:
 
     def keep(self, address: BlockAddress, call: BlockCall) -> None:
         """Remember a block's arguments, unless they hold something that the block may change unnoticed."""
-        tensors = _plain_tensors((call.args, call.kwargs))
+        tensors = plain_tensors((call.args, call.kwargs))
         self._kept = None if tensors is None else (address, call, [(t, t._version) for t in tensors])
 
     def kept(self, address: BlockAddress) -> BlockCall | None:
@@ -102,7 +102,7 @@ class StreamState:
         return self._kept[1]
 
 
-def _plain_tensors(value: Any) -> list[Tensor] | None:
+def plain_tensors(value: Any) -> list[Tensor] | None:
     """All tensors in nested tuples, lists and dicts of plain values; None when there is an object of another kind."""
     if isinstance(value, Tensor):
         return [value]
@@ -112,7 +112,7 @@ def _plain_tensors(value: Any) -> list[Tensor] | None:
         return None
     found: list[Tensor] = []
     for item in value.values() if isinstance(value, dict) else value:
-        inner = _plain_tensors(item)
+        inner = plain_tensors(item)
         if inner is None:
             return None
         found += inner

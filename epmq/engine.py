@@ -95,7 +95,6 @@ class Engine:
         self.layers: list[dict[str, Any]] = []
         self.block_rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.store = OutputStore(self.around.reuse_bytes)
         self.sequence: str | None = None
         self.matched: set[str | None] = set()
 
@@ -197,22 +196,25 @@ class Engine:
 
     def _block(self, address: BlockAddress) -> None:
         started = time.perf_counter()
-        self.store = OutputStore(self.around.reuse_bytes)
         block = self._load(address, self.merged)
         outcomes: Deployed = {}
         if self.streams:
             steps = self._steps(address, block)
+            changing = [name for step in steps for name in ([step] if isinstance(step, str) else step.linears)]
+            store = OutputStore(block, changing, self.around.reuse_bytes)
             if self.uses_features:
                 self._inside_experts(address, block, steps)
             for step in steps:
                 if isinstance(step, InputGroup):
-                    outcomes.update(self._group(address, block, step))
-                    self.store.final += step.linears
+                    outcomes.update(self._group(address, block, store, step))
+                    store.settle(step.linears)
                     give_back_free_memory()
                 else:
-                    self._norm(address, block, step)
+                    self._norm(address, block, store, step)
+                    store.settle([step])
             self.states.forget_seen()
-            self._advance(address, block)
+            if self.uses_features or address != self.runner.addresses[-1]:
+                self._advance(address, block, store)
         else:
             for name, module in block.named_modules():
                 if is_linear(module) and self.config.selects(f"{address.name}.{name}"):
@@ -271,7 +273,7 @@ class Engine:
                 self.states.go_inside(task, batch.number, inside, address.list_name, output)
                 self.states.keep_seen(task, batch.number, seen)
 
-    def _group(self, address: BlockAddress, block: nn.Module, group: InputGroup) -> Deployed:
+    def _group(self, address: BlockAddress, block: nn.Module, store: OutputStore, group: InputGroup) -> Deployed:
         started = time.perf_counter()
         config = self.config
         where = f"{address.name}.{group.first}"
@@ -295,7 +297,7 @@ class Engine:
             expert = merged
             if self.experts:
                 expert = read_stack(self.experts[task], address, group, linears, self.device)
-            fitted, held = self._task_statistics(task, address, block, group, expert, automatic)
+            fitted, held = self._task_statistics(task, address, block, store, group, expert, automatic)
             own_expert = expert.of_rows(own)
             if held is not None:
                 for part, into in zip((fitted, held), split, strict=True):
@@ -347,7 +349,14 @@ class Engine:
         return result
 
     def _task_statistics(
-        self, task: str, address: BlockAddress, block: nn.Module, group: InputGroup, expert: Expert, automatic: bool
+        self,
+        task: str,
+        address: BlockAddress,
+        block: nn.Module,
+        store: OutputStore,
+        group: InputGroup,
+        expert: Expert,
+        automatic: bool,
     ) -> tuple[TaskStatistics, TaskStatistics | None]:
         """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
         outputs_of, columns = expert.weight.shape
@@ -360,7 +369,7 @@ class Engine:
         sample = max(1, SAMPLE_ROWS // self._batches[task])
         for batch in self.streams[task]:
             call = self._capture(address, task, batch)
-            with self.store.active(block, (task, batch.number)):
+            with store.active((task, batch.number)):
                 x = input_of(block, call, group.first)
             rows, weights, matched = rows_of(x, batch.weights_of(self.sequence if group.sequence is None else None))
             if not matched:
@@ -415,7 +424,7 @@ class Engine:
         outcome = quantize_group(empty, empty, merged, 0.0, self.config.of(pattern), False, stored, where)
         return deploy(InputGroup((name,)), [linear], outcome)
 
-    def _norm(self, address: BlockAddress, block: nn.Module, name: str) -> None:
+    def _norm(self, address: BlockAddress, block: nn.Module, store: OutputStore, name: str) -> None:
         norm = block.get_submodule(name)
         weight: Tensor = norm.weight  # type: ignore[assignment]
         moments = NormStatistics(weight.shape[0], self.device)
@@ -424,7 +433,7 @@ class Engine:
             for batch in batches:
                 call = self._capture(address, task, batch)
                 seen: Seen = {}
-                with self.store.active(block, (task, batch.number)), outputs(block, [name], seen):
+                with store.active((task, batch.number)), outputs(block, [name], seen):
                     call.run(block)
                 z, weights, _ = rows_of(seen[name], batch.weights_of(self.sequence))
                 y, _, _ = rows_of(self.states.seen(task, batch.number, name), None)
@@ -433,12 +442,12 @@ class Engine:
             moments.fold(own)
         correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
 
-    def _advance(self, address: BlockAddress, block: nn.Module) -> None:
+    def _advance(self, address: BlockAddress, block: nn.Module, store: OutputStore) -> None:
         """Run the finished block: its outputs are what the next one is calibrated on."""
         for task, batches in self.streams.items():
             for batch in batches:
                 call = self._capture(address, task, batch)
-                with self.store.active(block, (task, batch.number)):
+                with store.active((task, batch.number)):
                     output = call.run(block)
                 if not all_finite(hidden_of(output)):
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")

@@ -1,56 +1,145 @@
-"""Keeps outputs of linears that are already final, so that running a block again does not compute them again."""
+"""Keeps what a block's modules gave while nothing that they depend on can change, so that the block's next run asks
+them no more.
+
+A block runs once for every group of its linears, each time a little further. All that has finished before the first
+linear still to be quantized is final: a later run may take it as it is. The outermost modules that finished are kept,
+and what lies inside them is dropped: an attention's context takes the place of its queries, keys and values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from epmq.blocks import plain_tensors
+
 DEFAULT_LIMIT_BYTES = 2 * 2**30
+
+_Key = tuple[object, str, int]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one call of a module gave. inside: how often it called each module within it."""
+
+    output: Any
+    tensors: list[tuple[Tensor, int]]
+    inside: Counter[str]
+    size: int
 
 
 class OutputStore:
-    """Outputs of a block's finished linears, per batch and call; refuses what would pass ``limit_bytes``.
+    """Outputs of the modules of ``block``, per batch and call; refuses what would pass ``limit_bytes``.
 
-    A linear takes part from the moment it is named in ``final``. What the store has no room for, and what the block has
-    written into since, is computed again.
+    pending: the modules whose weights are still to change, by name within the block; :meth:`settle` takes them out.
+    What the store has no room for, what the block has written into, and what a module gives that is handed objects
+    which it may change unnoticed (a cache), is computed again.
     """
 
-    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES):
+    def __init__(self, block: nn.Module, pending: Iterable[str], limit_bytes: int = DEFAULT_LIMIT_BYTES):
         self.limit_bytes = limit_bytes
-        self.final: list[str] = []
-        self._kept: dict[tuple[object, str, int], tuple[Tensor, int]] = {}
+        self._modules = [(name, module) for name, module in block.named_modules() if name and _costs(module)]
+        self._pending = set(pending)
+        self._kept: dict[_Key, _Kept] = {}
+        self._written: set[str] = set()
         self._bytes = 0
 
+    def settle(self, names: Iterable[str]) -> None:
+        """The weights of these modules are final."""
+        self._pending.difference_update(names)
+
     @contextmanager
-    def active(self, block: nn.Module, batch: object) -> Iterator[None]:
-        """While active, finished linears of ``block`` answer from the store for this batch, or fill it."""
-        linears = [(name, block.get_submodule(name)) for name in self.final]
-        for name, linear in linears:
-            linear.forward = self._answering(name, linear.forward, batch)
+    def active(self, batch: object) -> Iterator[None]:
+        """While active, one run of the block on this batch takes from the store what it can, and fills it."""
+        run = _Run(self, batch)
+        for name, module in self._modules:
+            module.forward = run.forward_of(name, module.forward)
         try:
             yield
         finally:
-            for _, linear in linears:
-                del linear.forward
+            for _, module in self._modules:
+                del module.forward
 
-    def _answering(self, name: str, compute: Callable[..., Any], batch: object) -> Callable[..., Any]:
-        calls = 0
+    def find(self, key: _Key) -> _Kept | None:
+        """What was kept of a call, if it still holds."""
+        kept = self._kept.get(key)
+        if kept is not None and not _intact(kept.tensors):
+            # Keeping it again would be in vain, and would drop what lies inside.
+            self._written.add(key[1])
+            self._drop(key)
+            return None
+        return kept
+
+    def keep(self, key: _Key, kept: _Kept, within: list[_Key]) -> None:
+        """Keep what a call gave in place of what the calls ``within`` it gave, where there is room."""
+        if key[1] in self._written:
+            return
+        held = [inner for inner in within if inner in self._kept]
+        if self._bytes + kept.size - sum(self._kept[inner].size for inner in held) > self.limit_bytes:
+            return
+        for inner in held:
+            self._drop(inner)
+        self._kept[key] = kept
+        self._bytes += kept.size
+
+    def is_pending(self, name: str) -> bool:
+        """Whether the weights of that module will change."""
+        return name in self._pending
+
+    def _drop(self, key: _Key) -> None:
+        self._bytes -= self._kept.pop(key).size
+
+
+class _Run:
+    """One run of a block: counts the calls of each module, and knows when the first that is not final has begun."""
+
+    def __init__(self, store: OutputStore, batch: object):
+        self.store, self.batch = store, batch
+        self.calls: Counter[str] = Counter()
+        self.tainted = False
+
+    def forward_of(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward, answering from the store where it can."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            key = (batch, name, calls)
-            calls += 1
-            if key in self._kept:
-                kept, version = self._kept[key]
-                return kept if kept._version == version else compute(*args, **kwargs)
-            output: Tensor = compute(*args, **kwargs)
-            size = output.numel() * output.element_size()
-            if self._bytes + size <= self.limit_bytes:
-                self._kept[key] = (output, output._version)
-                self._bytes += size
+            key = (self.batch, name, self.calls[name])
+            kept = None if self.tainted else self.store.find(key)
+            if kept is not None:
+                self.calls.update(kept.inside)
+                self.calls[name] += 1
+                return kept.output
+            self.tainted |= self.store.is_pending(name)
+            before = self.calls.copy()
+            given = plain_tensors((args, kwargs))
+            versions = [(tensor, tensor._version) for tensor in given or ()]
+            output = compute(*args, **kwargs)
+            inside = self.calls - before
+            self.calls[name] += 1
+            if not self.tainted and given is not None and _intact(versions):
+                self._keep(key, output, inside, before)
             return output
 
         return forward
+
+    def _keep(self, key: _Key, output: Any, inside: Counter[str], before: Counter[str]) -> None:
+        tensors = plain_tensors(output)
+        if tensors is None:
+            return
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        within = [(self.batch, name, before[name] + n) for name, count in inside.items() for n in range(count)]
+        self.store.keep(key, _Kept(output, [(t, t._version) for t in tensors], inside, size), within)
+
+
+def _intact(tensors: list[tuple[Tensor, int]]) -> bool:
+    """Whether nothing has been written into these since."""
+    return all(tensor._version == version for tensor, version in tensors)
+
+
+def _costs(module: nn.Module) -> bool:
+    """Whether a module has weights or other modules: what has neither is cheaper run than kept."""
+    return next(module.parameters(), None) is not None or next(module.children(), None) is not None

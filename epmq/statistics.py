@@ -19,6 +19,7 @@ from epmq.reference import symmetrize
 from epmq.world import World
 
 SAMPLE_ROWS = 256
+CARRIED_ROWS = 256
 
 
 class TaskStatistics:
@@ -63,8 +64,7 @@ class TaskStatistics:
         given = target if target is None or self.of_outputs else target - x
         ops.accumulate(x, self.hessian, self.sum_x, given, self.cross, self.sum_target, row_weights)
         for total, moment in zip(self._totals, self._moments(), strict=False):
-            total += moment
-            moment.zero_()
+            _carry(total, moment, lower=moment is self.hessian)
         self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
         if sample:
             everything = torch.arange(x.shape[0], device=x.device)
@@ -270,6 +270,16 @@ class Folded:
         """The bias ``[N]`` that centres the outputs of ``weight`` on the targets' mean: ȳ - Q x̄."""
         mean_x, mean_pull = self.sum_x / self.weight, self.sum_pull / self.weight
         return anchor.bias + mean_pull + (anchor.weight - weight) @ mean_x
+
+
+def _carry(total: Tensor, moment: Tensor, lower: bool) -> None:
+    """Move what is in ``moment`` over to ``total``; of a lower triangle little more than that."""
+    step = CARRIED_ROWS if lower else max(1, len(moment))
+    for start in range(0, len(moment), step):
+        rows = slice(start, start + step)
+        columns = (rows, slice(0, start + step)) if lower else (rows,)
+        total[columns] += moment[columns]
+        moment[columns] = 0.0
 
 
 def task_weight(hessian: Tensor, rows: float, weighting: Literal["tokens", "hessian_norm"]) -> float:

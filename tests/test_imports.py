@@ -11,12 +11,24 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "reuse", "console", "memory", "orientation", "rows"),
+    ("errors", "quantized", "ties", "console", "memory", "orientation", "rows"),
     ("trust", "patterns", "page.markup", "page.numbers", "page.layout"),
     ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "extension", "world"),
     ("reference", "blocked"),
     ("triton_forms",),
-    ("config", "merge_config", "adapters", "ops", "streams", "skeleton", "inside", "huggingface", "evaluate", "norms"),
+    (
+        "config",
+        "merge_config",
+        "adapters",
+        "ops",
+        "streams",
+        "skeleton",
+        "inside",
+        "reuse",
+        "huggingface",
+        "evaluate",
+        "norms",
+    ),
     ("grids", "formats.shards", "perplexity", "card"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
     ("solve", "distill", "recipe", "states", "formats.statistics"),
