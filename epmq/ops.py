@@ -83,7 +83,9 @@ register("gptq_sweep", "reference", reference.gptq_sweep)
 register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
 register("cholesky", "reference", reference.cholesky)
-register("cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked")
+register(
+    "cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked" or blocked.preferred(matrix)
+)
 triton_forms.offer(register)
 extension.offer(register)
 

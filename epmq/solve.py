@@ -16,7 +16,7 @@ from epmq.statistics import Folded
 log = logging.getLogger("epmq")
 
 FIRST_ESCALATION = 1e-3
-SOLVE_BLOCK = 512
+SOLVE_BLOCK = 256
 ANCHOR_GRID: tuple[float, ...] = tuple(10.0 ** (exponent / 4) for exponent in range(-12, 5))
 
 
@@ -72,17 +72,27 @@ def factorize(hessian: Tensor, added: float, damp: float, where: str) -> Factor:
 
 
 def solve_right(pull: Tensor, factor: Factor) -> Tensor:
-    """``pull · (R Rᵀ)⁻¹`` for ``[N, K]``: the step from the anchor to the target W* of eq. (2)."""
+    """``pull · (R Rᵀ)⁻¹`` for ``[N, K]``: the step from the anchor to the target W* of eq. (2).
+
+    By blocks of columns, whose triangles are inverted: all but a hundredth of the work is then products, which run at
+    three times the rate of triangular solves.
+    """
     root, columns = factor.root, pull.shape[1]
     step = pull.clone()
     parts = [slice(start, min(start + SOLVE_BLOCK, columns)) for start in range(0, columns, SOLVE_BLOCK)]
-    # Left-looking by blocks: most of the work becomes products, which BLAS runs half as fast again as its solves.
-    for part in reversed(parts):
-        step[:, part].addmm_(step[:, part.stop :], root[part, part.stop :].T, alpha=-1.0)
-        step[:, part] = torch.linalg.solve_triangular(root[part, part].T, step[:, part], upper=False, left=False)
-    for part in parts:
-        step[:, part].addmm_(step[:, : part.start], root[: part.start, part], alpha=-1.0)
-        step[:, part] = torch.linalg.solve_triangular(root[part, part], step[:, part], upper=True, left=False)
+    eye = torch.eye(min(SOLVE_BLOCK, columns), dtype=root.dtype, device=root.device)
+    inverses = [
+        torch.linalg.solve_triangular(
+            root[part, part], eye[: part.stop - part.start, : part.stop - part.start], upper=True
+        )
+        for part in parts
+    ]
+    for part, inverse in zip(reversed(parts), reversed(inverses), strict=True):
+        step[:, part] = step[:, part] @ inverse.T
+        step[:, : part.start].addmm_(step[:, part], root[: part.start, part].T, alpha=-1.0)
+    for part, inverse in zip(parts, inverses, strict=True):
+        step[:, part] = step[:, part] @ inverse
+        step[:, part.stop :].addmm_(step[:, part], root[part, part.stop :], alpha=-1.0)
     return step
 
 

@@ -309,8 +309,10 @@ def test_cholesky_tells_where_a_matrix_is_not_positive_definite(form: Any, more:
     assert int(form.function(matrix, **more)[1]) == place + 1
 
 
-def test_the_blocked_cholesky_runs_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocked_cholesky_runs_when_asked_and_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.choose("cholesky", torch.eye(3)).backend == "reference"
+    assert ops.choose("cholesky", torch.eye(1024)).backend == "blocked"
+    assert ops.choose("cholesky", torch.eye(1024, device="meta")).backend == "reference"
     monkeypatch.setenv("EPMQ_BACKEND", "blocked")
     assert ops.choose("cholesky", torch.eye(3)).backend == "blocked"
 

@@ -26,17 +26,15 @@ from torch import Tensor
 
 from epmq import extension, ops
 from epmq.quantized import column_groups
+from epmq.solve import factorize
 
 GROUP, BITS, DAMP = 128, 4, 0.01
 
 
 def ours(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Static symmetric grids, one flipped Cholesky, one sweep; returns the dequantized weight."""
+    """Static symmetric grids, one factor, one sweep; returns the dequantized weight. Destroys the Hessian."""
     rows, columns = weight.shape
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMP * damped.diagonal().mean())
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    unit = upper / upper.diagonal()
+    unit = factorize(hessian, 0.0, DAMP, "benchmark").unit_upper
     scales = weight.view(rows, -1, GROUP).abs().amax(-1) / ((2**BITS - 1) / 2)
     zeros = torch.full_like(scales, 2.0 ** (BITS - 1))
     codes = ops.gptq_sweep(weight, unit, scales, zeros, column_groups(columns, GROUP), BITS)
