@@ -18,7 +18,7 @@ from pathlib import Path
 
 from memory import generate
 
-from epmq.formats.native import NativeReader
+from epmq.formats.kinds import open_reader
 from epmq.quantized import unpack
 from epmq.report import machine
 
@@ -45,10 +45,10 @@ def quantize(recipe: Path, out: Path, processes: int) -> dict[str, float]:
 
 def equal_codes(first: Path, second: Path) -> float:
     """Share of codes on which two folders agree."""
-    ours, theirs = NativeReader(first), NativeReader(second)
+    ours, theirs = open_reader(first), open_reader(second)
     same = total = 0
     for name, facts in ours.linears.items():
-        pair = [unpack(r.source.tensor(f"{name}.packed"), facts.bits, facts.in_features) for r in (ours, theirs)]
+        pair = [unpack(reader.parts(name)["packed"], facts.bits, facts.in_features) for reader in (ours, theirs)]
         same += int((pair[0] == pair[1]).sum())
         total += pair[0].numel()
     return same / total

@@ -71,12 +71,33 @@ def accumulates(
 ) -> bool:
     """Whether compiled forms take this call: floats and contiguous fp32 sums, all of them ``reachable``."""
     sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
+    return hessian.dtype == torch.float32 and _sums_up(reachable, x, target, sums, row_weights)
+
+
+def _sums_up(
+    reachable: Callable[..., bool], x: Tensor, target: Tensor | None, sums: list[Tensor], row_weights: Tensor | None
+) -> bool:
     return (
         reachable(x, *sums, target, row_weights)
         and x.dtype in FLOATS
         and (target is None or target.dtype in FLOATS)
-        and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in sums)
+        and all(tensor.dtype == sums[0].dtype and tensor.is_contiguous() for tensor in sums)
     )
+
+
+def _accumulates_on_cpu(
+    x: Tensor,
+    hessian: Tensor,
+    sum_x: Tensor,
+    target: Tensor | None = None,
+    cross: Tensor | None = None,
+    sum_target: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> bool:
+    """As :func:`accumulates`, and fp64 sums, to which the fp32 sums of some hundred rows at a time are added."""
+    sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
+    wanted = hessian.dtype in (torch.float32, torch.float64)
+    return wanted and _sums_up(partial(_on, "cpu"), x, target, sums, row_weights)
 
 
 def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -201,7 +222,7 @@ def offer(register: Callable[..., None]) -> None:
         return
     _register_fakes()
     native, on_cpu = torch.ops.epmq_native, partial(_on, "cpu")
-    register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu))
+    register("accumulate", "cpp", native.accumulate, _accumulates_on_cpu)
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)

@@ -27,7 +27,8 @@ def accumulate(
     x: ``[M, K]`` fp32, fp16 or bf16. hessian: fp32 ``[K, K]``, += xᵀ diag(r) x; only its lower triangle (diagonal
     included) is defined, see :func:`symmetrize`. sum_x: fp32 ``[K]``, += xᵀ r. target: ``[M, P]``. cross: fp32
     ``[P, K]``, += targetᵀ diag(r) x. sum_target: fp32 ``[P]``, += targetᵀ r. row_weights r: fp32 ``[M]``, ones
-    when None; rows of weight 0 contribute exactly nothing, whatever they hold.
+    when None; rows of weight 0 contribute exactly nothing, whatever they hold. Sums may be fp64, all of them: fp32
+    sums over parts of the batch, or finer ones, are then added to them.
     """
     work = torch.float64 if hessian.dtype == torch.float64 else torch.float32
     if row_weights is not None:

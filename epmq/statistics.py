@@ -54,6 +54,8 @@ class TaskStatistics:
         self.sample_x: list[Tensor] = []
         self.sample_target: list[Tensor] = []
         self._totals = [moment.double() for moment in self._moments()] if exact else []
+        # Some forms add to fp64 sums themselves.
+        self._straight = exact and ops.choose("accumulate", self.hessian[:0], *self._totals[:2]).backend == "cpp"
 
     def _moments(self) -> list[Tensor]:
         given = (self.hessian, self.sum_x, self.cross, self.sum_target)
@@ -62,9 +64,12 @@ class TaskStatistics:
     def add(self, x: Tensor, target: Tensor | None, row_weights: Tensor | None, sample: int = 0) -> None:
         """Add rows ``[M, K]``; ``row_weights`` fp32 ``[M]``; keep about ``sample`` of them for the report."""
         given = target if target is None or self.of_outputs else target - x
-        ops.accumulate(x, self.hessian, self.sum_x, given, self.cross, self.sum_target, row_weights)
-        for total, moment in zip(self._totals, self._moments(), strict=False):
-            _carry(total, moment, lower=moment is self.hessian)
+        hessian, sum_x, *crossed = self._totals if self._straight else self._moments()
+        cross, sum_target = crossed or (None, None)
+        ops.accumulate(x, hessian, sum_x, given, cross, sum_target, row_weights)
+        if not self._straight:
+            for total, moment in zip(self._totals, self._moments(), strict=False):
+                _carry(total, moment, lower=moment is self.hessian)
         self.weight += float(x.shape[0] if row_weights is None else row_weights.sum())
         if sample:
             everything = torch.arange(x.shape[0], device=x.device)

@@ -126,6 +126,30 @@ def test_accumulate_keeps_denormals_and_non_finite_numbers(form: Any) -> None:
     check_accumulate(form, x, None, None)
 
 
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["ones", "weighted"])
+@pytest.mark.parametrize("shape", [(160, 64, 40), (1, 24, 8), (97, 129, 131), (5, 1, 1), (0, 16, 8)], ids=str)
+def test_accumulate_adds_its_fp32_sums_to_fp64_ones(
+    shape: tuple[int, int, int], weighted: bool, dtype: torch.dtype
+) -> None:
+    """So few rows are one part of a batch, whose sums are added without rounding."""
+    count, columns, targets = shape
+    x, target = seeded(count, columns).to(dtype), seeded(count, targets).to(dtype)
+    rows = (torch.arange(count) % 3).float() if weighted else None
+    narrow = [None if t is None else torch.zeros_like(t) for t in moments(columns, targets)]
+    before = [None if t is None else t.double() * 2.0**20 for t in moments(columns, targets)]
+    wide = [None if t is None else t.clone() for t in before]
+    for sums in (narrow, wide):
+        run_accumulate(torch.ops.epmq_native.accumulate, x, target, sums, rows)
+    for name, found, start, added in zip(
+        ("hessian", "sum_x", "cross", "sum_target"), wide, before, narrow, strict=True
+    ):
+        assert found is not None and start is not None and added is not None
+        pair = (found, start + added.double())
+        assert torch.equal(*((t.tril() for t in pair) if name == "hessian" else pair)), name
+
+
 @pytest.mark.parametrize("kind", ["none", "ones", "mask", "weighted", "zeros"])
 def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
     x, target = seeded(6, 3), seeded(6, 2)
@@ -495,6 +519,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
         native.gptq_sweep(weight, upper, scales, zeros, groups + 2, 4)
     with pytest.raises(ValueError, match="hessian"):
         native.accumulate(seeded(3, 4), torch.zeros(5, 5), torch.zeros(4))
+    with pytest.raises(ValueError, match="sum_x"):
+        native.accumulate(seeded(3, 4), torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4))
+    with pytest.raises(ValueError, match="hessian"):
+        native.accumulate(seeded(3, 4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4))
 
 
 @compiled

@@ -31,6 +31,14 @@ struct SweepArgs {
 
 enum class Dtype : int { kFloat, kHalf, kBfloat };
 
+// Where fp32 sums of a batch are added up: in fp32 or, one of the two being null, in fp64.
+struct Sum {
+  float* narrow;
+  double* wide;
+
+  explicit operator bool() const { return narrow != nullptr || wide != nullptr; }
+};
+
 constexpr int64_t kPackDepth = 160;  // rows per part of a packed chunk: a rectangle's columns of it fit the first cache
 
 // Rows of a batch as fp32 in parts of kPackDepth rows, [part][tile of columns][row][lanes], zero beyond `columns`.
@@ -44,7 +52,7 @@ struct PackArgs {
   int64_t kept;
   float* plain;           // or null
   float* weighted;        // null without weights
-  float* sum;             // [columns] or null, += (weighted) column sums
+  Sum sum;                // [columns] or null, += (weighted) column sums
 };
 
 // One rectangle of the product: out[i, j] += sum_m left[m, i] * right[m, j].
@@ -56,7 +64,7 @@ struct ProductArgs {
   int64_t row_begin, row_end;        // i, multiples of outer_b except the end
   int64_t column_begin;              // j; Kernels::product_columns of them, cut at column_end
   int64_t column_end;
-  float* out;
+  Sum out;
   int64_t out_stride;
 };
 
@@ -78,7 +86,7 @@ struct TileProductArgs {
   int64_t row_begin, row_end;        // i, begins at a pair of tiles
   int64_t column_begin, column_end;  // j, begins at a pair of tiles
   bool triangle;                     // only j <= i counts
-  float* out;
+  Sum out;
   int64_t out_stride;
 };
 

@@ -49,10 +49,17 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-void check_sum(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.sizes() == shape, name, ": expected float32 ", shape,
-                    ", got ", tensor.scalar_type(), " ", tensor.sizes());
+// `dtype`: of all sums of a call.
+void check_sum(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE((dtype == at::kFloat || dtype == at::kDouble) && tensor.scalar_type() == dtype, name,
+                    ": expected float32 or float64, as all sums, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": expected ", shape, ", got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ", tensor.strides());
+}
+
+Sum sum_of(const Tensor& tensor) {
+  if (tensor.scalar_type() == at::kDouble) return {nullptr, tensor.mutable_data_ptr<double>()};
+  return {tensor.mutable_data_ptr<float>(), nullptr};
 }
 
 // Rows that count, with their weights; `uniform` when every one of them weighs 1.
@@ -93,13 +100,12 @@ PackArgs pack_args(const Tensor& source, const char* name) {
 struct Batch {
   PackArgs x, target;       // sources only
   int64_t columns, targets;
-  float *hessian, *cross;
-  float *sum_x, *sum_target;
+  Sum hessian, cross, sum_x, sum_target;
   const Rows& rows;
 };
 
 // Rows [begin, begin + size) of a batch for packing.
-PackArgs slice(const PackArgs& source, const Batch& batch, int64_t begin, int64_t size, float* sum) {
+PackArgs slice(const PackArgs& source, const Batch& batch, int64_t begin, int64_t size, Sum sum) {
   PackArgs args = source;
   args.rows = batch.rows.index.data() + begin;
   args.weights = batch.rows.uniform ? nullptr : batch.rows.weight.data() + begin;
@@ -126,12 +132,12 @@ void by_vectors(const Kernels& kernel, const Batch& batch, int64_t begin_row, in
 
   for (int64_t begin = begin_row; begin < end_row; begin += chunk) {
     const int64_t size = std::min(chunk, end_row - begin);
-    PackArgs pack_x = slice(batch.x, batch, begin, size, with_sums ? batch.sum_x : nullptr);
+    PackArgs pack_x = slice(batch.x, batch, begin, size, with_sums ? batch.sum_x : Sum{});
     pack_x.tiles = x_tiles;
     pack_x.plain = plain_data;
     pack_x.weighted = weighted_data;
     // The weight enters once per product, through x.
-    PackArgs pack_target = slice(batch.target, batch, begin, size, with_sums ? batch.sum_target : nullptr);
+    PackArgs pack_target = slice(batch.target, batch, begin, size, with_sums ? batch.sum_target : Sum{});
     pack_target.tiles = target_tiles;
     pack_target.plain = left_data;
     const int64_t grain = std::max<int64_t>(1, 65536 / (size * lanes));
@@ -240,15 +246,16 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
                 const std::optional<Tensor>& row_weights) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   const int64_t count = x.size(0), columns = x.size(1);
-  check_sum(hessian, "hessian", {columns, columns});
-  check_sum(sum_x, "sum_x", {columns});
+  const at::ScalarType dtype = hessian.scalar_type();
+  check_sum(hessian, "hessian", {columns, columns}, dtype);
+  check_sum(sum_x, "sum_x", {columns}, dtype);
   const bool crossed = target && cross && sum_target;
   const int64_t targets = crossed ? target->size(1) : 0;
   if (crossed) {
     TORCH_CHECK_VALUE(target->dim() == 2 && target->size(0) == count, "target: expected [", count, ", P], got ",
                       target->sizes());
-    check_sum(*cross, "cross", {targets, columns});
-    check_sum(*sum_target, "sum_target", {targets});
+    check_sum(*cross, "cross", {targets, columns}, dtype);
+    check_sum(*sum_target, "sum_target", {targets}, dtype);
   }
   if (row_weights)
     TORCH_CHECK_VALUE(row_weights->dim() == 1 && row_weights->size(0) == count, "row_weights: expected [", count,
@@ -257,12 +264,11 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
   const Rows rows = rows_of(count, row_weights);
   const int64_t kept = static_cast<int64_t>(rows.index.size());
   if (kept == 0 || columns == 0) return;
-  Batch batch{pack_args(x, "x"), {}, columns, targets, hessian.mutable_data_ptr<float>(), nullptr,
-              sum_x.mutable_data_ptr<float>(), nullptr, rows};
+  Batch batch{pack_args(x, "x"), {}, columns, targets, sum_of(hessian), {}, sum_of(sum_x), {}, rows};
   if (crossed) {
     batch.target = pack_args(*target, "target");
-    batch.cross = cross->mutable_data_ptr<float>();
-    batch.sum_target = sum_target->mutable_data_ptr<float>();
+    batch.cross = sum_of(*cross);
+    batch.sum_target = sum_of(*sum_target);
   }
   const Kernels& kernel = kernels();
   if (kernel.tile != nullptr) return by_tiles(kernel, batch);

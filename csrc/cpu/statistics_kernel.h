@@ -33,9 +33,16 @@ struct StatisticsKernel {
       for (int64_t t = first; a.sum && t < last; t++) {
         float lanes[L];
         sums[t - first].store(lanes);
-        for (int l = 0; l < L && t * L + l < a.columns; l++) a.sum[t * L + l] += lanes[l];
+        add(a.sum, t * L, lanes, a.columns - t * L < L ? a.columns - t * L : L);
       }
     }
+  }
+
+  static EPMQ_INLINE void add(epmq::Sum sum, int64_t at, const float* values, int64_t count) {
+    if (sum.wide)
+      for (int64_t i = 0; i < count; i++) sum.wide[at + i] += (double)values[i];
+    else
+      for (int64_t i = 0; i < count; i++) sum.narrow[at + i] += values[i];
   }
 
   static EPMQ_INLINE Vec read(const epmq::PackArgs& a, int64_t row, int64_t t) {
@@ -61,18 +68,18 @@ struct StatisticsKernel {
     const float* right = a.right + part * a.right_tiles * L + a.column_begin / L * panel;
     for (int64_t i = a.row_begin; i < a.row_end; i += B) {
       const int64_t rows = a.row_end - i < B ? a.row_end - i : B;
-      float* out = a.out + i * a.out_stride + a.column_begin;
-      for (int64_t b = 0; b < rows; b++)
-        for (int v = 0; v < V * L; v += 16) __builtin_prefetch(out + b * a.out_stride + v, 1);
+      const int64_t at = i * a.out_stride + a.column_begin;
+      for (int64_t b = 0; a.out.narrow && b < rows; b++)
+        for (int v = 0; v < V * L; v += 16) __builtin_prefetch(a.out.narrow + at + b * a.out_stride + v, 1);
       OuterTile<B, V> sum;
       sum.clear();
       sum.add(steps, left + i / L * panel + i % L, L, right, L, panel);
-      if (rows == B && a.column_begin + V * L <= a.column_end) {
+      if (a.out.narrow && rows == B && a.column_begin + V * L <= a.column_end) {
         EPMQ_UNROLL
         for (int b = 0; b < B; b++)
           EPMQ_UNROLL
           for (int v = 0; v < V; v++) {
-            float* place = out + b * a.out_stride + v * L;
+            float* place = a.out.narrow + at + b * a.out_stride + v * L;
             (Vec::load(place) + sum.acc[b][v]).store(place);
           }
       } else {
@@ -81,9 +88,8 @@ struct StatisticsKernel {
         for (int b = 0; b < B; b++)
           EPMQ_UNROLL
           for (int v = 0; v < V; v++) sum.acc[b][v].store(&edge[b][v * L]);
-        for (int64_t b = 0; b < rows; b++)
-          for (int64_t c = 0; c < V * L && a.column_begin + c < a.column_end; c++)
-            out[b * a.out_stride + c] += edge[b][c];
+        const int64_t width = a.column_end - a.column_begin < V * L ? a.column_end - a.column_begin : V * L;
+        for (int64_t b = 0; b < rows; b++) add(a.out, at + b * a.out_stride, edge[b], width);
       }
     }
   }

@@ -99,7 +99,11 @@ struct TileStatistics {
       for (int64_t t = first; t < last; t++) {
         float lanes[16];
         _mm512_storeu_ps(lanes, sums[t - first]);
-        for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++) a.sum[t * 16 + l] += lanes[l];
+        for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++)
+          if (a.sum.wide)
+            a.sum.wide[t * 16 + l] += (double)lanes[l];
+          else
+            a.sum.narrow[t * 16 + l] += lanes[l];
       }
     }
   }
@@ -111,6 +115,10 @@ struct TileStatistics {
 
   // ---- products -------------------------------------------------------------------------------------------------
 
+  static EPMQ_INLINE void add_wide(double* out, __mmask8 mask, __m256 sum) {
+    _mm512_mask_storeu_pd(out, mask, _mm512_add_pd(_mm512_maskz_loadu_pd(mask, out), _mm512_cvtps_pd(sum)));
+  }
+
   // out += sums [right][left][16][16], cut at the edges.
   static EPMQ_INLINE void add(const epmq::TileProductArgs& a, int64_t row, int64_t column, const float* sums) {
     for (int right = 0; right < 2; right++) {
@@ -118,9 +126,15 @@ struct TileStatistics {
       if (width <= 0) break;
       const __mmask16 mask = (__mmask16)(width < 16 ? (1u << width) - 1 : 0xffffu);
       for (int64_t r = 0; r < pair && row + r < a.row_end; r++) {
-        float* place = a.out + (row + r) * a.out_stride + first;
+        const int64_t place = (row + r) * a.out_stride + first;
         const __m512 sum = _mm512_loadu_ps(sums + (right * pair + r) * 16);
-        _mm512_mask_storeu_ps(place, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum));
+        if (a.out.wide) {
+          add_wide(a.out.wide + place, (__mmask8)mask, _mm512_castps512_ps256(sum));
+          add_wide(a.out.wide + place + 8, (__mmask8)(mask >> 8), _mm512_extractf32x8_ps(sum, 1));
+        } else {
+          float* out = a.out.narrow + place;
+          _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), sum));
+        }
       }
     }
   }
