@@ -54,11 +54,12 @@ def default_damp(config: QuantConfig, anchor: float) -> float:
     return PLAIN_GPTQ_DAMP if anchor < PLAIN_GPTQ_DAMP and config.gamma == 1.0 else 0.0
 
 
-def anchor_strength(config: QuantConfig, fit: Folded, held: Folded) -> float:
-    """Relative lambda: the setting, or for ``auto`` the choice made on fitted and held-out statistics."""
-    if config.method != "epmq":
-        return 0.0
-    return choose_anchor(fit, held) if config.anchor == "auto" else float(config.anchor)
+def anchor_strength(config: QuantConfig, split: tuple[Folded, Folded] | None, refit_bias: bool) -> float:
+    """Relative lambda: the setting, or for ``auto`` the choice made on ``split``, fitted and held-out statistics."""
+    if split is None:
+        return float(config.anchor) if config.method == "epmq" else 0.0
+    fit, held = (part.centred() if refit_bias else part for part in split)
+    return choose_anchor(fit, held)
 
 
 def quantize_group(

@@ -22,7 +22,6 @@ from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
 from epmq.devices import compute_device
-from epmq.engine import Surroundings
 from epmq.errors import ConfigError, SourceError
 from epmq.estimate import estimate
 from epmq.evaluate import load_task, row, score
@@ -46,6 +45,7 @@ from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource, iterate, total_bytes
 from epmq.stacks import stored_scale_dtype
+from epmq.surroundings import Surroundings
 from epmq.world import by_turns, processes_here, world
 
 # Of the memory that is free, what a run without a setting takes.

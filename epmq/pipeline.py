@@ -14,13 +14,14 @@ from epmq.blocks import find_blocks
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.distill import distill
-from epmq.engine import Engine, Surroundings
+from epmq.engine import Engine
 from epmq.linear import QuantLinear, set_submodule
 from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill
 from epmq.sources import DictSource, WeightSource
 from epmq.streams import make_streams
+from epmq.surroundings import Surroundings
 
 Progress = Callable[[str, int, int], None]
 Calibration = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -143,7 +144,7 @@ def _stages(
         try:
             found = engine.run()
         finally:
-            engine.runner.restore()
+            engine.restore()
         if stage is not None:
             stage.replay(sink)
         return found

@@ -349,14 +349,14 @@ def test_streams_are_what_the_finished_model_computes(architecture: str, norm_re
     config = QuantConfig(bits=3, group_size=16, norm_refit=norm_refit)
     engine = Engine(meta_copy(merged), DictSource(merged.state_dict()), None, sources, {"a": batches}, config, sink)
     engine.run()
-    model = sink.assemble(engine.runner.restore(), open_source(merged)).eval()
-    last = engine.runner.addresses[-1]
+    model = sink.assemble(engine.restore(), open_source(merged)).eval()
+    last = engine.walk.addresses[-1]
     seen: list[Tensor] = []
     model.get_submodule(last.name).register_forward_hook(lambda m, a, out: seen.append(hidden_of(out)))
     for number, batch in enumerate(batches):
         with torch.no_grad():
             model(**batch)
-        deployed = hidden_of(engine.states.deployed("a", number).outputs[last.list_name])
-        weights = engine.streams["a"][number].position_weights
+        deployed = hidden_of(engine.walk.states.deployed("a", number).outputs[last.list_name])
+        weights = engine.walk.streams["a"][number].position_weights
         rows = torch.ones(deployed.shape[:2], dtype=torch.bool) if weights is None else weights > 0
         assert torch.allclose(seen[number][rows], deployed[rows], atol=1e-4)

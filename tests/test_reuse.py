@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from epmq.config import QuantConfig
-from epmq.engine import Surroundings
 from epmq.pipeline import ModuleSink, run
 from epmq.quantized import QuantizedTensor
 from epmq.reuse import OutputStore
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource
+from epmq.surroundings import Surroundings
 
 
 class Counted(nn.Linear):

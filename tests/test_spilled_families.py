@@ -11,13 +11,14 @@ from torch import Tensor
 
 from epmq.blocks import BlockAddress
 from epmq.config import QuantConfig
-from epmq.engine import Engine, Surroundings
+from epmq.engine import Engine
 from epmq.pipeline import ModuleSink, run
 from epmq.progress import Journal
 from epmq.quantized import QuantizedTensor
 from epmq.shelf import Shelf
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource
+from epmq.surroundings import Surroundings
 from epmq.world import World
 
 pytest.importorskip("transformers")

@@ -1,0 +1,135 @@
+"""Statistics of one step of a block, gathered task by task from the streams that run through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from epmq.blocks import InputGroup, narrows
+from epmq.errors import CalibrationError, NumericalError
+from epmq.norms import NormStatistics
+from epmq.sources import all_finite
+from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
+from epmq.streams import rows_of, split_held
+from epmq.visit import Visit
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What all tasks say about a group of linears.
+
+    problem: defines the target of the outputs this process solves for. inputs: defines the rounding's Hessian; the
+    same object unless gamma shrinks the former. split: the problem of all outputs on fitted and on held-out examples,
+    where the anchor is chosen by them. samples: rows for the report, of the tasks this process reports on.
+    """
+
+    problem: Folded
+    inputs: Folded
+    split: tuple[Folded, Folded] | None
+    samples: dict[str, Sample]
+
+    def of_rows(self, rows: Tensor | slice) -> tuple[Folded, Folded]:
+        """``problem`` and ``inputs`` for some of the outputs."""
+        problem = self.problem.of_rows(rows)
+        return problem, problem if self.inputs is self.problem else self.inputs
+
+
+def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathered:
+    """The problem of a group around its anchor, for this process's share ``own`` of the outputs."""
+    walk, config = visit.walk, visit.walk.config
+    own_anchor = anchor.of_rows(own)
+    rows, columns = anchor.weight.shape
+
+    def empty(count: int) -> Folded:
+        return Folded.empty(count, columns, device=walk.device)
+
+    def fold(into: Folded, statistics: TaskStatistics, expert: Expert) -> None:
+        part, own_expert = statistics.of_rows(own), expert.of_rows(own)
+        into.fold(part, own_expert, own_anchor, config.alpha, config.task_weights, config.gamma)
+
+    count = len(own_anchor.bias)
+    problem = empty(count)
+    inputs = problem if config.gamma == 1.0 else empty(0)
+    automatic = config.method == "epmq" and config.anchor == "auto"
+    split = (empty(count), empty(count)) if automatic else None
+    samples: dict[str, Sample] = {}
+    for place, task in enumerate(walk.streams):
+        # Without experts the anchor is the merged weights, and these are what the report compares with.
+        expert = visit.read(walk.experts[task], group) if walk.experts else anchor
+        fitted, held = _of_task(visit, group, task, expert, automatic)
+        if split is not None and held is not None:
+            fold(split[0], fitted, expert)
+            fold(split[1], held, expert)
+            fitted.join(held)
+        if config.needs_experts:
+            fold(problem, fitted, expert)
+        else:
+            problem.fold_inputs(fitted, config.task_weights)
+        if not all_finite(problem.sum_pull):
+            where = visit.name_of(group.first)
+            raise NumericalError(f"{where}: the targets of task {task!r} are NaN or Inf; check its expert's weights.")
+        if inputs is not problem:
+            inputs.fold_inputs(fitted, config.task_weights)
+        if place % walk.world.size == walk.world.rank:
+            samples[task] = fitted.sampled(expert, config.alpha)
+    if split is not None:
+        split = (split[0].whole(own, rows, walk.world), split[1].whole(own, rows, walk.world))
+    return Gathered(problem, inputs, split, samples)
+
+
+def _of_task(
+    visit: Visit, group: InputGroup, task: str, expert: Expert, automatic: bool
+) -> tuple[TaskStatistics, TaskStatistics | None]:
+    """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
+    walk, where = visit.walk, visit.name_of(group.first)
+    outputs, columns = expert.weight.shape
+    of_outputs = narrows(visit.block, group)
+    targets = None
+    if walk.inside and walk.config.alpha > 0:
+        targets = outputs if of_outputs else columns
+    fitted = TaskStatistics(columns, targets, of_outputs, device=walk.device, exact=True)
+    held = TaskStatistics(columns, targets, of_outputs, device=walk.device, exact=True) if automatic else None
+    sample = max(1, SAMPLE_ROWS // walk.counts[task])
+    for batch in walk.streams[task]:
+        x = visit.input_of(task, batch, group.first)
+        rows, weights, matched = rows_of(x, batch.weights_of(walk.sequence if group.sequence is None else None))
+        if not matched:
+            visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
+        target = None
+        if targets is not None:
+            target = visit.rows_inside(task, batch, group.linears if of_outputs else (group.first,))
+            target = target - expert.bias if of_outputs else target
+        if held is None:
+            fitted.add(rows, target, weights, sample)
+        else:
+            fit_weights, held_weights = split_held(rows, weights, x, batch)
+            fitted.add(rows, target, fit_weights, sample)
+            held.add(rows, target, held_weights)
+    for statistics in (fitted, held):
+        if statistics is not None:
+            statistics.over(walk.world)
+    fitted.check(task, where)
+    if held is not None and held.weight <= 0:
+        raise CalibrationError(
+            f'task {task!r}: anchor: "auto" holds out every fifth example, and there is none; give more examples,'
+            " or give a number as anchor."
+        )
+    return fitted, held
+
+
+def gather_norm(visit: Visit, name: str) -> NormStatistics:
+    """What a norm gives as deployed and inside the experts, over all tasks."""
+    walk = visit.walk
+    weight: Tensor = visit.block.get_submodule(name).weight  # type: ignore[assignment]
+    channels = len(weight)
+    moments = NormStatistics(channels, walk.device)
+    for task, batches in walk.streams.items():
+        own = NormStatistics(channels, walk.device)
+        for batch in batches:
+            z, weights, _ = rows_of(visit.output_of(task, batch, name), batch.weights_of(walk.sequence))
+            y = visit.rows_inside(task, batch, (name,))
+            own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
+        own.over(walk.world)
+        moments.fold(own)
+    return moments

@@ -1,0 +1,151 @@
+"""One block in hand: the streams run through it again and again while its parts get their final weights one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq.blocks import (
+    BlockAddress,
+    BlockCall,
+    InputGroup,
+    StreamState,
+    hidden_of,
+    input_groups,
+    input_of,
+    is_norm,
+    narrows,
+    running_order,
+)
+from epmq.errors import NumericalError
+from epmq.inside import Seen, outputs, run_inside
+from epmq.orientation import is_linear
+from epmq.reuse import OutputStore
+from epmq.sources import WeightSource, all_finite
+from epmq.stacks import read_stack
+from epmq.statistics import Expert
+from epmq.streams import Batch
+from epmq.walk import Walk
+
+
+class Visit:
+    """A block, with the merged weights until it is given others, and what the experts' own blocks made of the batches.
+
+    steps: groups of linears and, when they are refitted, norms, in the order the block runs them; none without streams.
+    notes: what the report should tell of the block.
+    """
+
+    def __init__(self, walk: Walk, address: BlockAddress):
+        self.walk, self.address = walk, address
+        self.block = walk.load(address, walk.merged)
+        self.steps = self._steps() if walk.streams else []
+        self.notes: list[str] = []
+        changing = [name for step in self.steps for name in ([step] if isinstance(step, str) else step.linears)]
+        self._store = OutputStore(self.block, changing, walk.reuse_bytes)
+        if walk.inside:
+            self._run_inside()
+
+    def name_of(self, part: str) -> str:
+        """A part's name in the whole model."""
+        return f"{self.address.name}.{part}"
+
+    def selected(self) -> list[str]:
+        """The linears that are to be quantized."""
+        return [name for name, module in self.block.named_modules() if is_linear(module) and self._selects(name)]
+
+    def linears(self, group: InputGroup) -> list[Any]:
+        """The modules of a group."""
+        return [self.block.get_submodule(name) for name in group.linears]
+
+    def read(self, source: WeightSource, group: InputGroup) -> Expert:
+        """The weights of a group in another model."""
+        return read_stack(source, self.address, group, self.linears(group), self.walk.device)
+
+    def input_of(self, task: str, batch: Batch, name: str) -> Tensor:
+        """What a part of the block reads as deployed."""
+        call = self._call(task, batch)
+        with self._store.active((task, batch.number)):
+            return input_of(self.block, call, name)
+
+    def output_of(self, task: str, batch: Batch, name: str) -> Tensor:
+        """What a part of the block gives as deployed."""
+        call = self._call(task, batch)
+        seen: Seen = {}
+        with self._store.active((task, batch.number)), outputs(self.block, [name], seen):
+            call.run(self.block)
+        return seen[name]
+
+    def rows_inside(self, task: str, batch: Batch, names: Iterable[str]) -> Tensor:
+        """Rows ``[M, P]`` that were seen at parts of the expert's block, side by side."""
+        parts = [self.walk.states.seen(task, batch.number, name) for name in names]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return seen.reshape(-1, seen.shape[-1])
+
+    def settle(self, names: Iterable[str]) -> None:
+        """The weights of these parts are final."""
+        self._store.settle(names)
+
+    def leave(self) -> None:
+        """Run the finished block, where anyone asks: its outputs are what the next one is calibrated on."""
+        states = self.walk.states
+        states.forget_seen()
+        if not self.walk.inside and self.address == self.walk.addresses[-1]:
+            return
+        for task, batches in self.walk.streams.items():
+            for batch in batches:
+                call = self._call(task, batch)
+                with self._store.active((task, batch.number)):
+                    output = call.run(self.block)
+                if not all_finite(hidden_of(output)):
+                    raise NumericalError(f"{self.address.name}: its output is NaN or Inf on inputs of task {task!r}.")
+                states.advance(task, batch.number, self.address.list_name, output)
+
+    def _call(self, task: str, batch: Batch) -> BlockCall:
+        return self.walk.call(self.address, task, batch)
+
+    def _selects(self, name: str) -> bool:
+        return self.walk.config.selects(self.name_of(name))
+
+    def _steps(self) -> list[InputGroup | str]:
+        """The steps as the main process finds them."""
+        world = self.walk.world
+        if not world.main:
+            told = world.from_main(None)
+            return [step if isinstance(step, str) else InputGroup(tuple(step[0]), step[1]) for step in told]
+        task, batch = self.walk.any_batch()
+        # The call is captured anew for each run: a block may fill a cache it is given.
+        groups = input_groups(self.block, self._call(task, batch), self._selects)
+        steps: list[InputGroup | str] = list(groups)
+        if self.walk.config.norm_refit and self.walk.inside:
+            first = {group.first: group for group in groups}
+            norms = [name for name, module in self.block.named_modules() if is_norm(module)]
+            order = running_order(self.block, self._call(task, batch), norms + list(first))
+            steps = [first.get(name, name) for name in order]
+        world.from_main([s if isinstance(s, str) else [list(s.linears), s.sequence] for s in steps])
+        return steps
+
+    def _run_inside(self) -> None:
+        """One run of each expert's block: what its groups read (or give) and its norms give, per batch."""
+        walk = self.walk
+        read: list[str] = []
+        given: list[str] = []
+        for step in self.steps:
+            if isinstance(step, str):
+                given.append(step)
+            elif narrows(self.block, step):
+                given += step.linears
+            else:
+                read.append(step.first)
+        for task, batches in walk.streams.items():
+            if not batches:
+                continue
+            expert_block = walk.load(self.address, walk.experts[task])
+            for batch in batches:
+                inside = walk.states.inside(task, batch.number)
+                call = walk.runner.capture(self.address, batch.inputs, StreamState(inside.outputs))
+                output, seen = run_inside(expert_block, inside.within(call), read, given)
+                walk.states.go_inside(task, batch.number, inside, self.address.list_name, output)
+                walk.states.keep_seen(task, batch.number, seen)
