@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from cache import rotating
 from torch import Tensor
 
-from epmq import ops
+from epmq import QuantConfig, ops
+from epmq.group import GroupOutcome, quantize_group
 from epmq.quantized import column_groups, pack
+from epmq.statistics import Expert, Folded
 
 Call = Callable[[], object]
 
@@ -64,6 +66,32 @@ def sweep_case(rows: int, columns: int) -> Case:
         lambda: ops.gptq_sweep(weight, upper, scales, zeros, group, 4),
         {"PyTorch reference": lambda: form(weight, upper, scales, zeros, group, 4)},
         flops=rows * columns * columns,
+    )
+
+
+def group_case(rows: int, columns: int) -> Case:
+    """Plain GPTQ of a weight from its statistics, and what the rest of E-PMQ costs beside it."""
+    x = torch.randn(2 * columns, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
+    problem = Folded.empty(rows, columns)
+    problem.hessian.addmm_(x.T, x, alpha=1 / len(x))
+    problem.pull.addmm_(torch.randn(rows, columns), problem.hessian, alpha=0.1)
+    problem.weight = 1.0
+    anchor = Expert(torch.randn(rows, columns), torch.zeros(rows))
+
+    def run(strength: float = 0.0, **settings: object) -> GroupOutcome:
+        config = QuantConfig.model_validate({"method": "gptq", "clip": "none", **settings})
+        return quantize_group(problem, problem, anchor, strength, config, False, torch.float16, "benchmark")
+
+    return Case(
+        "gptq_settings",
+        f"N={rows} K={columns} 4-bit g128, plain",
+        run,
+        {
+            "clip: mse": lambda: run(clip="mse"),
+            "clip: hessian": lambda: run(clip="hessian"),
+            "E-PMQ target too": lambda: run(0.1, method="epmq"),
+        },
+        flops=rows * columns * columns + columns**3 // 3,
     )
 
 
@@ -123,6 +151,7 @@ def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Cas
 
 ACCUMULATE = [(2048, 384, 384), (2048, 1536, 384), (2048, 384, 1536), (1024, 4096, 4096)]
 SWEEP = [(384, 384), (384, 1536), (2048, 2048), (4096, 4096)]
+GROUP = [(1536, 384), (4096, 4096)]
 MATMUL = [(m, n, 4096) for n in (4096, 11008) for m in (1, 4, 16, 64)] + [(256, 4096, 4096)]
 
 
@@ -142,6 +171,9 @@ class Maker:
         if self.op == "gptq_sweep":
             rows, columns = self.shape
             return sweep_case(rows, columns)
+        if self.op == "gptq_settings":
+            rows, columns = self.shape
+            return group_case(rows, columns)
         tokens, rows, columns = self.shape
         return matmul_case(tokens, rows, columns, dtype)
 
@@ -150,4 +182,5 @@ def makers() -> list[Maker]:
     """Every case, in the order of the tables."""
     made = [Maker("accumulate", shape, dtype) for shape in ACCUMULATE for dtype in ("float32", "bfloat16")]
     made += [Maker("gptq_sweep", shape) for shape in SWEEP]
+    made += [Maker("gptq_settings", shape) for shape in GROUP]
     return made + [Maker("dequant_matmul", shape, dtype) for shape in MATMUL for dtype in ("float32", "bfloat16")]

@@ -91,9 +91,8 @@ def quantize_group(
     factor = _ordered_factor(problem.hessian, order, strength, damp, where)
     target = anchor.weight
     if config.needs_experts:
-        step = torch.empty_like(problem.pull)
-        step[:, order] = solve_right(problem.pull[:, order], factor)
-        target = anchor.weight + step
+        step = solve_right(problem.pull.index_select(1, order), factor)
+        target = anchor.weight + step.index_select(1, torch.argsort(order))
     used = factor.damp
     quantized: QuantizedTensor | None = None
     weight = target
@@ -110,7 +109,7 @@ def quantize_group(
 
 
 def _ordered_factor(hessian: Tensor, order: Tensor, strength: float, damp: float, where: str) -> Factor:
-    return factorize(hessian[order][:, order], strength, damp, where)
+    return factorize(hessian.index_select(0, order).index_select(1, order), strength, damp, where)
 
 
 def _damped(hessian: Tensor, strength: float, damp: float) -> Tensor:

@@ -98,7 +98,14 @@ class QuantizedTensor:
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
     """fp32 ``[N, K]`` from codes ``[N, K]``, scales ``[N, G]`` and zeros ``[N, G]`` (None: symmetric)."""
-    columns = codes.shape[1]
-    groups = column_groups(columns, group_size, codes.device).long()
-    centred = codes.float() - (2 ** (bits - 1) if zeros is None else zeros.float()[:, groups])
-    return centred * scales.float()[:, groups]
+    rows, columns = codes.shape
+    count = scales.shape[1]
+    size = columns if group_size == -1 else group_size
+    weight = torch.empty(rows, count * size, device=codes.device)
+    weight[:, :columns] = codes
+    # What fills up a short last group is never read, but must not be slow to compute with.
+    weight[:, columns:] = 0.0
+    grouped = weight.view(rows, count, size)
+    grouped -= 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
+    grouped *= scales.float().unsqueeze(-1)
+    return weight[:, :columns].contiguous()

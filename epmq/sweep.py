@@ -50,10 +50,9 @@ def quantize_weight(
     )
     group_of = column_groups(weight.shape[1], config.group_size, weight.device)[order]
     swept = ops.gptq_sweep(
-        weight[:, order].contiguous(), factor.unit_upper, grid.scales, grid.zeros, group_of, config.bits
+        weight.index_select(1, order), factor.unit_upper, grid.scales, grid.zeros, group_of, config.bits
     )
-    codes = torch.empty_like(swept)
-    codes[:, order] = swept
+    codes = swept.index_select(1, torch.argsort(order))
     if config.scale_refit:
         grid = refit_scales(codes, grid, weight, hessian)
     return _finish(codes, grid)
