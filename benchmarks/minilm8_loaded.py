@@ -3,8 +3,8 @@
     python benchmarks/minilm8_loaded.py --data UNFOLDED [--json FILE]
 
 ``epmq quantize`` writes compressed-tensors, 4 bits in groups of 128: the preset ``best`` as in the table of minilm8.py
-(asymmetric), and the closed form, asymmetric and symmetric. ``transformers.AutoModel`` loads the folders with no help of
-epmq's. DATA is as for minilm8.py.
+(asymmetric), and the closed form, asymmetric and symmetric. ``transformers.AutoModel`` loads the folders with no help
+from epmq. DATA is as for minilm8.py.
 """
 
 from __future__ import annotations
