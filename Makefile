@@ -75,6 +75,7 @@ minilm8: $(READY)  ## the table of eight real experts (about an hour on 2 cores)
 	$(BIN)/python benchmarks/minilm8.py --data $(UNFOLDED) --json benchmarks/results/minilm8.json
 	for seed in 1 2; do $(BIN)/python benchmarks/minilm8.py --data $(UNFOLDED) --seed $$seed \
 	  --merge task_arithmetic --method regmean epmq-paper epmq --bits 4 --json benchmarks/results/minilm8-seed$$seed.json || exit 1; done
+	$(BIN)/python benchmarks/minilm8_loaded.py --data $(UNFOLDED) --json benchmarks/results/minilm8-loaded.json
 
 whole-job: $(READY)  ## a whole quantization beside llm-compressor's (make peers sets that up): seconds and memory
 	test -d $(UNFOLDED)/base || $(BIN)/python $(MINILM8)/unfold.py $(UNFOLDED)
@@ -87,10 +88,10 @@ memory: $(READY)  ## peak memory by depth and number of experts
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
 processes: $(READY)  ## speed-up of two processes of one thread over one
-	$(BIN)/python benchmarks/processes.py
+	$(BIN)/python benchmarks/processes.py --json benchmarks/results/processes.json
 
 statistics: $(READY)  ## accuracy of statistics in place of data; UNFOLDED=FOLDER as made by minilm8
-	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --json benchmarks/results/statistics.json
+	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --processes 2 3 --json benchmarks/results/statistics.json
 
 peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment
 	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4; do \

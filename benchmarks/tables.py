@@ -17,7 +17,7 @@ from epmq.evaluate import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ["README.md", "docs/minilm8.md", "docs/running.md"]
+PAGES = ["README.md", "docs/formats.md", "docs/minilm8.md", "docs/running.md"]
 REGION = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MERGES = {"task_arithmetic": "Task Arithmetic 0.3", "ties": "TIES 0.3 / 20 %"}
 SEEDS = (1, 2)
@@ -104,6 +104,42 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def processes() -> str:
+    """Seconds and equal codes by number of processes."""
+    if not (RESULTS / "processes.json").is_file():
+        return "Not measured yet for this version."
+    lines = ["| processes | blocks, s | command, s | speed-up of the blocks | equal codes |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['processes']} | {row['blocks']:.1f} | {row['command']:.1f} | {row['speed_up']:.2f} |"
+        f" {row['equal_codes']:.3%} |"
+        for row in read("processes.json")["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def statistics() -> str:
+    """What statistics in place of data, and several processes, cost in accuracy; beside rows of minilm8."""
+    if not (RESULTS / "statistics.json").is_file():
+        return "Not measured yet for this version."
+    found = read("statistics.json")
+    rows = read("minilm8.json")["rows"]
+    lines = ["| made from | average accuracy |", "|---|---|"]
+    lines.append(f"| nothing but the weights (merged, unquantized) | {cell(rows, 'task_arithmetic', 'merged', None)} |")
+    lines += [f"| {row['method']} | {row['average']:.2f} |" for row in found["rows"]]
+    lines.append(f"| data: RegMean++, then GPTQ | {cell(rows, 'task_arithmetic', 'regmean', 4)} |")
+    lines.append(f"| data: preset `best` | {cell(rows, 'task_arithmetic', 'epmq', 4)} |")
+    return "\n".join(lines)
+
+
+def loaded() -> str:
+    """Folders of minilm8 as transformers and epmq load them."""
+    if not (RESULTS / "minilm8-loaded.json").is_file():
+        return "Not measured yet for this version."
+    lines = ["| folder: who loads it | average accuracy |", "|---|---|"]
+    lines += [f"| {row['method']} | {row['average']:.2f} |" for row in read("minilm8-loaded.json")["rows"]]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "averages": averages,
     "by-task": by_task,
@@ -112,6 +148,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "operations": operations,
     "whole-job": whole_job,
     "memory": memory,
+    "processes": processes,
+    "statistics": statistics,
+    "loaded": loaded,
 }
 
 
