@@ -222,7 +222,9 @@ class Folded:
     ) -> None:
         """Add one task's problem. The statistics may be dropped afterwards.
 
-        Written as differences from the anchor, so that an expert equal to it pulls by exactly zero.
+        Written as differences from the anchor, so that an expert equal to it pulls by exactly zero. Products are added
+        afterwards: those that add as they go round some numbers of rows otherwise, and a process's share of the rows
+        would not be what a single process makes of them.
         """
         hessian = symmetrize(task.hessian)
         w = task_weight(hessian, task.weight, weighting)
@@ -231,7 +233,7 @@ class Folded:
                 self.pull.add_(task.cross - expert.weight @ hessian, alpha=w * alpha)
                 self.sum_pull.add_(task.sum_target - expert.weight @ task.sum_x, alpha=w * alpha)
             else:
-                self.pull.addmm_(expert.weight, task.cross, alpha=w * alpha)
+                self.pull.add_(expert.weight @ task.cross, alpha=w * alpha)
                 self.sum_pull.add_(expert.weight @ task.sum_target, alpha=w * alpha)
         if gamma != 1.0:
             diagonal = hessian.diagonal().clone()
@@ -239,7 +241,7 @@ class Folded:
         towards = expert.weight - anchor.weight
         offset = expert.bias - anchor.bias
         self.hessian.add_(hessian, alpha=w)
-        self.pull.addmm_(towards, hessian, alpha=w)
+        self.pull.add_(towards @ hessian, alpha=w)
         self.pull.addr_(offset, task.sum_x, alpha=w)
         self.sum_x.add_(task.sum_x, alpha=w)
         self.sum_pull.add_(towards @ task.sum_x + offset * task.weight, alpha=w)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, quantize
 from epmq.group import GroupOutcome, quantize_group
-from epmq.statistics import Expert
+from epmq.statistics import Expert, Folded, TaskStatistics
+from epmq.world import World
 
 GRIDS = [(bits, sym, size) for bits in (2, 3, 4, 8) for sym in (False, True) for size in (32, 64, 128, -1)]
 
@@ -162,3 +163,33 @@ def test_quantize_with_an_infinite_anchor_rounds_the_anchor(rho: float) -> None:
     ours = quantize(job.merged, job.experts, job.calibration, config, base=job.base)
     nearest = quantize(anchor, None, {}, QuantConfig(method="rtn", group_size=16))
     assert_same_codes(ours.model, nearest.model)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("rows, columns", [(384, 384), (384, 1536), (1152, 384)])
+@pytest.mark.parametrize("of_outputs", [False, True], ids=["features", "outputs"])
+def test_a_share_of_the_rows_has_the_bits_of_the_whole(rows: int, columns: int, size: int, of_outputs: bool) -> None:
+    """A code that flips in one process's share moves those after it, and with them all that comes later."""
+    task = TaskStatistics(columns, rows if of_outputs else columns, of_outputs)
+    x = torch.randn(2 * columns, columns)
+    task.add(x, torch.randn(2 * columns, rows if of_outputs else columns), None)
+    expert, anchor = (Expert(torch.randn(rows, columns), torch.randn(rows)) for _ in range(2))
+    config = QuantConfig()
+
+    def folded_and_rounded(own: slice) -> list[Tensor]:
+        problem = Folded.empty(len(range(rows)[own]), columns)
+        problem.fold(task.of_rows(own), expert.of_rows(own), anchor.of_rows(own), 0.5, "tokens")
+        outcome = quantize_group(problem, problem, anchor.of_rows(own), 0.1, config, True, torch.float16, "test")
+        assert outcome.quantized is not None
+        return [problem.pull, problem.sum_pull, outcome.quantized.codes, outcome.quantized.scales, outcome.bias]
+
+    whole = folded_and_rounded(slice(0, rows))
+    shares = []
+    for rank in range(size):
+        world = World()
+        world.rank, world.size = rank, size
+        shares.append(folded_and_rounded(world.rows(rows)))
+    for name, one, parts in zip(
+        ("pull", "sum_pull", "codes", "scales", "bias"), whole, zip(*shares, strict=True), strict=True
+    ):
+        assert torch.equal(one, torch.cat(parts)), name
