@@ -139,15 +139,12 @@ def quantize_collected(
     """
     check_settings(config)
     groups = _common_groups(statistics)
-    known = {name for name, module in skeleton.named_modules() if is_linear(module)}
-    for name in (name for linears in groups for name in linears):
-        if name not in known:
-            raise FormatError(f"the statistics are of another model: {name!r} is no linear of this one.")
+    addresses = find_blocks(skeleton)
+    _check_model(next(iter(statistics.values())), skeleton, addresses)
     layers: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
     notes: list[str] = []
     matched: set[str | None] = set()
-    addresses = find_blocks(skeleton)
     for number, address in enumerate(addresses):
         progress(address.name, number, len(addresses))
         started = time.perf_counter()
@@ -287,3 +284,24 @@ def _common_groups(statistics: Mapping[str, StatisticsReader]) -> list[tuple[str
                     f"{reader.folder}: group {name!r} is not as in {first.folder}; they differ in the model."
                 )
     return [linears for linears, _ in wanted.values()]
+
+
+def _check_model(statistics: StatisticsReader, skeleton: nn.Module, addresses: Sequence[BlockAddress]) -> None:
+    """Refuse groups of linears that this model does not have, or not of that width, or not in one block."""
+    linears = {name: module for name, module in skeleton.named_modules() if is_linear(module)}
+    taken: set[str] = set()
+    for facts in statistics.groups.values():
+        for name in facts.linears:
+            if name not in linears:
+                raise FormatError(f"the statistics are of another model: {name!r} is no linear of this one.")
+            columns = (features_of(linears[name]) or (None,))[0]
+            if columns != facts.columns:
+                raise FormatError(
+                    f"{statistics.folder}: linear {name!r} reads {facts.columns} columns, and {columns} in this model."
+                )
+            if name in taken:
+                raise FormatError(f"{statistics.folder}: linear {name!r} is in two groups.")
+            taken.add(name)
+        blocks = {next((a.name for a in addresses if name.startswith(f"{a.name}.")), "") for name in facts.linears}
+        if len(blocks) != 1:
+            raise FormatError(f"{statistics.folder}: group {facts.linears[0]!r} holds linears of several blocks.")

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq import trust
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
-from epmq.shelf import read_value, write_value
+from epmq.shelf import altered, read_value, write_value
 from epmq.streams import DECODER_SEQUENCES, Batch
 from epmq.world import World
 
@@ -86,7 +87,9 @@ def distill(
     parameters = _trainable(model, trained)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
-    kept = read_value(kept_in) if kept_in is not None and kept_in.is_file() else None
+    kept = read_value(kept_in) if kept_in is not None and trust.exists(kept_in) else None
+    if kept_in is not None and kept is not None and not _fits(kept, parameters, settings.steps):
+        raise altered(kept_in, "it is of another distillation")
     losses: list[float] = []
     pairs: dict[str, list[str]] = {}
     start = 0
@@ -158,6 +161,41 @@ def _keep(
     moments = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
     state = {"parameters": list(parameters), "moments": moments, "generator": generator.get_state()}
     write_value(path, {**state, "step": step, "losses": losses, "pairs": pairs})
+
+
+def _fits(kept: Any, parameters: list[nn.Parameter], steps: int) -> bool:
+    """Whether a value from a file can be the state of this distillation, as :func:`_keep` wrote it."""
+    if not isinstance(kept, dict) or not trust.is_whole(kept.get("step"), 1, steps):
+        return False
+    values, moments, losses = (kept.get(name, ()) for name in ("parameters", "moments", "losses"))
+    pairs = kept.get("pairs")
+    if not all(isinstance(part, list) for part in (values, moments, losses)) or not isinstance(pairs, dict):
+        return False
+    if not len(values) == len(moments) == len(parameters) or len(losses) != kept["step"]:
+        return False
+    if not all(isinstance(loss, float) for loss in losses):
+        return False
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in pairs.values()):
+        return False
+    try:
+        torch.Generator().set_state(kept["generator"])
+    except (KeyError, TypeError, RuntimeError):
+        return False
+    every = zip(parameters, values, moments, strict=True)
+    return all(_is_like(value, parameter) and _are_moments(its, parameter) for parameter, value, its in every)
+
+
+def _are_moments(kept: Any, parameter: nn.Parameter) -> bool:
+    """Whether a value can be AdamW's state of a parameter; it is empty for one that never had a gradient."""
+    if not isinstance(kept, dict) or not kept:
+        return kept == {}
+    step = kept.get("step")
+    counted = isinstance(step, Tensor) and step.dim() == 0 and step.is_floating_point()
+    return counted and all(_is_like(kept.get(name), parameter) for name in ("exp_avg", "exp_avg_sq")) and len(kept) == 3
+
+
+def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == parameter.dtype
 
 
 @torch.no_grad()

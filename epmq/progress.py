@@ -19,16 +19,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from epmq import files
+from epmq import files, trust
 from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
-from epmq.quantized import QuantizedTensor, pack, unpack
-from epmq.shelf import read_value, write_value
+from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
+from epmq.report import BlockRow, LayerRow
+from epmq.shelf import altered, read_value, write_value
 from epmq.states import States
 from epmq.world import World
 
 FINGERPRINT = "fingerprint.json"
+LINEAR_KEYS = {"linear", "bits", "group_size", "columns", "packed", "scales", "zeros", "order", "bias"}
 # What only other input helps against, with which no finished block could be used.
 OF_THE_INPUT = (CalibrationError, ConfigError, ModelError, SourceError)
 
@@ -122,15 +126,30 @@ class Journal:
         for left in stale:
             files.remove(left)
         path = self.folder / FINGERPRINT
-        if path.is_file():
-            difference = first_difference(json.loads(path.read_text()), fingerprint)
+        if trust.exists(path):
+            difference = first_difference(self._earlier(path), fingerprint)
             if difference is not None:
                 raise OutputError(
                     f"{self.folder}: the run to go on with was begun otherwise: {difference}; restore that, or remove"
                     " the folder to begin anew."
                 )
+        elif any((self.folder / "blocks").iterdir()):
+            raise OutputError(
+                f"{path}: the file is missing that says which run the blocks beside it are of; remove {self.folder} to"
+                " begin anew."
+            )
         else:
             files.write_text(path, json.dumps(fingerprint, indent=1))
+
+    def _earlier(self, path: Path) -> dict[str, Any]:
+        """The fingerprint that was left there."""
+        try:
+            found = trust.read_json(path, OutputError, "the fingerprint of a run")
+            if not isinstance(found, dict):
+                raise OutputError(f"{path}: not the fingerprint of a run.")
+        except OutputError as error:
+            raise OutputError(f"{str(error)[:-1]}; remove {self.folder} to begin anew.") from error
+        return found
 
     def _abandon(self, error: BaseException) -> None:
         """Leave the folder for ``--resume``, or remove it when no block was finished or the input must be another."""
@@ -176,6 +195,16 @@ class Journal:
         files.write_text(self._finished, "")
 
 
+class _Rows(BaseModel):
+    """A block's lines of the report, and what later blocks and the end of the run need of it."""
+
+    layers: list[LayerRow]
+    block: BlockRow
+    notes: list[str]
+    matched: list[str]
+    sequence: str | None
+
+
 class Stage:
     """One walk over the blocks, as the engine sees it: a sink for the block in hand, and what earlier ones left."""
 
@@ -183,7 +212,7 @@ class Stage:
         self.journal, self.name, self.world = journal, name, journal.world
         self._items: list[dict[str, Any]] = []
         finished = 0
-        while self.world.main and self._block(finished).is_file():
+        while self.world.main and trust.exists(self._block(finished)):
             finished += 1
         self.finished: int = self.world.from_main(finished)
 
@@ -212,14 +241,30 @@ class Stage:
         Where those were not kept, no block counts as finished.
         """
         streams = self._streams(self.finished)
+        rows = [self._rows(number) for number in range(self.finished)]
         if 0 < self.finished < total:
             if all(self.world.gather(states.saved(streams))):
-                states.load(streams)
+                states.load(streams, {row["block"]["block"].rpartition(".")[0] for row in rows})
             else:
-                for number in reversed(range(self.finished if self.world.main else 0)):
-                    files.remove(self._block(number))
-                self.finished = 0
-        return [read_value(self._block(number), "rows") for number in range(self.finished)]
+                rows, self.finished = [], 0
+        self._forget_from(self.finished)
+        return rows
+
+    def _forget_from(self, first: int) -> None:
+        """Remove the blocks that do not count as finished, which would count again beside new ones."""
+        if self.world.main:
+            blocks = (self.journal.folder / "blocks").glob(f"{self.name}-*.safetensors")
+            for path in sorted(blocks, reverse=True):
+                if path.name >= self._block(first).name:
+                    files.remove(path)
+
+    def _rows(self, number: int) -> Any:
+        rows = read_value(self._block(number), "rows")
+        try:
+            _Rows.model_validate(rows, strict=True)
+        except ValidationError as error:
+            raise altered(self._block(number), f"no lines of a report: {error.errors()[0]['msg']}") from error
+        return rows
 
     def commit(self, number: int, rows: dict[str, Any], states: States, last: bool) -> str | None:
         """The block in hand is finished; returns a note when its run could not be continued from here."""
@@ -249,8 +294,11 @@ class Stage:
         if isinstance(sink, Discard):
             return
         number = 0
-        while self._block(number).is_file():
-            for item in read_value(self._block(number), "items"):
+        while trust.exists(self._block(number)):
+            items = read_value(self._block(number), "items")
+            if not isinstance(items, list) or not all(isinstance(item, dict) and _fits(item) for item in items):
+                raise altered(self._block(number), "the parts of a linear do not fit each other")
+            for item in items:
                 if "tensor" in item:
                     sink.tensor(item["tensor"], item["value"])
                     continue
@@ -258,6 +306,31 @@ class Stage:
                 grid = (item["scales"], item["zeros"], item["bits"], item["group_size"], item["order"])
                 sink.linear(item["linear"], QuantizedTensor(codes, *grid), item["bias"])
             number += 1
+
+
+def _fits(item: Mapping[str, Any]) -> bool:
+    """Whether an item from a file can be handed to a sink: types and shapes as :class:`Stage` wrote them."""
+    if set(item) == {"tensor", "value"}:
+        return isinstance(item["tensor"], str) and isinstance(item["value"], Tensor)
+    if set(item) != LINEAR_KEYS or not isinstance(item["linear"], str):
+        return False
+    bits, columns, size, packed = (item[name] for name in ("bits", "columns", "group_size", "packed"))
+    sizes = trust.is_whole(columns, 1) and (trust.is_whole(size, 1) or trust.is_whole(size, -1, -1))
+    if not sizes or not trust.is_whole(bits, 1) or bits not in SUPPORTED_BITS:
+        return False
+    rows = len(packed) if isinstance(packed, Tensor) and packed.dim() == 2 else 0
+    grid, floats = (rows, group_count(columns, size)), (torch.float32, torch.float16, torch.bfloat16)
+    return (
+        _is(packed, (rows, packed_words(columns, bits)), (torch.int32,))
+        and _is(item["scales"], grid, floats)
+        and (item["zeros"] is None or _is(item["zeros"], grid, (torch.uint8,)))
+        and (item["order"] is None or _is(item["order"], (columns,), (torch.int32,)))
+        and (item["bias"] is None or _is(item["bias"], (rows,), (*floats, torch.float64)))
+    )
+
+
+def _is(value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == shape and value.dtype in dtypes
 
 
 def first_difference(earlier: Any, now: Any, path: str = "") -> str | None:

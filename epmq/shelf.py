@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from epmq import files
+from epmq import files, trust
 from epmq.devices import moved
 from epmq.errors import FormatError
-from epmq.formats.shards import write_tensors
+from epmq.formats.shards import DTYPE_NAMES, stored_bytes, write_tensors
 
 # What torch's own allocator gives; a product may be summed in another order where its operands lie otherwise.
 ALIGNMENT = 64
@@ -58,13 +60,18 @@ class Shelf:
         self.in_memory += size
         return True
 
-    def take(self, key: str, path: Path) -> None:
-        """Keep what :meth:`export` left in a file."""
-        self.put(key, moved(read_value(path), self.device))
+    def take(self, key: str, path: Path, fits: Callable[[Any], bool] = lambda value: True) -> None:
+        """Keep what :meth:`export` left in a file; FormatError for a damaged one, and a value that does not fit."""
+        value = read_value(path)
+        if not fits(value):
+            raise altered(path, "it holds something else")
+        self.put(key, moved(value, self.device))
 
     def get(self, key: str) -> Any:
         """The value; KeyError when there is none. Tensors in memory are the kept ones: do not write to them."""
-        return self._values[key] if key in self._values else moved(read_value(self._files[key]), self.device)
+        if key in self._values:
+            return self._values[key]
+        return moved(read_value(self._files[key], own=True), self.device)
 
     def holds(self, key: str) -> bool:
         """Whether the value is in memory."""
@@ -74,7 +81,7 @@ class Shelf:
         """One item of a value that is a dict; of a file only that item is read."""
         if key in self._values:
             return self._values[key][name]
-        return moved(read_value(self._files[key], name), self.device)
+        return moved(read_value(self._files[key], name, own=True), self.device)
 
     def export(self, key: str, path: Path) -> None:
         """Leave the value in a file that later changes of the shelf do not touch; replaces it if it is there."""
@@ -112,14 +119,16 @@ def settled(value: Any) -> Any:
 
 
 def write_value(path: Path, value: Any) -> None:
-    """Write a value as a safetensors file whose metadata say how the tensors hang together."""
+    """Write a value as a safetensors file whose metadata say how the tensors hang together, with checksums of both."""
     tensors: dict[str, Tensor] = {}
 
     def shape_of(item: Any) -> Any:
         if isinstance(item, Tensor):
+            if item.dtype not in DTYPE_NAMES:
+                raise FormatError(f"a tensor of dtype {item.dtype} cannot be kept in a file.")
             name = str(len(tensors))
             tensors[name] = item
-            return {"tensor": name}
+            return {"tensor": name, "crc32": checksum(item)}
         if isinstance(item, dict) and all(isinstance(key, str) for key in item):
             return {"dict": {key: shape_of(inner) for key, inner in item.items()}}
         if type(item) in (list, tuple):
@@ -129,28 +138,54 @@ def write_value(path: Path, value: Any) -> None:
         raise FormatError(f"a {type(item).__name__} cannot be kept in a file.")
 
     structure = json.dumps(shape_of(value))
-    write_tensors(path, tensors, {"structure": structure})
+    write_tensors(path, tensors, {"structure": structure, "crc32": str(zlib.crc32(structure.encode()))})
 
 
-def read_value(path: Path, name: str | None = None) -> Any:
-    """What :func:`write_value` wrote, or one item of it when it is a dict. Raises FormatError naming the file."""
+def read_value(path: Path, name: str | None = None, own: bool = False) -> Any:
+    """What :func:`write_value` wrote, or one item of it when it is a dict. Raises FormatError naming the file.
+
+    own: the file is of this process, which need not look for damage.
+    """
+    if not trust.exists(path):
+        raise FormatError(f"{path}: this file is missing.")
+    trust.require_file(path, FormatError)
+    used: set[str] = set()
     try:
         with safe_open(path, framework="pt") as handle:
-            structure = json.loads(handle.metadata()["structure"])
+            metadata = handle.metadata()
+            if not own and metadata["crc32"] != str(zlib.crc32(metadata["structure"].encode())):
+                raise ValueError("the checksum of its structure is another")
 
             def build(item: dict[str, Any]) -> Any:
                 if "tensor" in item:
+                    # One place for each, or a small file could fill the memory.
+                    if item["tensor"] in used:
+                        raise ValueError(f"tensor {item['tensor']!r} stands in two places")
+                    used.add(item["tensor"])
                     tensor: Tensor = handle.get_tensor(item["tensor"]).clone()
+                    if not own and item["crc32"] != checksum(tensor):
+                        raise ValueError(f"the checksum of tensor {item['tensor']!r} is another")
                     return tensor
                 if "dict" in item:
                     return {key: build(inner) for key, inner in item["dict"].items()}
                 if "plain" in item:
+                    if isinstance(item["plain"], (dict, list)):
+                        raise TypeError("a plain value is none")
                     return item["plain"]
                 kind = tuple if "tuple" in item else list
                 return kind(build(inner) for inner in item[kind.__name__])
 
+            structure = trust.parse_json(metadata["structure"])
             return build(structure if name is None else structure["dict"][name])
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: this file is missing.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path}: truncated or altered ({error}).") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise altered(path, str(error)) from error
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of dtype, shape and content: it shows damage, and costs less than writing does."""
+    return zlib.crc32(stored_bytes(tensor), zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode()))
+
+
+def altered(path: Path, what: str) -> FormatError:
+    """The refusal of a file that an earlier run left."""
+    return FormatError(f"{path}: truncated or altered ({what}); remove that file to have its content computed again.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from epmq import trust
 from epmq.blocks import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.inside import Seen
 from epmq.shelf import Shelf, bytes_of
@@ -125,14 +127,42 @@ class States:
 
     def saved(self, folder: Path) -> bool:
         """Whether the folder holds a deployed state of each of this process's batches."""
-        return all((folder / f"{self._key('deployed', *batch)}.safetensors").is_file() for batch in self.batches)
+        names = (f"{self._key('deployed', *batch)}.safetensors" for batch in self.batches)
+        return all(trust.exists(folder / name) for name in names)
 
-    def load(self, folder: Path) -> None:
-        """Take up what :meth:`save` left, in this or another number of processes."""
+    def load(self, folder: Path, lists: Set[str]) -> None:
+        """Take up what :meth:`save` left, in this or another number of processes, behind blocks of these lists.
+
+        Raises FormatError for a damaged file.
+        """
         for batch in self.batches:
-            for kind, known in (("deployed", self._deployed), ("inside", self._inside)):
+            for kind, known, fits in (
+                ("deployed", self._deployed, _are_outputs),
+                ("inside", self._inside, _is_inside),
+            ):
                 key = self._key(kind, *batch)
                 path = folder / f"{key}.safetensors"
-                if path.is_file():
-                    self.shelf.take(key, path)
+                if trust.exists(path):
+                    self.shelf.take(key, path, partial(fits, lists=lists))
                     known.add(batch)
+
+
+def _are_outputs(value: Any, lists: Set[str]) -> bool:
+    """Whether a value from a file can be outputs of these block lists."""
+    if not isinstance(value, dict) or set(value) != lists:
+        return False
+    firsts = [output[0] if isinstance(output, (tuple, list)) and output else output for output in value.values()]
+    return all(isinstance(first, Tensor) for first in firsts)
+
+
+def _is_inside(value: Any, lists: Set[str]) -> bool:
+    """Whether a value from a file can be what :class:`Inside` is made of."""
+    if not isinstance(value, dict) or "hidden" not in value or not _are_outputs(value.get("outputs"), lists):
+        return False
+    hidden, sequences, last = value["hidden"], value.get("sequences"), value.get("list")
+    if not isinstance(hidden, Tensor) and not (hidden is None and isinstance(last, str) and last in lists):
+        return False
+    return isinstance(sequences, list) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], (int, str)) and isinstance(pair[1], Tensor)
+        for pair in sequences
+    )

@@ -1,6 +1,7 @@
 """Spoilt files for every reader: each is read, or refused by an EpmqError of one line; all else is a finding.
 
     python tests/fuzz.py --inputs 100000            tells the counts; findings are kept in tests/corpus
+    python tests/fuzz.py --only journal --only gptq of these readers only
     python tests/fuzz.py tests/corpus/FILE          reads one of them again, with the whole traceback
 
 Inputs are numbered: the same seed and number make the same file. Workers read them in their own processes with a limit
@@ -23,6 +24,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -45,15 +47,15 @@ class Hang(BaseException):
 class Fuzzer:
     """Good folders of all readers, and what they make of spoilt files."""
 
-    def __init__(self, folder: Path, limited: bool = True):
+    def __init__(self, folder: Path, limited: bool = True, only: Sequence[str] = ()):
         from readers import READERS
 
-        self.readers = READERS
+        self.readers = {name: READERS[name] for name in only or READERS}
         self.folder = folder
-        self.turns = [name for name, reader in READERS.items() for _ in range(reader.share)]
+        self.turns = [name for name, reader in self.readers.items() for _ in range(reader.share)]
         Random(0).shuffle(self.turns)
         self.good: dict[tuple[str, str], bytes] = {}
-        for name, reader in READERS.items():
+        for name, reader in self.readers.items():
             (folder / name).mkdir()
             reader.write(folder / name)
             reader.read(folder / name)  # what is good is read, and everything is imported
@@ -116,7 +118,7 @@ def _stop(signal: int, frame: FrameType | None) -> None:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def work(seed: int, first: int, count: int, scratch: Path) -> None:
+def work(seed: int, first: int, count: int, scratch: Path, only: Sequence[str]) -> None:
     """In a worker: tells each input's number before it is read and its outcome behind it, a JSON line each."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no outcome
@@ -124,7 +126,7 @@ def work(seed: int, first: int, count: int, scratch: Path) -> None:
     import logging
 
     logging.disable(logging.CRITICAL)
-    fuzzer = Fuzzer(scratch)
+    fuzzer = Fuzzer(scratch, only=only)
     for number in range(first, first + count):
         name, file, content = fuzzer.input(seed, number)
         (scratch / CURRENT).write_bytes(content)
@@ -134,7 +136,7 @@ def work(seed: int, first: int, count: int, scratch: Path) -> None:
         print(json.dumps({"told": told, "content": content.hex()}), file=channel, flush=True)
 
 
-def run(inputs: int, seed: int, corpus: Path) -> tuple[Counter[tuple[str, str]], list[Path]]:
+def run(inputs: int, seed: int, corpus: Path, only: Sequence[str] = ()) -> tuple[Counter[tuple[str, str]], list[Path]]:
     """Counts by (reader, ``read`` or ``refused`` or ``wrong``), and the files of what is wrong."""
     counts: Counter[tuple[str, str]] = Counter()
     findings: list[Path] = []
@@ -150,6 +152,7 @@ def run(inputs: int, seed: int, corpus: Path) -> tuple[Counter[tuple[str, str]],
                 str(first),
                 str(min(BATCH, inputs - first)),
                 scratch,
+                *(part for name in only for part in ("--only", name)),
             ]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) as worker:
                 assert worker.stdout is not None
@@ -192,18 +195,19 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", default=[], metavar="READER")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
         seed, first, count = map(int, given.work[:3])
-        work(seed, first, count, Path(given.work[3]))
+        work(seed, first, count, Path(given.work[3]), given.only)
         return
     if given.file:
         name, _, file = given.file.name.split("--", 2)
         with tempfile.TemporaryDirectory() as scratch:
             print(Fuzzer(Path(scratch), limited=False).outcome(name, file, given.file.read_bytes()))
         return
-    counts, findings = run(given.inputs, given.seed, CORPUS)
+    counts, findings = run(given.inputs, given.seed, CORPUS, given.only)
     for name in sorted({name for name, _ in counts}):
         told = ", ".join(f"{counts[name, kind]} {kind}" for kind in ("read", "refused", "wrong"))
         print(f"{name}: {told}")

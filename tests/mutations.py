@@ -72,7 +72,13 @@ def _safetensors(content: bytes, random: Random) -> bytes:
     header, data = content[8 : 8 + length], content[8 + length :]
     if random.random() < 0.1:
         return struct.pack("<Q", random.choice((0, 1, length - 1, length + 1, 2**31, 2**60, 2**64 - 1))) + content[8:]
-    text = json.dumps(_value(json.loads(header), random)).encode()
+    entries = json.loads(header)
+    inner = entries.get("__metadata__", {}).get("structure")
+    if inner is not None and random.random() < 0.5:
+        entries["__metadata__"]["structure"] = json.dumps(_value(json.loads(inner), random))
+    else:
+        entries = _value(entries, random)
+    text = json.dumps(entries).encode()
     if random.random() < 0.5:
         text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data

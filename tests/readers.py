@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from checkpoints import write_tokenizer
 from safetensors.torch import save_file
+from small_runs import PLACES, forge, read_forged, read_journal, read_statistics, write_journal, write_statistics
 from torch import nn
 
 import epmq
@@ -87,6 +89,10 @@ def _mend_native(folder: Path) -> None:
     manifest = json.loads((folder / "epmq.json").read_text())
     manifest["sha256"] = {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
     (folder / "epmq.json").write_text(json.dumps(manifest))
+
+
+def _forge(folder: Path, name: str) -> None:
+    forge(folder / name)
 
 
 def _write_compressed(folder: Path) -> None:
@@ -286,6 +292,15 @@ READERS = {
         _write_report, ("report.json", "results.json"), lambda f: document(read_report(f), read_results(f)), 8
     ),
     "paper": Reader(_write_paper, ("paper.yaml", "results.json"), _read_paper, 6),
+    "statistics": Reader(write_statistics, ("statistics.json", "model.safetensors"), read_statistics, 4),
+    "journal": Reader(write_journal, tuple(PLACES), read_journal, 4),
+    "journal-forged": Reader(
+        write_journal,
+        tuple(PLACES)[1:],
+        read_forged,
+        4,
+        {name: partial(_forge, name=name) for name in tuple(PLACES)[1:]},
+    ),
     "config": Reader(_write_config, ("config.json",), lambda f: skeleton_from_folder(f, {"a"}), 1),
     "generation": Reader(_write_config, ("generation_config.json",), stop_tokens, 1),
     "tokenizer": Reader(

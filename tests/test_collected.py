@@ -28,6 +28,7 @@ from epmq.statistics_jobs import collect_to_folder
 pytest.importorskip("transformers")
 
 LINEAR = "encoder.layer.1.attention.self.query"
+OTHER, WIDE = "encoder.layer.1.attention.output.dense", "encoder.layer.1.output.dense"
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +170,34 @@ def change_tensor(folder: Path, key: str, change: Callable[[Tensor], Any]) -> No
             lambda f: change_manifest(f, lambda m: m["groups"][LINEAR].update(sha256="0")),
             "was collected with other weights",
         ),
+        (lambda f: change_manifest(f, lambda m: m.update(task=["intents"])), "task ['intents'] is no name"),
+        (
+            lambda f: change_manifest(f, lambda m: m["groups"][LINEAR].update(weight=10**400)),
+            "must be a positive number",
+        ),
+        (lambda f: change_manifest(f, lambda m: m["groups"][LINEAR].update(columns=True)), "has True columns"),
+        (lambda f: change_manifest(f, lambda m: m["groups"][LINEAR]["linears"].reverse()), "32 columns and linears"),
+        (lambda f: change_manifest(f, lambda m: m["groups"][LINEAR].update(linears=[[1]])), "32 columns and linears"),
         (lambda f: change_tensor(f, f"{LINEAR}.hessian", lambda t: t.fill_(float("nan"))), "holds NaN or Inf"),
         (lambda f: change_tensor(f, f"{LINEAR}.hessian", lambda t: t.neg_()), "has a negative diagonal"),
     ],
-    ids=["no manifest", "twice", "unknown", "version", "rows", "columns", "group", "weights", "nan", "negative"],
+    ids=[
+        "no manifest",
+        "twice",
+        "unknown",
+        "version",
+        "rows",
+        "columns",
+        "group",
+        "weights",
+        "task",
+        "large",
+        "switch",
+        "order",
+        "kind",
+        "nan",
+        "negative",
+    ],
 )
 def test_folders_that_are_refused(
     change: Callable[[Path], Any],
@@ -189,6 +214,37 @@ def test_folders_that_are_refused(
     assert (done.code, done.out) == (2, "")
     assert told in done.err and done.err.count("\n") == 1, done.err
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def joined(groups: dict[str, Any], first: str, second: str) -> None:
+    groups[first]["linears"] += groups.pop(second)["linears"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda g: joined(g, LINEAR, LINEAR.replace("1", "0")), f"group '{LINEAR}' holds linears of several blocks"),
+        (lambda g: g[OTHER]["linears"].append(LINEAR), f"linear '{LINEAR}' is in two groups"),
+        (lambda g: joined(g, LINEAR, WIDE), f"linear '{WIDE}' reads 32 columns, and 48 in this model"),
+    ],
+    ids=["blocks", "twice", "width"],
+)
+def test_groups_that_are_none_of_the_model(
+    change: Callable[[dict[str, Any]], Any],
+    told: str,
+    given: tuple[Job, dict[str, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In all folders alike."""
+    job, folders = given
+    job.recipe["quantization"] = {"group_size": 16}
+    for folder in folders.values():
+        change_manifest(folder, lambda m: change(m["groups"]))
+    arguments = [part for folder in folders.values() for part in ("--statistics", folder)]
+    done = in_process(capsys, "quantize", job.write(), *arguments, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert told in done.err and done.err.count("\n") == 1, done.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_resume import content
 from epmq.config import QuantConfig, preset
 from epmq.errors import ConfigError, FormatError, OutputError
 from epmq.estimate import Estimate, estimate
+from epmq.formats.shards import write_tensors
 from epmq.memory import available_bytes, peak_memory_bytes, resident_bytes
 from epmq.recipe import Recipe
 from epmq.shelf import ALIGNMENT, Shelf, bytes_of, read_value, settled, write_value
@@ -63,6 +65,29 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-3])
     with pytest.raises(FormatError, match=f"{tmp_path}/x: truncated or altered"):
         read_value(tmp_path / "x")
+
+
+def test_a_file_with_any_byte_changed_is_refused_or_the_same(tmp_path: Path) -> None:
+    write_value(tmp_path / "x", VALUE)
+    good = (tmp_path / "x").read_bytes()
+    refused = 0
+    for place in range(len(good)):
+        for changed in (good[place] ^ 1, good[place] ^ 32, 0):
+            (tmp_path / "x").write_bytes(good[:place] + bytes([changed]) + good[place + 1 :])
+            try:
+                assert same(read_value(tmp_path / "x"), VALUE)
+            except FormatError as error:
+                assert str(error).startswith(f"{tmp_path}/x: truncated or altered (")
+                refused += 1
+    assert refused > 2 * len(good)
+
+
+def test_a_tensor_has_one_place(tmp_path: Path) -> None:
+    """A small file must not fill the memory."""
+    structure = json.dumps({"list": [{"tensor": "0"}] * 10**6})
+    write_tensors(tmp_path / "x", {"0": torch.zeros(1000)}, {"structure": structure})
+    with pytest.raises(FormatError, match="tensor '0' stands in two places"):
+        read_value(tmp_path / "x", own=True)
 
 
 def test_tensors_lie_as_they_would_after_a_file() -> None:

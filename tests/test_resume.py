@@ -253,6 +253,44 @@ def test_another_run_is_not_gone_on_with(
     assert (kept / "blocks" / "rounding-00000.safetensors").read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"\xff", b'{"a": 1, "a": 2}', b"[" * 10_000])
+def test_a_fingerprint_that_is_none(
+    content: bytes | None, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / ".out.partial"
+    (kept / "blocks").mkdir(parents=True)
+    (kept / "blocks" / "rounding-00000.safetensors").write_bytes(b"kept")
+    if content is not None:
+        (kept / "fingerprint.json").write_bytes(content)
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out", "--resume")
+    assert done.code == 2
+    assert done.err.startswith(f"epmq: {kept}/fingerprint.json: ")
+    assert f"remove {kept} to begin anew." in done.err
+    assert (kept / "blocks" / "rounding-00000.safetensors").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    "place", ["blocks/rounding-00000", "blocks/rounding-00001", "streams/rounding-00002/deployed-*"]
+)
+def test_a_damaged_file_is_refused_and_can_be_removed(
+    place: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, whole, out = job.write(), tmp_path / "whole", tmp_path / "out"
+    assert ended(in_child(lambda: quantize(recipe, whole))) == 0
+    kept = cut_off(recipe, out, 2)
+    path = next(kept.glob(f"{place}.safetensors"))
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    done = in_process(capsys, "quantize", recipe, "--out", out, "--resume")
+    assert done.code == 2
+    assert f"{path}: truncated or altered (the checksum of tensor " in done.err
+    assert "remove that file to have its content computed again." in done.err
+    path.unlink()
+    assert in_process(capsys, "quantize", recipe, "--out", out, "--resume").code == 0
+    assert content(out) == content(whole)
+
+
 def test_first_difference_names_the_place() -> None:
     assert first_difference({"a": {"b": 1, "c": [1]}}, {"a": {"b": 1, "c": [1]}}) is None
     assert first_difference({"a": {"b": 1}}, {"a": {"c": 2}}) == "a, b was 1 and is absent"

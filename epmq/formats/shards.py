@@ -60,7 +60,7 @@ class ShardWriter:
             self._flush()
         part = self.folder / _part(width)
         with files.naming_space(part, size, f"tensor {name!r}"), open(part, "ab") as handle:
-            handle.write(_bytes_of(tensor))
+            handle.write(stored_bytes(tensor))
         self._waiting[width].append(_Entry(name, tensor.dtype, list(tensor.shape), size))
         self._waiting_bytes += size
         self.total_bytes += size
@@ -108,10 +108,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with files.written_whole(path, sum(entry.size for entry in entries)) as working, open(working, "wb") as handle:
         handle.write(_header(entries, metadata))
         for entry in entries:
-            handle.write(_bytes_of(tensors[entry.name]))
+            handle.write(stored_bytes(tensors[entry.name]))
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def stored_bytes(tensor: Tensor) -> Any:
+    """What a file holds of a tensor, without its header."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

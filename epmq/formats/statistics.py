@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq import files
+from epmq import files, trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from epmq.sources import FileSource, all_finite
@@ -67,19 +68,22 @@ class StatisticsReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
-        if not path.is_file():
+        if not trust.exists(path):
             raise FormatError(f"{folder}: not a folder of statistics, {MANIFEST_NAME} is missing; make one by collect.")
+        kind = "a manifest this version can read"
+        manifest = trust.read_json(path, FormatError, kind)
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
             if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
                 raise FormatError(f"{path}: {manifest['format']!r} {manifest['version']!r} is not {FORMAT} {VERSION}.")
-            self.task = str(manifest["task"])
+            self.task: str = manifest["task"]
             self.groups = {
                 name: GroupFacts(**{**facts, "linears": tuple(facts["linears"])})
                 for name, facts in manifest["groups"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{path}: not a manifest this version can read ({error!r}).") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path}: not {kind} ({error!r}).") from error
+        if not isinstance(self.task, str):
+            raise FormatError(f"{path}: task {self.task!r} is no name.")
         try:
             self.source = FileSource(self.folder)
             for name, facts in self.groups.items():
@@ -88,9 +92,10 @@ class StatisticsReader:
             raise FormatError(str(error)) from error
 
     def _check(self, path: Path, name: str, facts: GroupFacts) -> None:
-        if not isinstance(facts.columns, int) or facts.columns < 1 or name not in facts.linears:
+        named = all(isinstance(linear, str) for linear in facts.linears) and facts.linears[:1] == (name,)
+        if not trust.is_whole(facts.columns, 1) or not named or len(set(facts.linears)) < len(facts.linears):
             raise FormatError(f"{path}: group {name!r} has {facts.columns!r} columns and linears {facts.linears}.")
-        if not isinstance(facts.weight, (int, float)) or not 0.0 < facts.weight < float("inf"):
+        if type(facts.weight) not in (int, float) or not 0.0 < facts.weight <= sys.float_info.max:
             raise FormatError(f"{path}: group {name!r} has {facts.weight!r} rows; it must be a positive number.")
         wanted = {"hessian": facts.columns * (facts.columns + 1) // 2, "sum_x": facts.columns}
         for part, length in wanted.items():
