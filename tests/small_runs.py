@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from epmq import pipeline
 from epmq.collected import collect, quantize_collected
 from epmq.config import DistillSettings, QuantConfig
-from epmq.engine import Surroundings
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.page.document import document
 from epmq.pipeline import ModuleSink
@@ -29,6 +28,7 @@ from epmq.report import build_report, read_report, write_report
 from epmq.shelf import checksum
 from epmq.sources import DictSource
 from epmq.streams import make_streams
+from epmq.surroundings import Surroundings
 from epmq.world import World
 
 TASKS = ("x", "y")
