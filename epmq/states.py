@@ -35,11 +35,13 @@ class States:
     """The states of the batches this process runs, on a shelf that may lie on disk.
 
     deployed: per block list the latest output of the deployed model. inside: the batch in its expert (:class:`Inside`).
-    seen: what one run of the expert's block read and gave, kept for that block only.
+    seen: what one run of the expert's block read and gave, kept for that block only. with_inside: whether batches run
+    inside their experts at all.
     """
 
-    def __init__(self, shelf: Shelf, streams: Mapping[str, Sequence[Batch]]):
+    def __init__(self, shelf: Shelf, streams: Mapping[str, Sequence[Batch]], with_inside: bool):
         self.shelf = shelf
+        self._kinds = ("deployed", "inside") if with_inside else ("deployed",)
         self.batches = [(task, batch.number) for task, batches in streams.items() for batch in batches]
         self._task = {task: place for place, task in enumerate(streams)}
         self._deployed: set[tuple[str, int]] = set()
@@ -126,8 +128,8 @@ class States:
                     self.shelf.export(key, folder / f"{key}.safetensors")
 
     def saved(self, folder: Path) -> bool:
-        """Whether the folder holds a deployed state of each of this process's batches."""
-        names = (f"{self._key('deployed', *batch)}.safetensors" for batch in self.batches)
+        """Whether the folder holds all states of each of this process's batches."""
+        names = (f"{self._key(kind, *batch)}.safetensors" for batch in self.batches for kind in self._kinds)
         return all(trust.exists(folder / name) for name in names)
 
     def load(self, folder: Path, lists: Set[str]) -> None:

@@ -39,8 +39,8 @@ class Walk:
         self.counts = {task: len(batches) for task, batches in streams.items()}
         self._first = next(iter(streams.values()))[0].inputs if streams else {}
         self.streams = shared(streams, self.world)
-        self.states = States(around.shelf, self.streams)
         self.inside = config.needs_expert_features and bool(experts)
+        self.states = States(around.shelf, self.streams, self.inside)
         self.sequence: str | None = None
         self._list: str | None = None
         self.runner = BlockRunner(skeleton)

@@ -270,7 +270,13 @@ def test_a_fingerprint_that_is_none(
 
 
 @pytest.mark.parametrize(
-    "place", ["blocks/rounding-00000", "blocks/rounding-00001", "streams/rounding-00002/deployed-*"]
+    "place",
+    [
+        "blocks/rounding-00000",
+        "blocks/rounding-00001",
+        "streams/rounding-00002/deployed-*",
+        "streams/rounding-00002/inside-*",
+    ],
 )
 def test_a_damaged_file_is_refused_and_can_be_removed(
     place: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
