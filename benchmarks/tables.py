@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,22 @@ def cell(rows: list[dict[str, Any]], merge: str | None, method: str, bits: int |
     return f"{found[0]:.1f}" if found else "–"
 
 
+def table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]])
+
+
 def averages() -> str:
     """Average accuracies of minilm8: a line per merge and bits, a column per method."""
     rows = read("minilm8.json")["rows"]
     methods = ["rtn", "gptq", "regmean", "fp+gptq", "epmq-paper", "epmq"]
-    lines = ["| merge | merged, 32 bits | bits | " + " | ".join(methods) + " |", "|" + "---|" * (3 + len(methods))]
+    lines = []
     for merge, told in MERGES.items():
         for bits in (4, 3, 2):
             cells = [cell(rows, merge, method, bits) for method in methods]
-            cells[-1] = f"**{cells[-1]}**"
-            merged = cell(rows, merge, "merged", None)
-            lines.append(f"| {told} | {merged} | {bits} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([told, cell(rows, merge, "merged", None), str(bits), *cells[:-1], f"**{cells[-1]}**"])
+    return table(["merge", "merged, 32 bits", "bits", *methods], lines)
 
 
 def by_task() -> str:
@@ -62,82 +66,79 @@ def every_row() -> str:
 
 
 def samples() -> str:
-    """4 bits on other samples of the calibration texts, as far as they have been measured."""
-    files = {"the first 256": "minilm8.json"}
-    files |= {f"seed {n}": f"minilm8-seed{n}.json" for n in SEEDS if (RESULTS / f"minilm8-seed{n}.json").is_file()}
+    """4 bits on other samples of the calibration texts."""
+    files = {"the first 256": "minilm8.json"} | {f"seed {n}": f"minilm8-seed{n}.json" for n in SEEDS}
     methods = ["regmean", "epmq-paper", "epmq"]
-    lines = ["| calibration texts | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods))]
-    for told, file in files.items():
-        rows = read(file)["rows"]
-        lines.append(f"| {told} | " + " | ".join(cell(rows, "task_arithmetic", method, 4) for method in methods) + " |")
-    return "\n".join(lines)
+    return table(
+        ["calibration texts", *methods],
+        (
+            [told, *(cell(read(file)["rows"], "task_arithmetic", method, 4) for method in methods)]
+            for told, file in files.items()
+        ),
+    )
 
 
 def operations() -> str:
     """Every case of every operation against each rival, from the last whole run of make bench."""
-    lines = ["| operation | case | ours, ms | rival | rival, ms | ratio |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['op']} | {row['case']} | {row['ours_ms']:.3g} | {row['rival']} | {row['rival_ms']:.3g}"
-        f" | {row['ratio']:.2f} |"
-        for row in read("summary.json")
-    ]
-    return "\n".join(lines)
+    return table(
+        ["operation", "case", "ours, ms", "rival", "rival, ms", "ratio"],
+        (
+            [row["op"], row["case"], f"{row['ours_ms']:.3g}", row["rival"], f"{row['rival_ms']:.3g}",
+             f"{row['ratio']:.2f}"]
+            for row in read("summary.json")
+        ),
+    )  # fmt: skip
 
 
 def whole_job() -> str:
     """Seconds and memory of a whole quantization beside the rival's."""
     rows = read("whole_job.json")["rows"]
-    lines = ["| | seconds | peak memory, MiB | × our GPTQ |", "|---|---|---|---|"]
-    for what, row in rows.items():
-        ratio = row["seconds"] / rows["gptq"]["seconds"]
-        lines.append(f"| {what} | {row['seconds']:.1f} | {row['peak_mb']:.0f} | {ratio:.2f} |")
-    return "\n".join(lines)
+    return table(
+        ["side", "seconds", "peak memory, MiB", "× our GPTQ"],
+        (
+            [what, f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f}", f"{row['seconds'] / rows['gptq']['seconds']:.2f}"]
+            for what, row in rows.items()
+        ),
+    )
 
 
 def memory() -> str:
     """Peak memory of merge-and-quantize by depth and number of experts."""
-    if not (RESULTS / "memory.json").is_file():
-        return "Not measured yet for this version."
     names = ["blocks", "experts", "weights", "imports", "peak"]
-    lines = ["| blocks | experts | weights on disk, MiB | imports, MiB | peak, MiB |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(f"{row[name]:.0f}" for name in names) + " |" for row in read("memory.json")]
-    return "\n".join(lines)
+    told = ["blocks", "experts", "weights on disk, MiB", "imports, MiB", "peak, MiB"]
+    return table(told, ([f"{row[name]:.0f}" for name in names] for row in read("memory.json")))
 
 
 def processes() -> str:
     """Seconds and equal codes by number of processes."""
-    if not (RESULTS / "processes.json").is_file():
-        return "Not measured yet for this version."
-    lines = ["| processes | blocks, s | command, s | speed-up of the blocks | equal codes |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['processes']} | {row['blocks']:.1f} | {row['command']:.1f} | {row['speed_up']:.2f} |"
-        f" {row['equal_codes']:.3%} |"
-        for row in read("processes.json")["rows"]
-    ]
-    return "\n".join(lines)
+    return table(
+        ["processes", "blocks, s", "command, s", "speed-up of the blocks", "equal codes"],
+        (
+            [str(row["processes"]), f"{row['blocks']:.1f}", f"{row['command']:.1f}", f"{row['speed_up']:.2f}",
+             f"{row['equal_codes']:.3%}"]
+            for row in read("processes.json")["rows"]
+        ),
+    )  # fmt: skip
 
 
 def statistics() -> str:
     """What statistics in place of data, and several processes, cost in accuracy; beside rows of minilm8."""
-    if not (RESULTS / "statistics.json").is_file():
-        return "Not measured yet for this version."
-    found = read("statistics.json")
     rows = read("minilm8.json")["rows"]
-    lines = ["| made from | average accuracy |", "|---|---|"]
-    lines.append(f"| nothing but the weights (merged, unquantized) | {cell(rows, 'task_arithmetic', 'merged', None)} |")
-    lines += [f"| {row['method']} | {row['average']:.2f} |" for row in found["rows"]]
-    lines.append(f"| data: RegMean++, then GPTQ | {cell(rows, 'task_arithmetic', 'regmean', 4)} |")
-    lines.append(f"| data: preset `best` | {cell(rows, 'task_arithmetic', 'epmq', 4)} |")
-    return "\n".join(lines)
+    return table(
+        ["made from", "average accuracy"],
+        [
+            ["nothing but the weights (merged, unquantized)", cell(rows, "task_arithmetic", "merged", None)],
+            *([row["method"], f"{row['average']:.2f}"] for row in read("statistics.json")["rows"]),
+            ["data: RegMean++, then GPTQ", cell(rows, "task_arithmetic", "regmean", 4)],
+            ["data: preset `best`", cell(rows, "task_arithmetic", "epmq", 4)],
+        ],
+    )
 
 
 def loaded() -> str:
     """Folders of minilm8 as transformers and epmq load them."""
-    if not (RESULTS / "minilm8-loaded.json").is_file():
-        return "Not measured yet for this version."
-    lines = ["| folder: who loads it | average accuracy |", "|---|---|"]
-    lines += [f"| {row['method']} | {row['average']:.2f} |" for row in read("minilm8-loaded.json")["rows"]]
-    return "\n".join(lines)
+    rows = read("minilm8-loaded.json")["rows"]
+    return table(["folder: who loads it", "average accuracy"], ([r["method"], f"{r['average']:.2f}"] for r in rows))
 
 
 TABLES: dict[str, Callable[[], str]] = {

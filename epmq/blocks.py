@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from epmq.errors import ModelError
 from epmq.orientation import features_of, is_linear
 
+Versions = list[tuple[Tensor, int]]
+
 
 class _Captured(Exception):
     """Carries a block's arguments out of the model's forward."""
@@ -83,7 +85,7 @@ class StreamState:
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
-    _kept: tuple[BlockAddress, BlockCall, list[tuple[Tensor, int]]] | None = field(default=None, init=False, repr=False)
+    _kept: tuple[BlockAddress, BlockCall, Versions] | None = field(default=None, init=False, repr=False)
 
     def advance(self, list_name: str, output: Any) -> None:
         """The batch has passed a block of that list."""
@@ -92,31 +94,37 @@ class StreamState:
 
     def keep(self, address: BlockAddress, call: BlockCall) -> None:
         """Remember a block's arguments, unless they hold something that the block may change unnoticed."""
-        tensors = plain_tensors((call.args, call.kwargs))
-        self._kept = None if tensors is None else (address, call, [(t, t._version) for t in tensors])
+        held = versions_of((call.args, call.kwargs))
+        self._kept = None if held is None else (address, call, held)
 
     def kept(self, address: BlockAddress) -> BlockCall | None:
         """What was kept for that block, if nothing has been written into it since."""
-        if self._kept is None or self._kept[0] != address or any(t._version != v for t, v in self._kept[2]):
+        if self._kept is None or self._kept[0] != address or not intact(self._kept[2]):
             return None
         return self._kept[1]
 
 
-def plain_tensors(value: Any) -> list[Tensor] | None:
-    """All tensors in nested tuples, lists and dicts of plain values; None when there is an object of another kind."""
+def versions_of(value: Any) -> Versions | None:
+    """All tensors in nested tuples, lists and dicts of plain values, with how often each has been written into; None
+    when there is an object of another kind."""
     if isinstance(value, Tensor):
-        return [value]
+        return [(value, value._version)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return []
     if not isinstance(value, (tuple, list, dict)):
         return None
-    found: list[Tensor] = []
+    found: Versions = []
     for item in value.values() if isinstance(value, dict) else value:
-        inner = plain_tensors(item)
+        inner = versions_of(item)
         if inner is None:
             return None
         found += inner
     return found
+
+
+def intact(versions: Versions) -> bool:
+    """Whether nothing has been written into these tensors since."""
+    return all(tensor._version == version for tensor, version in versions)
 
 
 def hidden_of(output: Any) -> Tensor:

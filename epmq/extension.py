@@ -61,6 +61,7 @@ def _on(device: str, *tensors: Tensor | None) -> bool:
 
 def accumulates(
     reachable: Callable[..., bool],
+    sums_in: tuple[torch.dtype, ...],
     x: Tensor,
     hessian: Tensor,
     sum_x: Tensor,
@@ -69,41 +70,21 @@ def accumulates(
     sum_target: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> bool:
-    """Whether compiled forms take this call: floats and contiguous fp32 sums, all of them ``reachable``."""
+    """Whether compiled forms take this call: floats and contiguous sums of one of ``sums_in``, all ``reachable``."""
     sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
-    return hessian.dtype == torch.float32 and _sums_up(reachable, x, target, sums, row_weights)
-
-
-def _sums_up(
-    reachable: Callable[..., bool], x: Tensor, target: Tensor | None, sums: list[Tensor], row_weights: Tensor | None
-) -> bool:
     return (
         reachable(x, *sums, target, row_weights)
         and x.dtype in FLOATS
         and (target is None or target.dtype in FLOATS)
-        and all(tensor.dtype == sums[0].dtype and tensor.is_contiguous() for tensor in sums)
+        and hessian.dtype in sums_in
+        and all(tensor.dtype == hessian.dtype and tensor.is_contiguous() for tensor in sums)
     )
-
-
-def _accumulates_on_cpu(
-    x: Tensor,
-    hessian: Tensor,
-    sum_x: Tensor,
-    target: Tensor | None = None,
-    cross: Tensor | None = None,
-    sum_target: Tensor | None = None,
-    row_weights: Tensor | None = None,
-) -> bool:
-    """As :func:`accumulates`, and fp64 sums, to which the fp32 sums of some hundred rows at a time are added."""
-    sums = [tensor for tensor in (hessian, sum_x, cross, sum_target) if tensor is not None]
-    wanted = hessian.dtype in (torch.float32, torch.float64)
-    return wanted and _sums_up(partial(_on, "cpu"), x, target, sums, row_weights)
 
 
 def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
     target, row_weights = _argument(args, kwargs, 2, "target"), _argument(args, kwargs, 5, "row_weights")
     return (
-        accumulates(partial(_on, "cuda"), x, *args, **kwargs)
+        accumulates(partial(_on, "cuda"), (torch.float32,), x, *args, **kwargs)
         and (target is None or target.dtype == x.dtype)
         and (row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()))
     )
@@ -162,36 +143,16 @@ def _multiplies(
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile and opcheck, and the gradient of the matmul."""
 
-    def accumulate(
-        x: Tensor,
-        hessian: Tensor,
-        sum_x: Tensor,
-        target: Tensor | None = None,
-        cross: Tensor | None = None,
-        sum_target: Tensor | None = None,
-        row_weights: Tensor | None = None,
-    ) -> None:
+    def accumulate(*_: Any) -> None:
         return None
 
-    def gptq_sweep(
-        weight: Tensor, unit_upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int
-    ) -> Tensor:
+    def gptq_sweep(weight: Tensor, *_: Any) -> Tensor:
         return weight.new_empty(weight.shape, dtype=torch.uint8)
 
-    def grid_losses(
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        bits: int,
-        group_size: int,
-        power: float,
-        importance: Tensor | None = None,
-    ) -> Tensor:
+    def grid_losses(weight: Tensor, scales: Tensor, *_: Any) -> Tensor:
         return scales.new_empty(scales.shape)
 
-    def dequant_matmul(
-        x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-    ) -> Tensor:
+    def dequant_matmul(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
         return x.new_empty((x.shape[0], packed.shape[0]))
 
     for fake in (accumulate, gptq_sweep, grid_losses, dequant_matmul):
@@ -222,7 +183,8 @@ def offer(register: Callable[..., None]) -> None:
         return
     _register_fakes()
     native, on_cpu = torch.ops.epmq_native, partial(_on, "cpu")
-    register("accumulate", "cpp", native.accumulate, _accumulates_on_cpu)
+    # fp32 sums of some hundred rows at a time are added to fp64 ones.
+    register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu, (torch.float32, torch.float64)))
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from epmq.blocks import plain_tensors
+from epmq.blocks import Versions, intact, versions_of
 
 DEFAULT_LIMIT_BYTES = 2 * 2**30
 
@@ -28,7 +28,7 @@ class _Kept:
     """What one call of a module gave. inside: how often it called each module within it."""
 
     output: Any
-    tensors: list[tuple[Tensor, int]]
+    tensors: Versions
     inside: Counter[str]
     size: int
 
@@ -68,7 +68,7 @@ class OutputStore:
     def find(self, key: _Key) -> _Kept | None:
         """What was kept of a call, if it still holds."""
         kept = self._kept.get(key)
-        if kept is not None and not _intact(kept.tensors):
+        if kept is not None and not intact(kept.tensors):
             # Keeping it again would be in vain, and would drop what lies inside.
             self._written.add(key[1])
             self._drop(key)
@@ -115,29 +115,23 @@ class _Run:
                 return kept.output
             self.tainted |= self.store.is_pending(name)
             before = self.calls.copy()
-            given = plain_tensors((args, kwargs))
-            versions = [(tensor, tensor._version) for tensor in given or ()]
+            given = versions_of((args, kwargs))
             output = compute(*args, **kwargs)
             inside = self.calls - before
             self.calls[name] += 1
-            if not self.tainted and given is not None and _intact(versions):
+            if not self.tainted and given is not None and intact(given):
                 self._keep(key, output, inside, before)
             return output
 
         return forward
 
     def _keep(self, key: _Key, output: Any, inside: Counter[str], before: Counter[str]) -> None:
-        tensors = plain_tensors(output)
+        tensors = versions_of(output)
         if tensors is None:
             return
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
         within = [(self.batch, name, before[name] + n) for name, count in inside.items() for n in range(count)]
-        self.store.keep(key, _Kept(output, [(t, t._version) for t in tensors], inside, size), within)
-
-
-def _intact(tensors: list[tuple[Tensor, int]]) -> bool:
-    """Whether nothing has been written into these since."""
-    return all(tensor._version == version for tensor, version in tensors)
+        self.store.keep(key, _Kept(output, tensors, inside, size), within)
 
 
 def _costs(module: nn.Module) -> bool:

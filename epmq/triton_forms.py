@@ -69,6 +69,6 @@ def offer(register: Callable[..., None]) -> None:
     preferred where both apply."""
     if importlib.util.find_spec("triton") is None:
         return
-    register("accumulate", "triton", _accumulate, partial(accumulates, _reachable))
+    register("accumulate", "triton", _accumulate, partial(accumulates, _reachable, (torch.float32,)))
     register("gptq_sweep", "triton", _gptq_sweep, partial(sweeps, _reachable))
     register("dequant_matmul", "triton", _dequant_matmul, _multiplies)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import epmq
+from epmq.pipeline import ModuleSink
+from epmq.quantized import QuantizedTensor
 
 TASKS = ("a", "b", "c")
 VOCABULARY = 60
@@ -189,3 +191,14 @@ def make_batch(kind: Kind, generator: torch.Generator, examples: int = 6) -> dic
     if "labels" in kind.inputs:
         batch["labels"] = torch.where(mask(False) > 0, ids(), -100)
     return batch
+
+
+def tensors_of(sink: ModuleSink) -> dict[str, list[Tensor]]:
+    """All that a run handed out, by name: codes, scales and zeros of a quantized weight, and its bias."""
+    found: dict[str, list[Tensor]] = {}
+    for name, value, bias in sink.pending:
+        parts: list[Any] = [value]
+        if isinstance(value, QuantizedTensor):
+            parts = [value.codes, value.scales, value.zeros]
+        found[name] = [part for part in [*parts, bias] if part is not None]
+    return found

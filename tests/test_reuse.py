@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from epmq.config import QuantConfig
 from epmq.pipeline import ModuleSink, run
-from epmq.quantized import QuantizedTensor
 from epmq.reuse import OutputStore
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource
@@ -128,7 +127,7 @@ FAMILIES = ["bert", "llama", "t5", "gpt2", "clip", "phi"]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantization_is_the_same_without_the_store(family: str) -> None:
     pytest.importorskip("transformers")
-    from families import KINDS, make_job
+    from families import KINDS, make_job, tensors_of
 
     job = make_job(KINDS[family])
     experts = {task: DictSource(model.state_dict()) for task, model in job.experts.items()}
@@ -140,13 +139,7 @@ def test_quantization_is_the_same_without_the_store(family: str) -> None:
             meta_copy(job.merged), DictSource(job.merged.state_dict()), None, experts, job.calibration, config, sink,
             lambda *_: None, None, Surroundings(reuse_bytes=reuse_bytes),
         )  # fmt: skip
-        found: dict[str, list[Tensor]] = {}
-        for name, value, bias in sink.pending:
-            parts: list[Any] = [value]
-            if isinstance(value, QuantizedTensor):
-                parts = [value.codes, value.scales, value.zeros]
-            found[name] = [part for part in [*parts, bias] if part is not None]
-        return found
+        return tensors_of(sink)
 
     wanted, ours = tensors(0), tensors(2**30)
     assert wanted.keys() == ours.keys()

@@ -14,7 +14,6 @@ from epmq.config import QuantConfig
 from epmq.engine import Engine
 from epmq.pipeline import ModuleSink, run
 from epmq.progress import Journal
-from epmq.quantized import QuantizedTensor
 from epmq.shelf import Shelf
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource
@@ -23,21 +22,11 @@ from epmq.world import World
 
 pytest.importorskip("transformers")
 
-from families import KINDS, make_job
+from families import KINDS, make_job, tensors_of
 
 
 class CutOff(Exception):
     """Ends a run after a block."""
-
-
-def tensors(sink: ModuleSink) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {}
-    for name, value, bias in sink.pending:
-        parts: list[Any] = [value]
-        if isinstance(value, QuantizedTensor):
-            parts = [value.codes, value.scales, value.zeros]
-        found[name] = [part for part in [*parts, bias] if part is not None]
-    return found
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
@@ -53,7 +42,7 @@ def test_cut_off_anywhere_and_on_disk(family: str, tmp_path: Path, monkeypatch: 
             meta_copy(job.merged), DictSource(job.merged.state_dict()), None, experts, job.calibration, config, sink,
             lambda *_: None, None, Surroundings(shelf=shelf), journal,
         )  # fmt: skip
-        return tensors(sink), found
+        return tensors_of(sink), found
 
     wanted, told = once(None, Shelf())
     original, finished = Engine._block, 0

@@ -148,9 +148,10 @@ struct TileMatmul {
     float* sums;         // [panel blocks][batch tiles][16][width]
     float* products;     // [2][2][16][width]
     uint16_t* weights;   // [2][pass steps][16][32]
+    int64_t bytes;       // of all of these
   };
 
-  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch, int64_t& size) {
+  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch) {
     const int64_t blocks = panel_rows / kTileRows, tile = kTileRows * a.width;
     const int64_t batch = a.tiles < batch_tiles ? a.tiles : batch_tiles;
     Scratch take{(char*)scratch};
@@ -160,15 +161,11 @@ struct TileMatmul {
     work.sums = (float*)take(blocks * batch * tile * 4);
     work.scales = (float*)take(blocks * a.groups * kTileRows * 4);
     work.groups = (int32_t*)take(units_of(a) * unit_steps * 4);
-    size = take.at - (char*)scratch;
+    work.bytes = take.at - (char*)scratch;
     return work;
   }
 
-  static int64_t scratch(const epmq::TileMatmulArgs& a) {
-    int64_t size;
-    work_of(a, nullptr, size);
-    return size;
-  }
+  static int64_t scratch(const epmq::TileMatmulArgs& a) { return work_of(a, nullptr).bytes; }
 
   // Scales of 16 weight rows, one vector per group; rows past the end repeat the last.
   static void read_scales(const epmq::MatmulArgs& a, int64_t row, float* out) {
@@ -359,8 +356,7 @@ struct TileMatmul {
 
   template <bool Long, bool Symmetric>
   static void panels(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
-    int64_t bytes;
-    const Work work = work_of(a, scratch, bytes);
+    const Work work = work_of(a, scratch);
     const int64_t units = units_of(a);
     groups_of(a, work.groups);
     const Owners owners(a.width);

@@ -20,9 +20,10 @@ struct TileNarrow {
     float* sums;        // [blocks][16][width]
     float* products;    // [blocks][16][width]
     uint16_t* weights;  // [blocks][steps of a unit][16][32]
+    int64_t bytes;      // of all of these
   };
 
-  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch, int64_t& size) {
+  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch) {
     const int64_t tile = kTileRows * a.width;
     Scratch take{(char*)scratch};
     Work work;
@@ -31,20 +32,15 @@ struct TileNarrow {
     work.sums = (float*)take(blocks * tile * 4);
     work.scales = (float*)take(blocks * a.groups * kTileRows * 4);
     work.groups = (int32_t*)take(Wide::units_of(a) * Wide::unit_steps * 4);
-    size = take.at - (char*)scratch;
+    work.bytes = take.at - (char*)scratch;
     return work;
   }
 
-  static int64_t scratch(const epmq::TileMatmulArgs& a) {
-    int64_t size;
-    work_of(a, nullptr, size);
-    return size;
-  }
+  static int64_t scratch(const epmq::TileMatmulArgs& a) { return work_of(a, nullptr).bytes; }
 
   template <bool Long, bool Symmetric>
   static void rows(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
-    int64_t bytes;
-    const Work work = work_of(a, scratch, bytes);
+    const Work work = work_of(a, scratch);
     const int64_t units = Wide::units_of(a), steps = Long ? Wide::unit_steps : Wide::segment_of(a);
     const int64_t tile = kTileRows * a.width, line = Wide::unit / 2;
     Wide::groups_of(a, work.groups);
