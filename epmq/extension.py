@@ -137,7 +137,28 @@ def _weighs_grids(
 def _multiplies(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> bool:
-    return _on("cpu", x, packed, scales, zeros, bias) and x.dtype in FLOATS and scales.dtype in FLOATS
+    # Written out, for it is asked about every product of one token.
+    return (
+        x.is_cpu
+        and packed.is_cpu
+        and scales.is_cpu
+        and (zeros is None or zeros.is_cpu)
+        and (bias is None or bias.is_cpu)
+        and x.dtype in FLOATS
+        and scales.dtype in FLOATS
+    )
+
+
+def _dequant_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """Past autograd where no gradient is kept: what torch runs there in Python takes as long as a small product."""
+    product: Callable[..., Tensor] = torch.ops.epmq_native.dequant_matmul.default
+    keeps = x.requires_grad or (bias is not None and bias.requires_grad)
+    if (keeps and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return product(x, packed, scales, zeros, bias, bits, group_size)
+    with torch._C._AutoDispatchBelowAutograd():
+        return product(x, packed, scales, zeros, bias, bits, group_size)
 
 
 def _register_fakes() -> None:
@@ -187,6 +208,6 @@ def offer(register: Callable[..., None]) -> None:
     register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu, (torch.float32, torch.float64)))
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
-    register("dequant_matmul", "cpp", native.dequant_matmul, _multiplies)
+    register("dequant_matmul", "cpp", _dequant_matmul, _multiplies)
     if module.build_info()["cuda_archs"]:
         register("accumulate", "cuda", _accumulate_on_cuda, _accumulates_on_cuda)

@@ -148,12 +148,15 @@ class QuantLinear(nn.Module):
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
-        weight = (self.packed, self.scales, self.zeros)
+        call = (rows, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+        chosen = ops.choose("dequant_matmul", *call)
         y: Tensor
-        if ops.choose("dequant_matmul", rows, *weight, self.bias, self.bits, self.group_size).backend == "triton":
+        if chosen.backend == "triton":
             y = self._multiply_tiles(rows)
+        elif chosen.backend == "cpp":
+            y = chosen.function(*call)  # an operator with a gradient of its own
         else:
-            y = quant_linear(rows, *weight, self.bias, self.bits, self.group_size)
+            y = quant_linear(*call)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _multiply_tiles(self, x: Tensor) -> Tensor:

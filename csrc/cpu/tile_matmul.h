@@ -188,18 +188,32 @@ struct TileMatmul {
     }
   }
 
-  // Towards the second cache: the part of the grids of `rows` weight rows that is due at unit u of the rows before.
-  static EPMQ_INLINE void fetch_grids(const epmq::TileMatmulArgs& a, int64_t row, int64_t rows, int64_t u) {
-    const int64_t units = units_of(a), scale_bytes = a.scale_dtype == epmq::Dtype::kFloat ? 4 : 2;
-    auto fetch = [&](const void* grids, int64_t row_bytes) {
-      const char* begin = (const char*)grids + row * row_bytes;
-      const int64_t lines = (rows * row_bytes + 63) / 64;
-      for (int64_t line = lines * u / units; line < lines * (u + 1) / units; line++)
-        __builtin_prefetch(begin + line * 64, 0, 2);
+  // Towards the second cache: the grids of `rows` weight rows, spread evenly over the units of the rows before.
+  struct GridFetch {
+    struct Lines {
+      const char* at;
+      int64_t count, due;
+
+      Lines(const void* grids, int64_t row_bytes, int64_t row, int64_t rows)
+          : at((const char*)grids + row * row_bytes), count((rows * row_bytes + 63) / 64), due(0) {}
+      EPMQ_INLINE void step(int64_t units) {
+        for (due += count; due >= units; due -= units, at += 64) __builtin_prefetch(at, 0, 2);
+      }
     };
-    fetch(a.scales, a.scale_stride * scale_bytes);
-    if (a.zeros) fetch(a.zeros, a.zero_stride);
-  }
+    int64_t units;
+    bool asymmetric;
+    Lines scales, zeros;
+
+    GridFetch(const epmq::TileMatmulArgs& a, int64_t row, int64_t rows)
+        : units(units_of(a)),
+          asymmetric(a.zeros != nullptr),
+          scales(a.scales, a.scale_stride * (a.scale_dtype == epmq::Dtype::kFloat ? 4 : 2), row, rows),
+          zeros(a.zeros, a.zero_stride, row, rows) {}
+    EPMQ_INLINE void step() {
+      scales.step(units);
+      if (asymmetric) zeros.step(units);
+    }
+  };
 
   template <bool Symmetric>
   static EPMQ_INLINE const uint16_t* table_of(const epmq::TileMatmulArgs& a, int64_t row, int64_t group) {
@@ -373,10 +387,11 @@ struct TileMatmul {
         for (int64_t b = 0; b < 2 * pairs; b++)
           read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
         memset(work.sums, 0, sizeof(float) * (size_t)(2 * pairs * count * tile));
+        GridFetch grids(a, row + height, height);
         for (int64_t from = 0; from < units; from += pass) {
           const int64_t to = from + pass < units ? from + pass : units;
           const uint8_t* next = a.packed + (row + height) * a.row_bytes + from * height * (unit / 2);
-          for (int64_t u = from; u < to; u++) fetch_grids(a, row + height, height, u);
+          for (int64_t u = from; u < to; u++) grids.step();
           for (int64_t p = 0; p < pairs; p++) {
             for (int64_t b = 0; b < 2; b++)
               decode<Long, Symmetric>(a, row + p * pair_rows + b * kTileRows, from, to, work.groups,

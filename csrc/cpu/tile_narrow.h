@@ -51,10 +51,11 @@ struct TileNarrow {
         Wide::read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
       memset(work.sums, 0, sizeof(float) * (size_t)(blocks * tile));
       const uint8_t* next = a.packed + (row + group_rows) * a.row_bytes;
+      Wide::GridFetch grids(a, row + group_rows, group_rows);
       const uint16_t* columns = a.columns;
       const int32_t* group = work.groups;
       for (int64_t u = 0; u < units; u++) {
-        Wide::fetch_grids(a, row + group_rows, group_rows, u);
+        grids.step();
         for (int64_t b = 0; b < blocks; b++, next += kTileRows * line)
           Wide::decode<Long, Symmetric>(a, row + b * kTileRows, u, u + 1, work.groups, next,
                                         work.weights + b * block_words);
