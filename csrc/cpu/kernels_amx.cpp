@@ -3,20 +3,9 @@
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define EPMQ_AVX512
 #include "tile_matmul.h"
-#include "tile_narrow.h"
 #include "tile_statistics.h"
 
 namespace epmq {
-
-namespace {
-
-int64_t scratch(const TileMatmulArgs& a) { return a.tiles == 1 ? TileNarrow::scratch(a) : TileMatmul::scratch(a); }
-
-void matmul(const TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* memory) {
-  return (a.tiles == 1 ? TileNarrow::run : TileMatmul::run)(a, row_begin, row_end, memory);
-}
-
-}  // namespace
 
 // What has no form of its own runs as AVX-512.
 const Kernels& amx_kernels() {
@@ -27,9 +16,9 @@ const Kernels& amx_kernels() {
                                    TileMatmul::shape,
                                    TileMatmul::column_words,
                                    TileMatmul::pair_rows,
-                                   scratch,
+                                   TileMatmul::scratch,
                                    TileMatmul::prepare,
-                                   matmul};
+                                   TileMatmul::run};
   static const Kernels table = [] {
     Kernels all = avx512_kernels();
     all.name = "amx";

@@ -25,11 +25,9 @@ struct Scratch {
 struct TileMatmul {
   static constexpr int64_t unit = epmq::kTileUnit;
   static constexpr int64_t unit_steps = unit / kTileDepth;
-  static constexpr int64_t pair_rows = 32;        // weight rows of two left operands
-  static constexpr int64_t panel_rows = 256;      // weight rows whose sums stay in the second cache
-  static constexpr int64_t pass_units = 4;        // decoded at once for a large batch: a pair fills the first cache
-  static constexpr int64_t few_tiles = 12;        // a small batch: decoded codes are used at once
-  static constexpr int64_t batch_tiles = 18;      // column tiles of a pass that stay in the second cache
+  static constexpr int64_t block_words = unit_steps * kTileWords;  // of 16 weight rows
+  static constexpr int64_t pair_rows = 32;   // weight rows of two left operands: decoded together, used at once
+  static constexpr int64_t batch_tiles = 8;  // column tiles that share them, and stay in the second cache
   // No product or partial sum of q - z with a number of this range, or with its parts, is denormal or overflows.
   static constexpr uint32_t lowest = bits_of_power(-103), highest = bits_of_power(96);
 
@@ -141,25 +139,24 @@ struct TileMatmul {
 
   // ---- weights --------------------------------------------------------------------------------------------------
 
-  // What a task keeps beside its sums.
   struct Work {
     int32_t* groups;     // [segments]: the group of each
-    float* scales;       // [panel blocks][G][16]
-    float* sums;         // [panel blocks][batch tiles][16][width]
+    float* scales;       // [2][G][16]
+    float* sums;         // [2][batch tiles][16][width]
     float* products;     // [2][2][16][width]
-    uint16_t* weights;   // [2][pass steps][16][32]
+    uint16_t* weights;   // [2][steps of a unit][16][32]
     int64_t bytes;       // of all of these
   };
 
   static Work work_of(const epmq::TileMatmulArgs& a, void* scratch) {
-    const int64_t blocks = panel_rows / kTileRows, tile = kTileRows * a.width;
+    const int64_t tile = kTileRows * a.width;
     const int64_t batch = a.tiles < batch_tiles ? a.tiles : batch_tiles;
     Scratch take{(char*)scratch};
     Work work;
-    work.weights = (uint16_t*)take(2 * pass_units * unit_steps * kTileWords * 2);
+    work.weights = (uint16_t*)take(2 * block_words * 2);
     work.products = (float*)take(4 * tile * 4);
-    work.sums = (float*)take(blocks * batch * tile * 4);
-    work.scales = (float*)take(blocks * a.groups * kTileRows * 4);
+    work.sums = (float*)take(2 * batch * tile * 4);
+    work.scales = (float*)take(2 * a.groups * kTileRows * 4);
     work.groups = (int32_t*)take(units_of(a) * unit_steps * 4);
     work.bytes = take.at - (char*)scratch;
     return work;
@@ -229,41 +226,39 @@ struct TileMatmul {
     }
   }
 
-  // Units [from, to) of 16 weight rows: [step][row][32]. A line of `ahead` is fetched for each of codes.
+  // Unit u of 16 weight rows: [step][row][32]. A line of `ahead` is fetched for each of codes.
   template <bool Long, bool Symmetric>
-  static EPMQ_INLINE void decode(const epmq::TileMatmulArgs& a, int64_t row, int64_t from, int64_t to,
-                                 const int32_t* segment_groups, const uint8_t* ahead, uint16_t* out) {
-    const int64_t segment = segment_of(a), per_unit = unit_steps / segment;
+  static EPMQ_INLINE void decode(const epmq::TileMatmulArgs& a, int64_t row, int64_t u, const int32_t* segment_groups,
+                                 const uint8_t* ahead, uint16_t* out) {
+    const int64_t segment = segment_of(a);
     const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
-    for (int64_t u = from; u < to; u++, out += unit_steps * kTileWords) {
-      if (rows < kTileRows) memset(out, 0, sizeof(uint16_t) * (size_t)(unit_steps * kTileWords));
-      const int32_t* groups = segment_groups + u * per_unit;
-      const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
-      if ((u + 1) * unit > a.k) {
-        for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, out + r * kTileDepth);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; r++, ahead += 64) {
-        __builtin_prefetch(ahead, 0, 2);
-        uint16_t* to_row = out + r * kTileDepth;
-        if (Long) {
-          const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[0]));
-          const __m512i words = _mm512_loadu_si512(codes);
-          _mm512_storeu_si512(to_row, _mm512_permutexvar_epi16(words, table));
-          _mm512_storeu_si512(to_row + kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
-          _mm512_storeu_si512(to_row + 2 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
-          _mm512_storeu_si512(to_row + 3 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
-        } else {
-          EPMQ_UNROLL
-          for (int j = 0; j < unit_steps; j++) {
-            const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[j / segment]));
-            const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(codes + 16 * j)));
-            const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-            _mm512_storeu_si512(to_row + j * kTileWords, _mm512_permutexvar_epi16(words, table));
-          }
+    if (rows < kTileRows) memset(out, 0, sizeof(uint16_t) * (size_t)block_words);
+    const int32_t* groups = segment_groups + u * (unit_steps / segment);
+    const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
+    if ((u + 1) * unit > a.k) {
+      for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, out + r * kTileDepth);
+      return;
+    }
+    for (int64_t r = 0; r < rows; r++, ahead += 64) {
+      __builtin_prefetch(ahead, 0, 2);
+      uint16_t* to_row = out + r * kTileDepth;
+      if (Long) {
+        const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[0]));
+        const __m512i words = _mm512_loadu_si512(codes);
+        _mm512_storeu_si512(to_row, _mm512_permutexvar_epi16(words, table));
+        _mm512_storeu_si512(to_row + kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
+        _mm512_storeu_si512(to_row + 2 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
+        _mm512_storeu_si512(to_row + 3 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
+      } else {
+        EPMQ_UNROLL
+        for (int j = 0; j < unit_steps; j++) {
+          const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[j / segment]));
+          const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(codes + 16 * j)));
+          const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+          _mm512_storeu_si512(to_row + j * kTileWords, _mm512_permutexvar_epi16(words, table));
         }
-        codes += a.row_bytes;
       }
+      codes += a.row_bytes;
     }
   }
 
@@ -314,22 +309,21 @@ struct TileMatmul {
     }
   }
 
-  // Segments of units [from, to) of one pair of weight blocks against Right column tiles.
-  template <int Right>
-  static void multiply(const epmq::TileMatmulArgs& a, int64_t from, int64_t to, int64_t tile, const Work& work,
-                       const float* scales, const __m512i* rows, float* sums, int64_t block_sums) {
-    const int64_t steps = segment_of(a), size = kTileRows * a.width;
-    const uint16_t* columns = a.columns + tile * tile_words(a) + from * unit * a.width;
-    const uint16_t* weights = work.weights;
-    const int32_t* groups = work.groups + from * unit_steps / steps;
-    for (int64_t s = 0; s < (to - from) * unit_steps; s += steps, groups++) {
+  // The segments of unit u of one pair of weight blocks against Right column tiles.
+  template <int Right, bool Long>
+  static EPMQ_INLINE void multiply(const epmq::TileMatmulArgs& a, int64_t u, int64_t tile, const Work& work,
+                                   const __m512i* rows, float* sums, int64_t block_sums) {
+    const int64_t steps = Long ? unit_steps : segment_of(a), size = kTileRows * a.width;
+    const uint16_t* columns = a.columns + tile * tile_words(a) + u * unit * a.width;
+    const int32_t* groups = work.groups + u * unit_steps / steps;
+    for (int64_t s = 0; s < unit_steps; s += steps, groups++) {
       clear_tiles<Right>();
-      multiply_tiles<Right>(steps, weights + s * kTileWords, pass_units * unit_steps * kTileWords,
-                            columns + s * kTileDepth * a.width, tile_words(a), a.width);
+      multiply_tiles<Right>(steps, work.weights + s * kTileWords, block_words, columns + s * kTileDepth * a.width,
+                            tile_words(a), a.width);
       store_tiles<Right>(work.products, a.width);
       for (int right = 0; right < Right; right++)
         for (int left = 0; left < 2; left++)
-          scale(a.width, rows, scales + (left * a.groups + *groups) * kTileRows,
+          scale(a.width, rows, work.scales + (left * a.groups + *groups) * kTileRows,
                 work.products + (2 * right + left) * size, sums + left * block_sums + right * size);
     }
   }
@@ -368,45 +362,34 @@ struct TileMatmul {
     }
   }
 
+  // A unit of a pair of weight blocks is decoded and multiplied while codes and grids of the rows that come next are on
+  // their way, in the order of memory, which alone decides the time of a small batch.
   template <bool Long, bool Symmetric>
   static void panels(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
     const Work work = work_of(a, scratch);
-    const int64_t units = units_of(a);
+    const int64_t units = units_of(a), batch = batch_tiles / a.parts * a.parts, tile = kTileRows * a.width;
     groups_of(a, work.groups);
     const Owners owners(a.width);
-    const bool few = a.tiles <= few_tiles;
-    const int64_t height = few ? pair_rows : panel_rows, pass = few ? 1 : pass_units;
-    const int64_t batch = batch_tiles / a.parts * a.parts, tile = kTileRows * a.width;
     const TileScope scope(a.width);
     for (int64_t first = 0; first < a.tiles; first += batch) {
       const int64_t count = a.tiles - first < batch ? a.tiles - first : batch;
       const int64_t m_begin = first / a.parts * kTileRows;
       const int64_t m_end = first + count == a.tiles ? a.m : m_begin + count / a.parts * kTileRows;
-      for (int64_t row = row_begin; row < row_end; row += height) {
-        const int64_t pairs = ((row_end - row < height ? row_end - row : height) + pair_rows - 1) / pair_rows;
-        for (int64_t b = 0; b < 2 * pairs; b++)
-          read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
-        memset(work.sums, 0, sizeof(float) * (size_t)(2 * pairs * count * tile));
-        GridFetch grids(a, row + height, height);
-        for (int64_t from = 0; from < units; from += pass) {
-          const int64_t to = from + pass < units ? from + pass : units;
-          const uint8_t* next = a.packed + (row + height) * a.row_bytes + from * height * (unit / 2);
-          for (int64_t u = from; u < to; u++) grids.step();
-          for (int64_t p = 0; p < pairs; p++) {
-            for (int64_t b = 0; b < 2; b++)
-              decode<Long, Symmetric>(a, row + p * pair_rows + b * kTileRows, from, to, work.groups,
-                                      next + (p * pair_rows + b * kTileRows) * (unit / 2) * (to - from),
-                                      work.weights + b * pass_units * unit_steps * kTileWords);
-            const float* scales = work.scales + 2 * p * a.groups * kTileRows;
-            float* sums = work.sums + 2 * p * count * tile;
-            int64_t t = 0;
-            for (; t + 2 <= count; t += 2)
-              multiply<2>(a, from, to, first + t, work, scales, owners.rows, sums + t * tile, count * tile);
-            if (t < count)
-              multiply<1>(a, from, to, first + t, work, scales, owners.rows, sums + t * tile, count * tile);
-          }
+      for (int64_t row = row_begin; row < row_end; row += pair_rows) {
+        for (int64_t b = 0; b < 2; b++) read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
+        memset(work.sums, 0, sizeof(float) * (size_t)(2 * count * tile));
+        GridFetch grids(a, row + pair_rows, pair_rows);
+        const uint8_t* next = a.packed + (row + pair_rows) * a.row_bytes;
+        for (int64_t u = 0; u < units; u++) {
+          grids.step();
+          for (int64_t b = 0; b < 2; b++, next += kTileRows * (unit / 2))
+            decode<Long, Symmetric>(a, row + b * kTileRows, u, work.groups, next, work.weights + b * block_words);
+          int64_t t = 0;
+          for (; t + 2 <= count; t += 2)
+            multiply<2, Long>(a, u, first + t, work, owners.rows, work.sums + t * tile, count * tile);
+          if (t < count) multiply<1, Long>(a, u, first + t, work, owners.rows, work.sums + t * tile, count * tile);
         }
-        for (int64_t b = 0; b < 2 * pairs && row + b * kTileRows < row_end; b++)
+        for (int64_t b = 0; b < 2 && row + b * kTileRows < row_end; b++)
           finish(a, row + b * kTileRows, first, m_begin, m_end, work.sums + b * count * tile);
       }
     }
