@@ -66,6 +66,24 @@ EPMQ_INLINE void multiply_tiles(int64_t steps, const uint16_t* left, int64_t lef
   }
 }
 
+// The same in pieces, for full tiles: an operand may serve several products.
+EPMQ_INLINE void load_left(const uint16_t* left, int64_t stride) {
+  _tile_loadd(4, left, 64);
+  _tile_loadd(5, left + stride, 64);
+}
+
+EPMQ_INLINE void load_right(const uint16_t* right, int64_t stride) {
+  _tile_loadd(6, right, 64);
+  _tile_loadd(7, right + stride, 64);
+}
+
+EPMQ_INLINE void multiply_loaded() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_dpbf16ps(2, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 template <int Right>
 EPMQ_INLINE void clear_tiles() {
   _tile_zero(0);
