@@ -20,6 +20,7 @@ TORCH_LIBRARY(epmq_native, library) {
       "Tensor(d!)? sum_target=None, Tensor? row_weights=None) -> ()");
   library.def(
       "gptq_sweep(Tensor weight, Tensor unit_upper, Tensor scales, Tensor zeros, Tensor group_of, int bits) -> Tensor");
+  library.def("subtract_product(Tensor(a!) out, Tensor a, Tensor b) -> ()");
   library.def(
       "grid_losses(Tensor weight, Tensor scales, Tensor zeros, int bits, int group_size, float power, "
       "Tensor? importance=None) -> Tensor");
@@ -31,6 +32,7 @@ TORCH_LIBRARY(epmq_native, library) {
 TORCH_LIBRARY_IMPL(epmq_native, CPU, library) {
   library.impl("accumulate", epmq::accumulate);
   library.impl("gptq_sweep", epmq::gptq_sweep);
+  library.impl("subtract_product", epmq::subtract_product);
   library.impl("grid_losses", epmq::grid_losses);
   library.impl("dequant_matmul", epmq::dequant_matmul);
 }

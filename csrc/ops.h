@@ -22,6 +22,10 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
 Tensor gptq_sweep(const Tensor& weight, const Tensor& unit_upper, const Tensor& scales, const Tensor& zeros,
                   const Tensor& group_of, int64_t bits);
 
+// out [N, n] -= a [N, k] b [k, n], fp32; rows of out without gaps. On matrix tiles (EPMQ_CPU=amx) every product of two
+// numbers may be off by 3 * 2^-16 of its size.
+void subtract_product(Tensor& out, const Tensor& a, const Tensor& b);
+
 // weight [N, K], scales and zeros [S, N, G], importance [K] or none, fp32 -> losses [S, N, G].
 Tensor grid_losses(const Tensor& weight, const Tensor& scales, const Tensor& zeros, int64_t bits, int64_t group_size,
                    double power, const std::optional<Tensor>& importance);

@@ -29,7 +29,7 @@ from epmq.devices import place_buffers
 from epmq.diagnose import joined, layer_rows
 from epmq.errors import ConfigError, FormatError, NumericalError
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
-from epmq.group import GroupOutcome, quantize_group
+from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
 from epmq.memory import give_back_free_memory
 from epmq.orientation import features_of, is_linear
 from epmq.progress import Sink
@@ -159,6 +159,7 @@ def quantize_collected(
                     outcomes.update(solved.run(merged, base, experts, statistics))
                     layers += solved.rows
                     matched.update(piece.pattern for piece in solved.pieces)
+                    notes += [COARSE_NOTE] if solved.coarse else []
         for name, module in block.named_modules():
             full = f"{address.name}.{name}"
             if is_linear(module) and name not in outcomes and config.selects(full):
@@ -174,7 +175,7 @@ def quantize_collected(
         for pattern in config.overrides
         if pattern not in matched
     ]
-    return {"layers": layers, "blocks": blocks, "notes": sorted(notes)}
+    return {"layers": layers, "blocks": blocks, "notes": sorted(set(notes))}
 
 
 class _Group:
@@ -194,6 +195,7 @@ class _Group:
         self.linears: list[Any] = [block.get_submodule(name) for name in group.linears]
         self.pieces = parted(group, self.linears, lambda name: config.override_of(f"{address.name}.{name}"))
         self.rows: list[dict[str, Any]] = []
+        self.coarse = False
 
     def run(
         self,
@@ -236,6 +238,7 @@ class _Group:
                 raise NumericalError(f"{where}: the quantized weights are not finite.")
             result.update(deploy(piece.group, piece.linears, outcome))
             outcomes[piece.pattern] = outcome
+            self.coarse |= outcome.coarse
         seconds = time.perf_counter() - started
         # Read once more, so that one task's statistics are held at a time.
         told = [

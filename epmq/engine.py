@@ -14,7 +14,7 @@ from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows
 from epmq.errors import CalibrationError, ConfigError, NumericalError
 from epmq.gather import gather, gather_norm
-from epmq.group import GroupOutcome, anchor_strength, quantize_group
+from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.memory import give_back_free_memory
 from epmq.norms import correct
 from epmq.progress import Sink
@@ -178,6 +178,7 @@ class Engine:
             told = layer_rows(visit.address, piece.group, piece.linears, outcome, compared, seen, seconds)
             self.layers += joined(self.world.gather(told), self.walk.streams)
             self.matched.add(piece.pattern)
+            self.notes += [COARSE_NOTE] if outcome.coarse else []
         return result
 
     def _anchor(self, visit: Visit, group: InputGroup, merged: Expert) -> Expert:

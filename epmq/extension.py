@@ -20,6 +20,8 @@ from epmq.errors import ConfigError, ExtensionError, first_line
 from epmq.quantized import dequantize, unpack
 from epmq.rows import kept_rows
 
+# Columns from which products with 16 significant bits are preferred.
+LEAST_SUBTRACTED = 1536
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -121,6 +123,18 @@ def sweeps(
     return reachable(*floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
 
 
+def _subtracts(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """On matrix tiles only, and where it pays. Not by the number of rows: a share of them must get the same bits."""
+    assert module is not None
+    return (
+        module.cpu_level() == "amx"
+        and b.shape[1] >= LEAST_SUBTRACTED
+        and _on("cpu", out, a, b)
+        and all(tensor.dtype == torch.float32 for tensor in (out, a, b))
+        and out.stride(1) == 1
+    )
+
+
 def _weighs_grids(
     weight: Tensor,
     scales: Tensor,
@@ -170,13 +184,16 @@ def _register_fakes() -> None:
     def gptq_sweep(weight: Tensor, *_: Any) -> Tensor:
         return weight.new_empty(weight.shape, dtype=torch.uint8)
 
+    def subtract_product(*_: Any) -> None:
+        return None
+
     def grid_losses(weight: Tensor, scales: Tensor, *_: Any) -> Tensor:
         return scales.new_empty(scales.shape)
 
     def dequant_matmul(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
         return x.new_empty((x.shape[0], packed.shape[0]))
 
-    for fake in (accumulate, gptq_sweep, grid_losses, dequant_matmul):
+    for fake in (accumulate, gptq_sweep, subtract_product, grid_losses, dequant_matmul):
         torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,6 +224,7 @@ def offer(register: Callable[..., None]) -> None:
     # fp32 sums of some hundred rows at a time are added to fp64 ones.
     register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu, (torch.float32, torch.float64)))
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
+    register("subtract_product", "cpp", native.subtract_product, _subtracts)
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", _dequant_matmul, _multiplies)
     if module.build_info()["cuda_archs"]:

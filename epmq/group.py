@@ -9,12 +9,16 @@ from torch import Tensor
 
 from epmq.config import QuantConfig
 from epmq.quantized import QuantizedTensor
-from epmq.solve import Factor, choose_anchor, factorize, solve_right
+from epmq.solve import Factor, choose_anchor, factorize, is_coarse, solve_right
 from epmq.statistics import Expert, Folded
 from epmq.sweep import column_order, quantize_to_nearest, quantize_weight
 from epmq.world import World
 
 PLAIN_GPTQ_DAMP = 0.01
+COARSE_NOTE = (
+    "targets of wide linears were solved with products of 16 significant bits, on matrix tiles;"
+    " EPMQ_CPU=avx512 takes 24."
+)
 
 
 @dataclass
@@ -23,7 +27,7 @@ class GroupOutcome:
 
     weight: fp32 ``[N, K]`` as deployed (dequantized, or the unrounded target when bits is None). quantized: its codes,
     or None. bias: ``[N]``. anchor: relative lambda used. damp: relative damping used in the end. escalated: whether
-    that is more than was asked for.
+    that is more than was asked for. coarse: whether the target was solved with products of 16 significant bits.
     """
 
     weight: Tensor
@@ -32,6 +36,7 @@ class GroupOutcome:
     anchor: float
     damp: float
     escalated: bool = False
+    coarse: bool = False
 
     def whole(self, own: slice, rows: int, world: World) -> GroupOutcome:
         """All ``rows`` of a group, when this is a process's share ``own`` of them."""
@@ -92,7 +97,7 @@ def quantize_group(
     target = anchor.weight
     if config.needs_experts:
         step = solve_right(problem.pull.index_select(1, order), factor)
-        target = anchor.weight + step.index_select(1, torch.argsort(order))
+        target = step.index_select(1, torch.argsort(order)).add_(anchor.weight)
     used = factor.damp
     quantized: QuantizedTensor | None = None
     weight = target
@@ -100,12 +105,14 @@ def quantize_group(
         if inputs is not problem:
             factor = _ordered_factor(inputs.hessian, order, strength, damp, where)
             used = max(used, factor.damp)
-        quantized = quantize_weight(
-            target, _damped(inputs.hessian, strength, factor.damp), factor, order, config, stored
-        )
+        hessian = inputs.hessian
+        if config.scale_refit or config.clip_search == "hessian":  # nothing else looks at it
+            hessian = _damped(hessian, strength, factor.damp)
+        quantized = quantize_weight(target, hessian, factor, order, config, stored)
         weight = quantized.dequantize()
     bias = problem.bias(anchor, weight) if refit_bias else anchor.bias
-    return GroupOutcome(weight, quantized, bias, strength, used, used > damp)
+    coarse = config.needs_experts and is_coarse(problem.pull, problem.hessian)
+    return GroupOutcome(weight, quantized, bias, strength, used, used > damp, coarse)
 
 
 def _ordered_factor(hessian: Tensor, order: Tensor, strength: float, damp: float, where: str) -> Factor:

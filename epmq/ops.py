@@ -82,6 +82,7 @@ register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
 register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
+register("subtract_product", "reference", reference.subtract_product)
 register("cholesky", "reference", reference.cholesky)
 register(
     "cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked" or blocked.preferred(matrix)
@@ -115,6 +116,11 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`epmq.reference.cholesky`."""
     factor: tuple[Tensor, Tensor] = _call("cholesky", matrix)
     return factor
+
+
+def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """See :func:`epmq.reference.subtract_product`."""
+    _call("subtract_product", out, a, b)
 
 
 def grid_losses(

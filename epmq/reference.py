@@ -95,6 +95,12 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return lower, info
 
 
+def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out -= a · b`` in place: ``[N, n]``, ``[N, k]``, ``[k, n]``. Faster forms may take 16 significant bits of each
+    factor: this serves the target, whose output changes by no more than that, and nothing that is factored."""
+    out.addmm_(a, b, alpha=-1.0)
+
+
 def grid_losses(
     weight: Tensor,
     scales: Tensor,

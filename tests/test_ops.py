@@ -268,6 +268,51 @@ def test_gptq_sweep_of_no_rows_and_of_a_row_with_nan(form: Any) -> None:
     assert torch.equal(dirty, reference.gptq_sweep(weight, upper, scales, zeros, groups, 4))
 
 
+# ---- subtract_product ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(70, 256, 100), (33, 77, 45), (1, 1, 1), (5, 300, 0), (0, 8, 8), (64, 32, 64)], ids=str
+)
+@pytest.mark.parametrize("strides", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("form", forms("subtract_product"))
+def test_subtract_product(form: Any, strides: str, shape: tuple[int, int, int]) -> None:
+    rows, depth, columns = shape
+    a, b = seeded(rows, depth), seeded(depth, columns)
+    if strides == "columns":
+        a, b = a.T.contiguous().T, b.T.contiguous().T
+    elif strides == "neither":
+        a, b = seeded(rows, 2 * depth)[:, ::2], seeded(3 * depth, 2 * columns)[::3, ::2]
+    before = seeded(rows, columns + 3)
+    whole, given_a, given_b = placed(form, before.clone(), a, b)
+    form.function(whole[:, :columns], given_a, given_b)
+    exact = before.double()
+    exact[:, :columns] -= a.double() @ b.double()
+    magnitude = before.double().abs()
+    magnitude[:, :columns] += a.double().abs() @ b.double().abs()
+    # Two factors cut to 16 bits each, and the product of what is left of them.
+    assert_close(whole.cpu(), exact, product_bound(magnitude, depth + 1) + 3 * 2.0**-16 * magnitude, "out")
+    assert torch.equal(whole.cpu()[:, columns:], before[:, columns:])
+
+
+@compiled
+def test_a_row_has_the_same_bits_whatever_is_subtracted_with_it() -> None:
+    function = torch.ops.epmq_native.subtract_product
+    a, b, before = seeded(90, 256), seeded(256, 1600), seeded(90, 1600)
+    threads = torch.get_num_threads()
+    if extension.build_report()["cpu_level"] != "amx":
+        pytest.skip("its products are torch's, whose bits depend on the shape")
+    whole = before.clone()
+    function(whole, a, b)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for first, last in [(0, 1), (7, 30), (31, 64), (89, 90)]:
+            part = before[first:last].clone()
+            function(part, a[first:last], b)
+            assert torch.equal(part, whole[first:last]), f"rows {first}..{last}"
+    torch.set_num_threads(threads)
+
+
 # ---- grid_losses ----------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +527,7 @@ def test_operators_pass_opcheck() -> None:
     for x in (seeded(3, 96), seeded(3, 96).requires_grad_()):
         torch.library.opcheck(native.dequant_matmul.default, (x, packed, scales, zeros, seeded(20), 4, 32))
     torch.library.opcheck(native.gptq_sweep.default, (*sweep_problem(20, 60, 32, 4, True), 4))
+    torch.library.opcheck(native.subtract_product.default, (seeded(9, 7), seeded(9, 5), seeded(5, 7)))
     target = seeded(9, 5)
     hessian, sum_x, cross, sum_target = moments(16, 5)
     torch.library.opcheck(
@@ -517,6 +563,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
     weight, upper, scales, zeros, groups = sweep_problem(20, 60, 32, 4, True)
     with pytest.raises(ValueError, match="group_of"):
         native.gptq_sweep(weight, upper, scales, zeros, groups + 2, 4)
+    with pytest.raises(ValueError, match="out"):
+        native.subtract_product(seeded(9, 6), seeded(9, 5), seeded(5, 7))
+    with pytest.raises(ValueError, match="rows without gaps"):
+        native.subtract_product(seeded(9, 14)[:, ::2], seeded(9, 5), seeded(5, 7))
     with pytest.raises(ValueError, match="hessian"):
         native.accumulate(seeded(3, 4), torch.zeros(5, 5), torch.zeros(4))
     with pytest.raises(ValueError, match="sum_x"):

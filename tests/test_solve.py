@@ -11,9 +11,9 @@ from conftest import ToyJob
 from textbook import Layer, Task, assert_near, make_layer, objective, target_weight
 from torch import Tensor
 
-from epmq import QuantConfig, quantize
+from epmq import QuantConfig, extension, quantize, solve
 from epmq.errors import NumericalError
-from epmq.group import GroupOutcome, quantize_group
+from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
 from epmq.solve import ANCHOR_GRID, choose_anchor, factorize, mean_diagonal, solve_right
 from epmq.statistics import Expert, Folded, TaskStatistics
 
@@ -48,7 +48,9 @@ def folded(
 
 def solved(layer: Layer, strength: float, alpha: float, rho: float) -> Tensor:
     problem = folded(layer, alpha, rho)
-    return layer.anchor(rho) + solve_right(problem.pull, factorize(problem.hessian.clone(), strength, 0.0, "layer"))
+    return layer.anchor(rho) + solve_right(
+        problem.pull.clone(), factorize(problem.hessian.clone(), strength, 0.0, "layer")
+    )
 
 
 def outcome_of(layer: Layer, config: QuantConfig, refit: bool, rho: float = 1.0) -> GroupOutcome:
@@ -176,6 +178,35 @@ def test_refitted_bias_takes_the_mean_of_the_rounding_error_out() -> None:
     assert float(residual.abs().max()) <= 1000 * torch.finfo(DOUBLE).eps * size
 
 
+def test_wide_targets_are_solved_to_sixteen_bits() -> None:
+    columns = 2100  # wide enough for every form, and no whole number of blocks
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, columns, generator=generator)
+    factor = factorize(x.T @ x / 300, 0.1, 0.0, "layer")
+    pull = torch.randn(37, columns, generator=generator)
+    step = solve_right(pull.clone(), factor).double()
+    unit, pivots = factor.unit_upper.double(), factor.pivots.double()
+    residual = step @ unit * pivots @ unit.T - pull.double()
+    # Both triangular solves are those of factors that are off by the error of the products.
+    off = 2 * (3 * 2.0**-16 + columns * torch.finfo(torch.float32).eps)
+    assert bool((residual.abs() <= off * (step.abs() @ unit.abs() * pivots @ unit.abs().T)).all())
+
+
+def test_the_report_tells_of_coarse_products(monkeypatch: pytest.MonkeyPatch, toy_job: ToyJob) -> None:
+    if "amx" not in extension.build_report().get("cpu_levels", ()):
+        pytest.skip("no matrix tiles here")
+    monkeypatch.setattr(extension, "LEAST_SUBTRACTED", 1)
+    monkeypatch.setattr(solve, "SOLVE_BLOCK", 16)
+
+    def notes() -> list[str]:
+        found: list[str] = quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig()).report["notes"]
+        return found
+
+    assert extension.build_report()["cpu_level"] != "amx" or COARSE_NOTE in notes()
+    monkeypatch.setenv("EPMQ_BACKEND", "reference")
+    assert COARSE_NOTE not in notes()
+
+
 @pytest.mark.parametrize("damp", [0.0, 0.01])
 def test_damping_escalates_tenfold_and_is_logged(damp: float, caplog: pytest.LogCaptureFixture) -> None:
     # Eigenvalues 2.05, -0.05, 1, 1: positive definite from damping 0.05 on.
@@ -186,7 +217,7 @@ def test_damping_escalates_tenfold_and_is_logged(damp: float, caplog: pytest.Log
     assert factor.damp == pytest.approx(0.1)
     assert len(caplog.records) == (3 if damp == 0.0 else 1)
     assert all("blocks.3.query" in record.getMessage() for record in caplog.records)
-    assert_near(factor.root @ factor.root.T, hessian + 0.1 * torch.eye(4).double(), 4)
+    assert_near(factor.unit_upper * factor.pivots @ factor.unit_upper.T, hessian + 0.1 * torch.eye(4).double(), 4)
 
 
 def test_damping_past_its_limit_names_the_layer() -> None:

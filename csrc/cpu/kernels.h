@@ -131,10 +131,31 @@ struct TileMatmulArgs : MatmulArgs {
   int64_t width, tiles;    // columns per tile, number of tiles
 };
 
+// ---- products with 16 significant bits, on matrix tiles ------------------------------------------------------------
+
+// out [rows, columns] -= a [rows, depth] * b [depth, columns]; strides in elements, rows of `out` without gaps.
+struct SubtractArgs {
+  const float* a;
+  int64_t a_row_stride, a_column_stride;
+  const float* b;
+  int64_t b_row_stride, b_column_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t rows, columns, depth;
+  uint16_t* left;   // packed -a
+  uint16_t* right;  // packed b
+};
+
 struct TileKernels {
   int (*parts)(Dtype);  // bf16 parts that hold every number of a type
   void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
   void (*product)(const TileProductArgs&);
+
+  int64_t (*subtract_left)(const SubtractArgs&);   // size of `left`
+  int64_t (*subtract_right)(const SubtractArgs&);  // size of `right`
+  void (*pack_left)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*pack_right)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*subtract)(const SubtractArgs&, int64_t pair_begin, int64_t pair_end);  // pairs of row tiles
 
   bool (*takes)(const MatmulArgs&);
   void (*shape)(TileMatmulArgs&);                      // fills parts, width and tiles

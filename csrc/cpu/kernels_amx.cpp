@@ -3,6 +3,7 @@
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define EPMQ_AVX512
 #include "tile_matmul.h"
+#include "tile_product.h"
 #include "tile_statistics.h"
 
 namespace epmq {
@@ -12,6 +13,11 @@ const Kernels& amx_kernels() {
   static const TileKernels tile = {parts_of,
                                    TileStatistics::pack,
                                    TileStatistics::product,
+                                   TileProduct::left_words,
+                                   TileProduct::right_words,
+                                   TileProduct::pack_left,
+                                   TileProduct::pack_right,
+                                   TileProduct::run,
                                    TileMatmul::takes,
                                    TileMatmul::shape,
                                    TileMatmul::column_words,
