@@ -237,6 +237,7 @@ class BlockRunner:
         self._calls: list[BlockAddress] = []
         self._kinds: dict[str, Any] = {}
         self._state = StreamState()
+        self._handed: dict[str, tuple[Any, Versions]] = {}
         for address in self.addresses:
             holder = self._holder(address)
             self._blocks[address] = holder[address.place]
@@ -277,17 +278,17 @@ class BlockRunner:
         if call is None:
             call = self._capture(address, inputs, state)
             state.keep(address, call)
-        # A copy, because a block may write into what it is given.
-        return call.with_hidden(call.hidden.clone())
+        return call
 
     def _capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
-        self._wanted, self._state = self._position[address], state
+        self._wanted, self._state, self._handed = self._position[address], state, {}
         try:
             self.model(**inputs)
         except _Captured as captured:
-            return captured.call
+            # A copy, because a block may write into what it is given, which may be an input or a weight of the model.
+            return captured.call.with_hidden(captured.call.hidden.clone())
         finally:
-            self._wanted = None
+            self._wanted, self._handed = None, {}
         raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
 
     def depends_on(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str) -> bool:
@@ -308,9 +309,20 @@ class BlockRunner:
                 return self._follow(address, BlockCall(args, kwargs))
             if self._position.get(address) == self._wanted:
                 raise _Captured(args, kwargs)
-            return _with_own_hidden(self._state.outputs[address.list_name])
+            return self._hand_out(address.list_name)
 
         return forward
+
+    def _hand_out(self, list_name: str) -> Any:
+        """The output kept in the state, with a copy of its hidden states: the same until the model writes into it."""
+        if list_name in self._handed:
+            output, held = self._handed[list_name]
+            if intact(held):
+                return output
+        output = _with_own_hidden(self._state.outputs[list_name])
+        hidden = hidden_of(output)
+        self._handed[list_name] = output, [(hidden, hidden._version)]
+        return output
 
     def _follow(self, address: BlockAddress, call: BlockCall) -> Any:
         """Note the call; answer with an output of the kind that blocks of this list give."""
