@@ -2,7 +2,8 @@
 
     python benchmarks/whole_job.py --data UNFOLDED [--rounds 3] [--threads 2]
 
-llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches.
+llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches, in
+float32 and in bfloat16: there the rival's model is loaded in it, and our forward passes run in it (forward_dtype).
 Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The
 rival runs in its own environment (``make peers``) and is named when that is absent. Writes results/whole_job.json.
 """
@@ -27,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 RIVAL = "llmcompressor"
-OURS = ("gptq", "epmq", "epmq with diagnostics")
+HALF = "bfloat16"
+OURS = ("gptq", "epmq", "epmq with diagnostics", f"gptq {HALF}", f"epmq {HALF}")
 # The rival's environment holds no package of ours but the checkout.
 sys.path.insert(0, str(HERE.parent))
 
@@ -72,19 +74,23 @@ def run_ours(what: str, data: Path, folder: Path) -> float:
     model = AutoModel.from_pretrained(folder / "merged", add_pooling_layer=False).eval()
     calibration = batches_of(folder)
     experts = {task: data / f"experts/{task}" for task in calibration}
-    config = QuantConfig(method="gptq" if what == "gptq" else "epmq", diagnostics=what.endswith("diagnostics"))
+    config = QuantConfig(
+        method="gptq" if what.startswith("gptq") else "epmq",
+        diagnostics=what.endswith("diagnostics"),
+        forward_dtype=HALF if what.endswith(HALF) else "float32",
+    )
     start = time.perf_counter()
     quantize(model, experts if config.needs_experts else None, calibration, config)
     return time.perf_counter() - start
 
 
-def run_rival(folder: Path) -> float:
+def run_rival(folder: Path, dtype: torch.dtype) -> float:
     """Seconds of llm-compressor's GPTQ with the same grids, order of columns, damping and batches."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder / "merged", add_pooling_layer=False).eval()
+    model = AutoModel.from_pretrained(folder / "merged", add_pooling_layer=False, dtype=dtype).eval()
     batches = [batch for of_task in batches_of(folder).values() for batch in of_task]
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
     modifier = GPTQModifier(
@@ -108,7 +114,10 @@ def run_rival(folder: Path) -> float:
 def child(what: str, data: Path, folder: Path, threads: int) -> None:
     """One run, told as a line of JSON."""
     torch.set_num_threads(threads)
-    seconds = run_rival(folder) if what == RIVAL else run_ours(what, data, folder)
+    if what.startswith(RIVAL):
+        seconds = run_rival(folder, torch.bfloat16 if what.endswith(HALF) else torch.float32)
+    else:
+        seconds = run_ours(what, data, folder)
     print(json.dumps({"seconds": seconds, "peak_mb": peak_megabytes()}))
 
 
@@ -117,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rival = options.peers / RIVAL / "bin/python"
     sides = {what: Path(sys.executable) for what in OURS}
     if rival.exists():
-        sides = {RIVAL: rival, **sides}
+        sides = {RIVAL: rival, f"{RIVAL} {HALF}": rival, **sides}
     else:
         print(f"{RIVAL}: absent ({rival} is not there; make peers)")
     seen: dict[str, list[dict[str, float]]] = {what: [] for what in sides}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from epmq.errors import ModelError
 from epmq.orientation import features_of, is_linear
+from epmq.precision import AS_IT_IS, Precision
 
 Versions = list[tuple[Tensor, int]]
 
@@ -25,9 +26,9 @@ Versions = list[tuple[Tensor, int]]
 class _Captured(Exception):
     """Carries a block's arguments out of the model's forward."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, call: BlockCall):
         super().__init__()
-        self.call = BlockCall(args, kwargs)
+        self.call = call
 
 
 class _Reached(Exception):
@@ -36,10 +37,11 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one call of a block; the hidden states are the first of them."""
+    """The arguments of one call of a block; the hidden states are the first of them. precision: in which it runs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    precision: Precision = AS_IT_IS
 
     @property
     def hidden(self) -> Tensor:
@@ -51,8 +53,8 @@ class BlockCall:
     def with_hidden(self, hidden: Tensor) -> BlockCall:
         """The same call on other hidden states."""
         if self.args:
-            return BlockCall((hidden, *self.args[1:]), self.kwargs)
-        return BlockCall((), {**self.kwargs, "hidden_states": hidden})
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
 
     def sequences(self) -> dict[int | str, Tensor]:
         """Hidden states of other sequences among the arguments (an encoder's, for cross-attention), by their place."""
@@ -71,10 +73,11 @@ class BlockCall:
     def with_sequences(self, found: Mapping[int | str, Tensor]) -> BlockCall:
         """The same call on other hidden states of other sequences."""
         args = tuple(found.get(place, value) for place, value in enumerate(self.args))
-        return BlockCall(args, {name: found.get(name, value) for name, value in self.kwargs.items()})
+        return replace(self, args=args, kwargs={name: found.get(name, value) for name, value in self.kwargs.items()})
 
     def run(self, block: nn.Module) -> Any:
-        return block(*self.args, **self.kwargs)
+        with self.precision.active():
+            return block(*self.args, **self.kwargs)
 
 
 @dataclass
@@ -226,10 +229,13 @@ def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
 
 
 class BlockRunner:
-    """Owns a model whose blocks are taken out of it; hands out each block's arguments for a batch."""
+    """Owns a model whose blocks are taken out of it; hands out each block's arguments for a batch.
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    precision: in which the model runs, and its blocks on what is handed out.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision = AS_IT_IS):
+        self.model, self.precision = model, precision
         self.addresses = find_blocks(model)
         self._blocks: dict[BlockAddress, nn.Module] = {}
         self._position = {address: i for i, address in enumerate(self.addresses)}
@@ -237,6 +243,7 @@ class BlockRunner:
         self._calls: list[BlockAddress] = []
         self._kinds: dict[str, Any] = {}
         self._state = StreamState()
+        self._handed: dict[str, tuple[Any, Versions]] = {}
         for address in self.addresses:
             holder = self._holder(address)
             self._blocks[address] = holder[address.place]
@@ -252,7 +259,8 @@ class BlockRunner:
         Raises ModelError when it calls none, or one of them more than once.
         """
         self._calls, self._kinds = [], {}
-        self.model(**inputs)
+        with self.precision.active():
+            self.model(**inputs)
         called = list(dict.fromkeys(self._calls))
         if not called:
             raise ModelError("the model's forward calls none of its blocks on the calibration inputs.")
@@ -277,17 +285,18 @@ class BlockRunner:
         if call is None:
             call = self._capture(address, inputs, state)
             state.keep(address, call)
-        # A copy, because a block may write into what it is given.
-        return call.with_hidden(call.hidden.clone())
+        return call
 
     def _capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
-        self._wanted, self._state = self._position[address], state
+        self._wanted, self._state, self._handed = self._position[address], state, {}
         try:
-            self.model(**inputs)
+            with self.precision.active():
+                self.model(**inputs)
         except _Captured as captured:
-            return captured.call
+            # A copy, because a block may write into what it is given, which may be an input or a weight of the model.
+            return captured.call.with_hidden(captured.call.hidden.clone())
         finally:
-            self._wanted = None
+            self._wanted, self._handed = None, {}
         raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
 
     def depends_on(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str) -> bool:
@@ -304,13 +313,25 @@ class BlockRunner:
 
     def _forward_of(self, address: BlockAddress) -> Callable[..., Any]:
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = BlockCall(args, kwargs, self.precision)
             if self._wanted is None:
-                return self._follow(address, BlockCall(args, kwargs))
+                return self._follow(address, call)
             if self._position.get(address) == self._wanted:
-                raise _Captured(args, kwargs)
-            return _with_own_hidden(self._state.outputs[address.list_name])
+                raise _Captured(call)
+            return self._hand_out(address.list_name)
 
         return forward
+
+    def _hand_out(self, list_name: str) -> Any:
+        """The output kept in the state, with a copy of its hidden states: the same until the model writes into it."""
+        if list_name in self._handed:
+            output, held = self._handed[list_name]
+            if intact(held):
+                return output
+        output = _with_own_hidden(self._state.outputs[list_name])
+        hidden = hidden_of(output)
+        self._handed[list_name] = output, [(hidden, hidden._version)]
+        return output
 
     def _follow(self, address: BlockAddress, call: BlockCall) -> Any:
         """Note the call; answer with an output of the kind that blocks of this list give."""

@@ -115,6 +115,7 @@ def check_settings(config: QuantConfig) -> None:
         "anchor: auto": config.method == "epmq" and config.anchor == "auto",
         "norm_refit": config.norm_refit,
         "method: rtn": config.method == "rtn",
+        "forward_dtype": config.forward_dtype != "float32",
     }
     for setting, given in needs.items():
         if given:

@@ -21,7 +21,8 @@ Format = Literal["compressed-tensors", "gptq", "native"]
 class DistillSettings(Settings):
     """Tuning of the last blocks towards the experts' features, between closed form and rounding (docs/method.md).
 
-    It holds the whole model in fp32, and one expert beside it while targets are made. steps, learning_rate: of AdamW.
+    It holds the whole model in fp32, and one expert beside it while targets are made; both run in fp32, whatever
+    ``forward_dtype`` says. steps, learning_rate: of AdamW.
     examples: per task and step. copies: varied copies of each text (token models only). originals: share of steps on
     unvaried inputs. last_blocks: share of the blocks that is tuned. covariance_share: how far distances follow the
     expert's own feature covariance. cross_weight: weight of similar tasks' experts; least_similarity: cosine from which
@@ -93,6 +94,8 @@ class QuantConfig(Settings):
     bias_refit: centre the problem and refit biases; None does so for method ``epmq`` unless gamma
     shrinks. norm_refit: refit scale and shift of norm layers.
     distill: settings of a tuning stage after the closed form, or None for the closed form alone.
+    forward_dtype: of linears, attention and products while calibration inputs run through the blocks; the statistics
+    are those of inputs rounded to it. Weights, norms, residual sums, all solving and distillation stay fp32.
     diagnostics: also round the merged weights with plain GPTQ at each layer, for the report's comparison.
     include / exclude: regular expressions searched in linear names; exclude wins.
     overrides: {regular expression: {bits, group_size}} for the linears in whose names it is found; the first that
@@ -120,6 +123,7 @@ class QuantConfig(Settings):
     exclude: tuple[str, ...] = ()
     overrides: dict[str, Override] = Field(default_factory=dict)
     distill: DistillSettings | None = None
+    forward_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     diagnostics: bool = True
 
     @field_validator("anchor")

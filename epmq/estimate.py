@@ -99,12 +99,13 @@ def estimate(
     seen = inside * positions * (width + sum(k for _, k in groups))
     bits = 16 if config.bits is None else config.bits + 32 / max(config.group_size, 16)
     written = round((whole - outer) * bits / 8 + outer * FLOAT)
-    flops = RUNS * 2.0 * largest * positions
-    flops += sum((1 + 2 * inside) * k * k * positions for _, k in groups)
-    flops += sum((2 * experts + 6) * 2 * n * k * k / processes for n, k in groups)
-    states = FLOAT * (streams + seen)
+    forward = RUNS * 2.0 * largest * positions + sum((1 + 2 * inside) * k * k * positions for _, k in groups)
+    solving = sum((2 * experts + 6) * 2 * n * k * k / processes for n, k in groups)
+    dtype: torch.dtype = getattr(torch, config.forward_dtype)
+    states = FLOAT * streams + dtype.itemsize * seen
     disk = 2 * written + 2 * processes * FLOAT * streams
-    return Estimate(FLOAT * fixed, states, disk, flops / _speed(), len(blocks))
+    seconds = forward / _speed(dtype) + solving / _speed(torch.float32)
+    return Estimate(FLOAT * fixed, states, disk, seconds, len(blocks))
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -128,9 +129,9 @@ def _positions(inputs: Mapping[str, Any], width: int) -> int:
     return max((-(-t.numel() // width) if t.is_floating_point() else t.numel() for t in tensors), default=0)
 
 
-def _speed() -> float:
+def _speed(dtype: torch.dtype) -> float:
     """Floating-point operations per second of a product of the usual size."""
-    a = torch.ones(PROBE, PROBE)
+    a = torch.ones(PROBE, PROBE, dtype=dtype)
     a @ a
     started = time.perf_counter()
     a @ a

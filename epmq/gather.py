@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from epmq.blocks import InputGroup, narrows
@@ -99,7 +100,7 @@ def _of_task(
         target = None
         if targets is not None:
             target = visit.rows_inside(task, batch, group.linears if of_outputs else (group.first,))
-            target = target - expert.bias if of_outputs else target
+            target = walk.runner.precision.read(target - expert.bias) if of_outputs else target
         if held is None:
             fitted.add(rows, target, weights, sample)
         else:
@@ -129,7 +130,7 @@ def gather_norm(visit: Visit, name: str) -> NormStatistics:
         for batch in batches:
             z, weights, _ = rows_of(visit.output_of(task, batch, name), batch.weights_of(walk.sequence))
             y = visit.rows_inside(task, batch, (name,))
-            own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
+            own.add(z.float(), y.float(), z.new_ones(len(z), dtype=torch.float32) if weights is None else weights)
         own.over(walk.world)
         moments.fold(own)
     return moments

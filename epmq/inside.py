@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq.blocks import BlockCall, observe
+from epmq.precision import Precision
 
 Seen = dict[str, Tensor]
 
@@ -17,20 +18,21 @@ Seen = dict[str, Tensor]
 def run_inside(
     expert_block: nn.Module, call: BlockCall, inputs_of: list[str], outputs_of: list[str]
 ) -> tuple[Any, Seen]:
-    """The block's output, and copies of what the named modules read, or give, on the way."""
+    """The block's output, and copies of what the named modules read, or give, on the way, in the call's precision."""
     seen: Seen = {}
-    with observe(expert_block, inputs_of, partial(_keep_first, seen)), outputs(expert_block, outputs_of, seen):
+    keep_first = partial(_keep_first, seen, call.precision)
+    with observe(expert_block, inputs_of, keep_first), outputs(expert_block, outputs_of, seen, call.precision):
         output = call.run(expert_block)
     return output, seen
 
 
 @contextmanager
-def outputs(block: nn.Module, names: list[str], seen: Seen) -> Iterator[None]:
+def outputs(block: nn.Module, names: list[str], seen: Seen, precision: Precision) -> Iterator[None]:
     """While active, copies of the outputs of named submodules are kept in ``seen``."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            _keep_copy(seen, name, output)
+            _keep_copy(seen, precision, name, output)
 
         return hook
 
@@ -42,12 +44,12 @@ def outputs(block: nn.Module, names: list[str], seen: Seen) -> Iterator[None]:
             handle.remove()
 
 
-def _keep_first(seen: Seen, name: str, tensor: Tensor) -> None:
+def _keep_first(seen: Seen, precision: Precision, name: str, tensor: Tensor) -> None:
     """As :func:`_keep_copy`, but a module that runs again is seen as it ran first, as in the deployed block."""
     if name not in seen:
-        _keep_copy(seen, name, tensor)
+        _keep_copy(seen, precision, name, tensor)
 
 
-def _keep_copy(seen: Seen, name: str, tensor: Tensor) -> None:
+def _keep_copy(seen: Seen, precision: Precision, name: str, tensor: Tensor) -> None:
     """Keep what a tensor holds now: the block may write into it later."""
-    seen[name] = tensor.clone()
+    seen[name] = precision.copied(tensor)

@@ -59,9 +59,8 @@ def fill(
             )
         value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
         # A block may write into its buffers, and a source in memory hands out its own tensors.
-        replacement: Tensor = value.clone()
-        if isinstance(target, nn.Parameter):
-            replacement = nn.Parameter(value, requires_grad=False)
+        parameter = isinstance(target, nn.Parameter)
+        replacement: Tensor = nn.Parameter(value, requires_grad=False) if parameter else value.clone()
         for name in names:
             _set(module, name, replacement)
 

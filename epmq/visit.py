@@ -68,13 +68,13 @@ class Visit:
         """What a part of the block reads as deployed."""
         call = self._call(task, batch)
         with self._store.active((task, batch.number)):
-            return input_of(self.block, call, name)
+            return call.precision.read(input_of(self.block, call, name))
 
     def output_of(self, task: str, batch: Batch, name: str) -> Tensor:
         """What a part of the block gives as deployed."""
         call = self._call(task, batch)
         seen: Seen = {}
-        with self._store.active((task, batch.number)), outputs(self.block, [name], seen):
+        with self._store.active((task, batch.number)), outputs(self.block, [name], seen, call.precision):
             call.run(self.block)
         return seen[name]
 

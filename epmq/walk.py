@@ -10,6 +10,7 @@ from torch import nn
 
 from epmq.blocks import BlockAddress, BlockCall, BlockRunner, StreamState, hidden_of
 from epmq.config import QuantConfig
+from epmq.precision import Precision
 from epmq.skeleton import fill
 from epmq.sources import WeightSource
 from epmq.states import States
@@ -43,7 +44,7 @@ class Walk:
         self.states = States(around.shelf, self.streams, self.inside)
         self.sequence: str | None = None
         self._list: str | None = None
-        self.runner = BlockRunner(skeleton)
+        self.runner = BlockRunner(skeleton, Precision.of(config.forward_dtype, device))
 
     @property
     def addresses(self) -> list[BlockAddress]:
@@ -90,10 +91,10 @@ class Walk:
         sums = torch.zeros(len(self.streams), 2, dtype=torch.float64)
         for place, (task, batches) in enumerate(self.streams.items()):
             for batch in batches:
-                hidden = self.states.inside(task, batch.number).hidden
+                hidden = self.states.inside(task, batch.number).hidden.float()
                 inside, weights, _ = rows_of(hidden, batch.weights_of(self.sequence))
                 outputs_now = self.states.deployed(task, batch.number).outputs
-                ours = hidden_of(outputs_now[address.list_name]).reshape(inside.shape)
+                ours = hidden_of(outputs_now[address.list_name]).float().reshape(inside.shape)
                 r = inside.new_ones(len(inside)) if weights is None else weights
                 sums[place, 0] += float((r.unsqueeze(1) * (ours - inside).square()).sum())
                 sums[place, 1] += float((r.unsqueeze(1) * inside.square()).sum())

@@ -84,6 +84,11 @@ def expect(done: Done, *parts: str) -> None:
         (("quantization", "anchor"), -1, "quantization.anchor"),
         (("quantization", "anchor"), float("nan"), "quantization.anchor"),
         (("quantization", "method"), "awq", "quantization.method"),
+        (
+            ("quantization", "forward_dtype"),
+            "float8",
+            "quantization.forward_dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'float8'.",
+        ),
         (("quantization", "damp"), 2.0, "quantization.damp"),
         (("quantization", "include"), ["("], "not a regular expression"),
         (("quantization", "preset"), "bset", "unknown preset 'bset'; did you mean 'best'?"),

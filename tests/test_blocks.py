@@ -268,6 +268,32 @@ def test_linears_whose_output_is_changed_in_place_are_calibrated_like_others() -
         assert torch.equal(tensor, results[1][name]), name
 
 
+def test_a_block_that_writes_into_what_it_is_given_gets_it_as_it_was_each_time() -> None:
+    class Between(TellingModel):
+        """Adds in place between its blocks, as its blocks do, and starts from a weight of its own."""
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            hidden: Tensor = self.embedding.weight.view(1, 10, 8)
+            for layer in self.layers:
+                hidden = layer(hidden, torch.ones(8), factor=0.5)[0]
+                hidden += 1.0
+            return hidden
+
+    runner = BlockRunner(Between(inplace=True))
+    weight, inputs = runner.model.get_parameter("embedding.weight").clone(), {"input_ids": torch.zeros(1, 1)}
+    state = StreamState({"layers": (torch.full((1, 10, 8), 7.0), "more")})
+    wanted_at = (weight.view(1, 10, 8), torch.tensor(8.0), torch.tensor(8.0))
+    for address, wanted in zip(runner.addresses, wanted_at, strict=True):
+        for _ in range(2):
+            call = runner.capture(address, inputs, state)
+            assert torch.equal(call.hidden, wanted.expand(1, 10, 8))
+            assert runner.capture(address, inputs, state).hidden is call.hidden
+            with torch.no_grad():
+                call.run(runner.block(address))
+    assert torch.equal(runner.model.get_parameter("embedding.weight"), weight)
+    assert torch.equal(hidden_of(state.outputs["layers"]), torch.full((1, 10, 8), 7.0))
+
+
 # -- real architectures ----------------------------------------------------------------------------------------------
 
 

@@ -255,6 +255,7 @@ def test_groups_that_are_none_of_the_model(
         ({"anchor": "auto"}, "anchor: auto has no use for statistics"),
         ({"norm_refit": True}, "norm_refit has no use for statistics"),
         ({"method": "rtn"}, "method: rtn has no use for statistics"),
+        ({"forward_dtype": "bfloat16"}, "forward_dtype has no use for statistics"),
     ],
 )
 def test_settings_that_need_the_data(

@@ -227,6 +227,10 @@ def test_finished_blocks_are_not_computed_again(
     ("change", "told"),
     [
         (lambda job: job.recipe["quantization"].update(bits=3), "settings, quantization, bits was 4 and is 3"),
+        (
+            lambda job: job.recipe["quantization"].update(forward_dtype="bfloat16"),
+            "settings, quantization, forward_dtype was float32 and is bfloat16",
+        ),
         (lambda job: job.recipe["merge"].update(scaling=0.5), "settings, merge, scaling was 0.4 and is 0.5"),
         (
             lambda job: job.change_expert("intents", **{"embeddings.LayerNorm.weight": torch.zeros(32)}),
@@ -237,7 +241,7 @@ def test_finished_blocks_are_not_computed_again(
             "files, calibration.tasks.reviews, reviews.jsonl, sha256 was ",
         ),
     ],
-    ids=["settings", "merge", "expert", "data"],
+    ids=["settings", "forward dtype", "merge", "expert", "data"],
 )
 def test_another_run_is_not_gone_on_with(
     change: Callable[[Job], Any], told: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]

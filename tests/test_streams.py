@@ -58,6 +58,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"alpha": 0.0, "bias_refit": False},
     {"norm_refit": True, "task_weights": "hessian_norm"},
     {"anchor": "auto"},
+    {"anchor": "auto", "forward_dtype": "bfloat16"},
     {"distill": {"steps": 4, "copies": 1}},
 ]
 

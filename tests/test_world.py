@@ -173,6 +173,13 @@ def test_two_processes_give_what_one_gives(job: Job, tmp_path: Path, capsys: pyt
     assert in_process(capsys, "eval", tmp_path / "two", "--recipe", recipe).out == out
 
 
+def test_forward_passes_in_16_bits_are_shared_out_too(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(job, tmp_path, capsys, anchor="auto", forward_dtype="bfloat16")
+    assert alike(tmp_path / "one", tmp_path / "two") == 1.0
+
+
 def test_sums_have_a_fixed_order(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = both(job, tmp_path, capsys, distill={"steps": 4, "copies": 1, "examples": 4})
     # And where they are does not matter.
