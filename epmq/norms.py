@@ -11,11 +11,14 @@ RIDGE = 0.1
 
 
 class NormStatistics:
-    """Per-channel moments of a norm's deployed outputs z and the experts' outputs y, weighted by task."""
+    """Per-channel moments of a norm's deployed outputs z and the experts' outputs y, weighted by task.
+
+    fp64 sums of each batch's fp32 ones, so that the result does not depend on which process took which batch.
+    """
 
     def __init__(self, channels: int, device: torch.device | None = None):
         self.weight = 0.0
-        self.z, self.y, self.zz, self.zy = torch.zeros(4, channels, device=device)
+        self.z, self.y, self.zz, self.zy = torch.zeros(4, channels, dtype=torch.float64, device=device)
 
     def add(self, z: Tensor, y: Tensor, row_weights: Tensor) -> None:
         """Add rows ``[M, K]`` with weights ``[M]``."""
@@ -39,17 +42,17 @@ class NormStatistics:
             getattr(self, name).add_(getattr(task, name), alpha=1.0 / task.weight)
 
     def correction(self, with_shift: bool) -> tuple[Tensor, Tensor]:
-        """Scale a and shift c ``[K]`` minimising Σ (a z + c - y)² + ridge · Σ z² (a - 1)² per channel."""
+        """Scale a and shift c, fp32 ``[K]``, minimising Σ (a z + c - y)² + ridge · Σ z² (a - 1)² per channel."""
         s = self.weight
         if with_shift:
             covariance = self.zy - self.z * self.y / s
             variance = self.zz - self.z * self.z / s
         else:
             covariance, variance = self.zy, self.zz
-        ridge = RIDGE * variance + torch.finfo(variance.dtype).tiny
+        ridge = RIDGE * variance + torch.finfo(torch.float32).tiny
         scale = (covariance + ridge) / (variance + ridge)
         shift = (self.y - scale * self.z) / s if with_shift else torch.zeros_like(scale)
-        return scale, shift
+        return scale.float(), shift.float()
 
 
 def _offset(norm: nn.Module) -> float:

@@ -63,11 +63,8 @@ class TaskStatistics:
 
     def add(self, x: Tensor, target: Tensor | None, row_weights: Tensor | None, sample: int = 0) -> None:
         """Add rows ``[M, K]``; ``row_weights`` fp32 ``[M]``; keep about ``sample`` of them for the report."""
-        given = target
-        if target is not None and not self.of_outputs:
-            # A difference of small numbers, and only itself rounded to the rows' dtype.
-            wide = torch.promote_types(x.dtype, torch.float32)
-            given = (target.to(wide) - x.to(wide)).to(x.dtype)
+        # In 16 bits too torch subtracts in fp32 and rounds once.
+        given = target if target is None or self.of_outputs else target - x
         hessian, sum_x, *crossed = self._totals if self._straight else self._moments()
         cross, sum_target = crossed or (None, None)
         ops.accumulate(x, hessian, sum_x, given, cross, sum_target, row_weights)
