@@ -25,19 +25,31 @@ struct GridKernel {
   }
 
   // v^p for v >= 0 by polynomials of log2, for numbers between the roots of 1/2 and 2, and of exp2 between -1/2 and
-  // 1/2, each within 2e-7; zero gives 2^-126.
+  // 1/2, within 3e-6 in all; zero gives 2^-126.
   static EPMQ_INLINE Vec power_of(Vec v, Vec p) {
-    static constexpr float log2[] = {-0.149731308f, 0.235708863f,  -0.248323113f, 0.286868989f,
-                                     -0.360263437f, 0.480931163f, -0.721352458f, 1.44269490f};
-    static constexpr float exp2[] = {0.00132764666f, 0.00967554096f, 0.0555071346f,
-                                     0.240221202f,   0.693146944f,   1.00000012f};
+    static constexpr float log2[] = {0.170658488f, -0.272686605f, 0.297250453f, -0.358963202f,
+                                     0.480466248f, -0.721375828f, 1.4426997f};
+    static constexpr float exp2[] = {0.00957010186f, 0.0559178603f, 0.240247448f, 0.693121815f, 0.999999261f};
     constexpr int32_t root_half = 0x3f3504f3;
     const Ints bits = (Ints)v.r, exponent = (bits - root_half) >> 23;
     const Vec t = Vec{(Register)(bits - (exponent << 23))} - Vec::broadcast(1.0f);
     const Vec log = Vec::fma(polynomial(log2, t), t, Vec{(Register)__builtin_convertvector(exponent, Floats)});
-    const Vec y = (p * log).clamp(Vec::broadcast(-126.0f), Vec::broadcast(127.0f)), whole = y.round_even();
+    return power_of_two(exp2, p * log);
+  }
+
+  // 2^y, y at least -126: below, results would be denormal, which costs.
+  template <int Count>
+  static EPMQ_INLINE Vec power_of_two(const float (&exp2)[Count], Vec y) {
+#if defined(EPMQ_AVX512)
+    y = Vec{_mm512_max_ps(y.r, _mm512_set1_ps(-126.0f))};
+    const Vec whole = y.round_even();
+    return {_mm512_scalef_ps(polynomial(exp2, y - whole).r, whole.r)};
+#else
+    y = y.clamp(Vec::broadcast(-126.0f), Vec::broadcast(127.0f));
+    const Vec whole = y.round_even();
     const Ints power = (__builtin_convertvector((Floats)whole.r, Ints) + 127) << 23;
     return polynomial(exp2, y - whole) * Vec{(Register)power};
+#endif
   }
 
   // Losses of one piece of a group under grid s, added to `total`.
