@@ -164,10 +164,16 @@ def _multiplies(
 
 
 def _dequant_matmul(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+    product: Callable[..., Tensor],
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
 ) -> Tensor:
     """Past autograd where no gradient is kept: what torch runs there in Python takes as long as a small product."""
-    product: Callable[..., Tensor] = torch.ops.epmq_native.dequant_matmul.default
     keeps = x.requires_grad or (bias is not None and bias.requires_grad)
     if (keeps and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return product(x, packed, scales, zeros, bias, bits, group_size)
@@ -226,6 +232,6 @@ def offer(register: Callable[..., None]) -> None:
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("subtract_product", "cpp", native.subtract_product, _subtracts)
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
-    register("dequant_matmul", "cpp", _dequant_matmul, _multiplies)
+    register("dequant_matmul", "cpp", partial(_dequant_matmul, native.dequant_matmul.default), _multiplies)
     if module.build_info()["cuda_archs"]:
         register("accumulate", "cuda", _accumulate_on_cuda, _accumulates_on_cuda)
