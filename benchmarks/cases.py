@@ -10,6 +10,7 @@ from registry import makers
 RIVALS = {
     "accumulate": ("two torch.addmm",),
     "gptq_sweep": ("PyTorch reference",),
+    "subtract_product": ("torch.addmm",),
     "gptq_settings": ("clip: mse", "clip: hessian", "E-PMQ target too"),
     "dequant_matmul": ("dense fp32 F.linear", "dense bf16 F.linear", "aten int4pack bf16"),
 }

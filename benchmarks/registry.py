@@ -69,6 +69,19 @@ def sweep_case(rows: int, columns: int) -> Case:
     )
 
 
+def product_case(rows: int, depth: int, columns: int) -> Case:
+    """What one block of columns of the target's solve takes out of the others."""
+    a, b = torch.randn(rows, depth), torch.randn(depth, columns)
+    out, other = torch.zeros(rows, columns), torch.zeros(rows, columns)
+    return Case(
+        "subtract_product",
+        f"N={rows} k={depth} n={columns}",
+        lambda: ops.subtract_product(out, a, b),
+        {"torch.addmm": lambda: other.addmm_(a, b, alpha=-1.0)},
+        flops=2 * rows * depth * columns,
+    )
+
+
 def group_case(rows: int, columns: int) -> Case:
     """Plain GPTQ of a weight from its statistics, and what the rest of E-PMQ costs beside it."""
     x = torch.randn(2 * columns, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
@@ -151,6 +164,7 @@ def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Cas
 
 ACCUMULATE = [(2048, 384, 384), (2048, 1536, 384), (2048, 384, 1536), (1024, 4096, 4096)]
 SWEEP = [(384, 384), (384, 1536), (2048, 2048), (4096, 4096)]
+PRODUCT = [(4096, 256, 2048)]
 GROUP = [(1536, 384), (4096, 4096)]
 MATMUL = [(m, n, 4096) for n in (4096, 11008) for m in (1, 4, 16, 64)] + [(256, 4096, 4096)]
 
@@ -171,6 +185,9 @@ class Maker:
         if self.op == "gptq_sweep":
             rows, columns = self.shape
             return sweep_case(rows, columns)
+        if self.op == "subtract_product":
+            rows, depth, columns = self.shape
+            return product_case(rows, depth, columns)
         if self.op == "gptq_settings":
             rows, columns = self.shape
             return group_case(rows, columns)
@@ -182,5 +199,6 @@ def makers() -> list[Maker]:
     """Every case, in the order of the tables."""
     made = [Maker("accumulate", shape, dtype) for shape in ACCUMULATE for dtype in ("float32", "bfloat16")]
     made += [Maker("gptq_sweep", shape) for shape in SWEEP]
+    made += [Maker("subtract_product", shape) for shape in PRODUCT]
     made += [Maker("gptq_settings", shape) for shape in GROUP]
     return made + [Maker("dequant_matmul", shape, dtype) for shape in MATMUL for dtype in ("float32", "bfloat16")]

@@ -8,8 +8,7 @@
 namespace epmq {
 
 void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor&>{"out", out}, {"a", a}, {"b", b}}) {
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"out", out}, {"a", a}, {"b", b}}) {
     TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
     TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, name, ": expected float32, got ", tensor.scalar_type());
   }
@@ -38,7 +37,8 @@ void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
   args.out_stride = out.stride(0);
   const TileKernels& tile = *kernel.tile;
   const auto words = at::TensorOptions(at::kBFloat16);
-  const Tensor left = at::empty({tile.subtract_left(args)}, words), right = at::empty({tile.subtract_right(args)}, words);
+  const Tensor left = at::empty({tile.subtract_left(args)}, words);
+  const Tensor right = at::empty({tile.subtract_right(args)}, words);
   args.left = static_cast<uint16_t*>(left.mutable_data_ptr());
   args.right = static_cast<uint16_t*>(right.mutable_data_ptr());
   const auto pairs = [](int64_t count) { return (count + 31) / 32; };

@@ -1,7 +1,7 @@
 // out -= a * b on matrix tiles, with 16 significant bits of each factor: three products of bf16 parts, summed in fp32.
 //
-// A number is taken as the sum of its two largest bf16 parts, and of their products the smallest is left out: every term
-// is off by at most 3 * 2^-16 of its size, and by a fifth of that on average. Accumulators are read from and written to `out` itself. A row of `out` has the
+// A number is taken as the sum of its two largest bf16 parts, and of their products the smallest is left out: a term is
+// off by at most 3 * 2^-16 of its size. Accumulators are read from and written to `out` itself. A row of `out` has the
 // same bits whatever rows it is computed with.
 #pragma once
 
@@ -10,13 +10,15 @@
 namespace {
 
 struct TileProduct {
-  static constexpr int64_t pair = 2 * kTileRows;               // rows, and columns, of two operands
+  static constexpr int64_t pair = 2 * kTileRows;             // rows, and columns, of two operands
   static constexpr int parts = 2;
-  static constexpr int64_t step_words = parts * kTileWords;    // of one operand: [part][16][32]
+  static constexpr int64_t step_words = parts * kTileWords;  // of one operand: [part][16][32]
 
   static int64_t steps_of(const epmq::SubtractArgs& a) { return (a.depth + kTileDepth - 1) / kTileDepth; }
   // bf16 numbers of the packed operands, in whole pairs.
-  static int64_t left_words(const epmq::SubtractArgs& a) { return (a.rows + pair - 1) / pair * 2 * steps_of(a) * step_words; }
+  static int64_t left_words(const epmq::SubtractArgs& a) {
+    return (a.rows + pair - 1) / pair * 2 * steps_of(a) * step_words;
+  }
   static int64_t right_words(const epmq::SubtractArgs& a) {
     return (a.columns + pair - 1) / pair * 2 * steps_of(a) * step_words;
   }
