@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epmq.errors import ConfigError, ExtensionError, first_line
-from epmq.quantized import dequantize, unpack
+from epmq.gradient import gradient, keep
 from epmq.rows import kept_rows
 
 # Columns from which products with 16 significant bits are preferred.
@@ -201,22 +201,6 @@ def _register_fakes() -> None:
 
     for fake in (accumulate, gptq_sweep, subtract_product, grid_losses, dequant_matmul):
         torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, packed, scales, zeros, bias, ctx.bits, ctx.group_size = inputs
-        ctx.save_for_backward(packed, scales, zeros)
-        ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
-
-    def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The packed weight is fixed: only the activations and the bias have a gradient."""
-        packed, scales, zeros = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            codes = unpack(packed, ctx.bits, ctx.in_features)
-            grad_x = (grad.float() @ dequantize(codes, scales, zeros, ctx.bits, ctx.group_size)).to(grad.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-            grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None
 
     torch.library.register_autograd("epmq_native::dequant_matmul", gradient, setup_context=keep)
 

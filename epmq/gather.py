@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from epmq.blocks import InputGroup, narrows
@@ -130,7 +129,8 @@ def gather_norm(visit: Visit, name: str) -> NormStatistics:
         for batch in batches:
             z, weights, _ = rows_of(visit.output_of(task, batch, name), batch.weights_of(walk.sequence))
             y = visit.rows_inside(task, batch, (name,))
-            own.add(z.float(), y.float(), z.new_ones(len(z), dtype=torch.float32) if weights is None else weights)
+            z, y = z.float(), y.float()
+            own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
         own.over(walk.world)
         moments.fold(own)
     return moments

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from epmq import ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError
+from epmq.gradient import gradient, keep
 from epmq.orientation import is_transposed, weight_of
-from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, dequantize, group_count, pack, packed_words, unpack
+from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
 from epmq.sweep import quantize_to_nearest
 
 
@@ -32,25 +33,7 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, zeros, bias, bits, group_size = inputs
-    ctx.save_for_backward(packed, scales, zeros)
-    ctx.in_features, ctx.bits, ctx.group_size = x.shape[1], bits, group_size
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scales, zeros = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        weight = dequantize(unpack(packed, ctx.bits, ctx.in_features), scales, zeros, ctx.bits, ctx.group_size)
-        grad_x = (grad.float() @ weight).to(grad.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None
-
-
-quant_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+quant_linear.register_autograd(gradient, setup_context=keep)
 
 
 class QuantLinear(nn.Module):

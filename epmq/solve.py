@@ -79,7 +79,6 @@ def solve_right(pull: Tensor, factor: Factor) -> Tensor:
     three times the rate of triangular solves.
     """
     unit, columns = factor.unit_upper, pull.shape[1]
-    step = pull
     parts = [slice(start, min(start + SOLVE_BLOCK, columns)) for start in range(0, columns, SOLVE_BLOCK)]
     eye = torch.eye(min(SOLVE_BLOCK, columns), dtype=unit.dtype, device=unit.device)
     inverses = [
@@ -89,13 +88,13 @@ def solve_right(pull: Tensor, factor: Factor) -> Tensor:
         for part in parts
     ]
     for part, inverse in zip(reversed(parts), reversed(inverses), strict=True):
-        step[:, part] = step[:, part] @ inverse.T
-        ops.subtract_product(step[:, : part.start], step[:, part], unit[: part.start, part].T)
-        step[:, part] /= factor.pivots[part]
+        pull[:, part] = pull[:, part] @ inverse.T
+        ops.subtract_product(pull[:, : part.start], pull[:, part], unit[: part.start, part].T)
+        pull[:, part] /= factor.pivots[part]
     for part, inverse in zip(parts, inverses, strict=True):
-        step[:, part] = step[:, part] @ inverse
-        ops.subtract_product(step[:, part.stop :], step[:, part], unit[part, part.stop :])
-    return step
+        pull[:, part] = pull[:, part] @ inverse
+        ops.subtract_product(pull[:, part.stop :], pull[:, part], unit[part, part.stop :])
+    return pull
 
 
 def is_coarse(pull: Tensor, hessian: Tensor) -> bool:

@@ -29,17 +29,16 @@ struct GridKernel {
   static EPMQ_INLINE Vec power_of(Vec v, Vec p) {
     static constexpr float log2[] = {0.170658488f, -0.272686605f, 0.297250453f, -0.358963202f,
                                      0.480466248f, -0.721375828f, 1.4426997f};
-    static constexpr float exp2[] = {0.00957010186f, 0.0559178603f, 0.240247448f, 0.693121815f, 0.999999261f};
     constexpr int32_t root_half = 0x3f3504f3;
     const Ints bits = (Ints)v.r, exponent = (bits - root_half) >> 23;
     const Vec t = Vec{(Register)(bits - (exponent << 23))} - Vec::broadcast(1.0f);
     const Vec log = Vec::fma(polynomial(log2, t), t, Vec{(Register)__builtin_convertvector(exponent, Floats)});
-    return power_of_two(exp2, p * log);
+    return power_of_two(p * log);
   }
 
   // 2^y, y at least -126: below, results would be denormal, which costs.
-  template <int Count>
-  static EPMQ_INLINE Vec power_of_two(const float (&exp2)[Count], Vec y) {
+  static EPMQ_INLINE Vec power_of_two(Vec y) {
+    static constexpr float exp2[] = {0.00957010186f, 0.0559178603f, 0.240247448f, 0.693121815f, 0.999999261f};
 #if defined(EPMQ_AVX512)
     y = Vec{_mm512_max_ps(y.r, _mm512_set1_ps(-126.0f))};
     const Vec whole = y.round_even();

@@ -151,8 +151,7 @@ struct TileKernels {
   void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
   void (*product)(const TileProductArgs&);
 
-  int64_t (*subtract_left)(const SubtractArgs&);   // size of `left`
-  int64_t (*subtract_right)(const SubtractArgs&);  // size of `right`
+  int64_t (*subtract_words)(const SubtractArgs&, int64_t count);  // size of `left` or `right`, by rows or columns
   void (*pack_left)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*pack_right)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*subtract)(const SubtractArgs&, int64_t pair_begin, int64_t pair_end);  // pairs of row tiles

@@ -37,11 +37,11 @@ void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
   args.out_stride = out.stride(0);
   const TileKernels& tile = *kernel.tile;
   const auto words = at::TensorOptions(at::kBFloat16);
-  const Tensor left = at::empty({tile.subtract_left(args)}, words);
-  const Tensor right = at::empty({tile.subtract_right(args)}, words);
+  const Tensor left = at::empty({tile.subtract_words(args, args.rows)}, words);
+  const Tensor right = at::empty({tile.subtract_words(args, args.columns)}, words);
   args.left = static_cast<uint16_t*>(left.mutable_data_ptr());
   args.right = static_cast<uint16_t*>(right.mutable_data_ptr());
-  const auto pairs = [](int64_t count) { return (count + 31) / 32; };
+  const auto pairs = [](int64_t count) { return (count + 31) / 32; };  // of tiles of 16 rows or columns
   at::parallel_for(0, 2 * pairs(args.rows), 4, [&](int64_t begin, int64_t end) { tile.pack_left(args, begin, end); });
   at::parallel_for(0, 2 * pairs(args.columns), 4,
                    [&](int64_t begin, int64_t end) { tile.pack_right(args, begin, end); });

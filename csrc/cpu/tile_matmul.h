@@ -103,11 +103,7 @@ struct TileMatmul {
         if (!ordinary) __atomic_store_n(a.ordinary + m, (uint8_t)0, __ATOMIC_RELAXED);
         for (int part = 0; part < a.parts; part++) {
           __m512i words[4], steps[4];
-          for (int i = 0; i < 4; i++) {
-            const __m256i low = _mm512_cvtepi32_epi16(take_bfloat(values[2 * i]));
-            const __m256i high = _mm512_cvtepi32_epi16(take_bfloat(values[2 * i + 1]));
-            words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-          }
+          for (int i = 0; i < 4; i++) words[i] = take_words(values[2 * i], values[2 * i + 1]);
           order<Long>(words, steps);
           const Place place = place_of(a, m, part);
           uint16_t* out = a.columns + place.tile * tile_words(a) + u * unit * a.width + 2 * place.column;
@@ -198,17 +194,15 @@ struct TileMatmul {
       }
     };
     int64_t units;
-    bool asymmetric;
-    Lines scales, zeros;
+    Lines scales, zeros;  // no lines where there are no zeros: their stride is 0
 
     GridFetch(const epmq::TileMatmulArgs& a, int64_t row, int64_t rows)
         : units(units_of(a)),
-          asymmetric(a.zeros != nullptr),
           scales(a.scales, a.scale_stride * (a.scale_dtype == epmq::Dtype::kFloat ? 4 : 2), row, rows),
           zeros(a.zeros, a.zero_stride, row, rows) {}
     EPMQ_INLINE void step() {
       scales.step(units);
-      if (asymmetric) zeros.step(units);
+      zeros.step(units);
     }
   };
 

@@ -15,12 +15,9 @@ struct TileProduct {
   static constexpr int64_t step_words = parts * kTileWords;  // of one operand: [part][16][32]
 
   static int64_t steps_of(const epmq::SubtractArgs& a) { return (a.depth + kTileDepth - 1) / kTileDepth; }
-  // bf16 numbers of the packed operands, in whole pairs.
-  static int64_t left_words(const epmq::SubtractArgs& a) {
-    return (a.rows + pair - 1) / pair * 2 * steps_of(a) * step_words;
-  }
-  static int64_t right_words(const epmq::SubtractArgs& a) {
-    return (a.columns + pair - 1) / pair * 2 * steps_of(a) * step_words;
+  // bf16 numbers of a packed operand of `count` rows or columns, in whole pairs of tiles.
+  static int64_t words(const epmq::SubtractArgs& a, int64_t count) {
+    return (count + pair - 1) / pair * 2 * steps_of(a) * step_words;
   }
 
   // ---- operands: [tile][step][part][16][32] ---------------------------------------------------------------------
@@ -33,13 +30,6 @@ struct TileProduct {
     float lanes[16] = {};
     for (int64_t l = 0; l < (count < 16 ? count : 16); l++) lanes[l] = at[l * stride];
     return _mm512_loadu_ps(lanes);
-  }
-
-  // 32 numbers along the depth as bf16 words, the next part of each.
-  static EPMQ_INLINE __m512i take_words(__m512 (&values)[2]) {
-    const __m256i low = _mm512_cvtepi32_epi16(take_bfloat(values[0]));
-    const __m256i high = _mm512_cvtepi32_epi16(take_bfloat(values[1]));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
 
   // Left tiles hold -a, row by row.
@@ -55,7 +45,7 @@ struct TileProduct {
                               read(from + 16 * a.a_column_stride, a.a_column_stride, left - 16)};
           for (__m512& value : values) value = _mm512_xor_ps(value, minus);
           for (int part = 0; part < parts; part++)
-            _mm512_storeu_si512(out + part * kTileWords + r * kTileDepth, take_words(values));
+            _mm512_storeu_si512(out + part * kTileWords + r * kTileDepth, take_words(values[0], values[1]));
         }
       }
   }
@@ -92,7 +82,7 @@ struct TileProduct {
       const float* column = from + c * a.b_column_stride;
       const int64_t count = c < columns ? depth : 0;
       __m512 values[2] = {read(column, 1, count), read(column + 16, 1, count - 16)};
-      for (int part = 0; part < parts; part++) words[part][c] = take_words(values);
+      for (int part = 0; part < parts; part++) words[part][c] = take_words(values[0], values[1]);
     }
     for (int part = 0; part < parts; part++) {
       transpose(words[part]);

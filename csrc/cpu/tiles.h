@@ -120,6 +120,12 @@ EPMQ_INLINE __m512i take_bfloat(__m512& value) {
   return top;
 }
 
+// 32 numbers as bf16 words, the next part of each.
+EPMQ_INLINE __m512i take_words(__m512& first, __m512& second) {
+  const __m256i low = _mm512_cvtepi32_epi16(take_bfloat(first)), high = _mm512_cvtepi32_epi16(take_bfloat(second));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 // Parts that hold every number of a type.
 inline int parts_of(epmq::Dtype dtype) {
   return dtype == epmq::Dtype::kBfloat ? 1 : dtype == epmq::Dtype::kHalf ? 2 : 3;
