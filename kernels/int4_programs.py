@@ -122,27 +122,51 @@ def plane(
     words,
     scale_words,
     NIBBLE: tl.constexpr,
-    GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     FP16: tl.constexpr,
     ASM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The operand of one nibble: the weight in 16 bits, or ``code - zero`` where the sum is scaled (GROUP 0)."""
+    """The operand of one nibble: the weight in 16 bits, or ``code - zero`` where sums are scaled."""
     whole = centred(words, scale_words, NIBBLE, FP16, ASM, WIDE)
-    if GROUP == 0:
-        return whole
-    return scaled(whole, scale_words, FP16, WIDE)
+    if SCALED:
+        return scaled(whole, scale_words, FP16, WIDE)
+    return whole
 
 
 @triton.jit
-def group_words(base, kb, stride, NIBBLE: tl.constexpr, GROUP: tl.constexpr):
-    """int32 [R]: scale words of one nibble in block kb of 128 columns. GROUP 0 is the whole row."""
-    if GROUP == 0:
-        return tl.load(base)
-    elif GROUP >= 128:
-        return tl.load(base + (kb // (GROUP // 128)) * stride)
+def grid_places(rows, GROUP: tl.constexpr):
+    """Where the grid words of rows lie from a step's first one: int32 [R], or [R, 128 / GROUP] for smaller groups."""
+    if GROUP == 32 or GROUP == 64:
+        return rows[:, None] * (128 // GROUP) + tl.arange(0, 128 // GROUP)[None, :]
     else:
-        return tl.load(base + (kb * (128 // GROUP) + NIBBLE * 32 // GROUP) * stride)
+        return rows
+
+
+@triton.jit
+def first_grid_word(scales, kb, NP, GROUP: tl.constexpr):
+    """The address of the grid words of block kb of 128 columns. GROUP 0 is the whole row."""
+    if GROUP == 0:
+        return scales
+    elif GROUP >= 128:
+        return scales + (kb // (GROUP // 128)) * NP.to(tl.int64)
+    else:
+        return scales + kb * (128 // GROUP) * NP.to(tl.int64)
+
+
+@triton.jit
+def words_of_planes(grid, GROUP: tl.constexpr):
+    """Four int32 [R], the grid words of nibbles 0 to 3, from what :func:`grid_places` points to."""
+    if GROUP == 64:
+        low, high = tl.split(grid)
+        return low, low, high, high
+    elif GROUP == 32:
+        even, odd = tl.split(grid.reshape(grid.shape[0], 2, 2))
+        s0, s2 = tl.split(even)
+        s1, s3 = tl.split(odd)
+        return s0, s1, s2, s3
+    else:
+        return grid, grid, grid, grid
 
 
 @triton.jit(do_not_specialize=["M", "KB", "blocks_per_part"])
@@ -171,8 +195,8 @@ def product_tiles(
     """One tile of ``y = x · Wᵀ`` [BM, BN] over one part of the columns.
 
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
-    scales: int32 [groups, NP]. bias: [N] if BIAS. out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT.
-    Grid: (tiles over N and M, parts).
+    scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
+    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts).
     """
     FP16: tl.constexpr = x.dtype.element_ty == tl.float16
     tiles_n = tl.cdiv(N, BN)
@@ -193,58 +217,69 @@ def product_tiles(
     start_n = tl.minimum(pid_n * BN, NP - BN)
     start_n = tl.multiple_of(start_n, 64)
     rows = tl.arange(0, BN)
-    inside = (rows // 64).to(tl.int64)[:, None] * KB * 2048 + ((rows % 64) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    inside = (rows // 64)[:, None] * (KB * 2048) + ((rows % 64) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    grid_inside = grid_places(rows, GROUP)
     first = part * blocks_per_part
     last = tl.minimum(first + blocks_per_part, KB)
-    w_ptrs = words + ((start_n // 64).to(tl.int64) * KB + first) * 2048 + inside
-    s_ptrs = scales + start_n + rows
+    # Addresses are a moving start and fixed 32-bit places: moving every address costs two additions for each.
+    w_start = words + ((start_n // 64).to(tl.int64) * KB + first) * 2048
+    TOGETHER: tl.constexpr = 128 // GROUP if GROUP == 32 or GROUP == 64 else 1
+    tile_grid = scales + start_n * TOGETHER
+    grid_start = first_grid_word(tile_grid, first, NP, GROUP)
     # Tokens past the end read the last one's: loads need no mask, and what comes of them is not stored.
-    tokens = pid_m * BM + tl.arange(0, BM)
-    x_rows = x + tl.minimum(tokens, M - 1).to(tl.int64) * x_stride + first * 128
+    start_m = pid_m * BM
+    x_start = x + start_m.to(tl.int64) * x_stride + first * 128
+    x_rows = tl.minimum(tl.arange(0, BM), M - 1 - start_m) * x_stride
+    # Few tokens: scaling a sum of 128 columns takes fewer instructions than scaling its weights.
+    SUMMED: tl.constexpr = GROUP >= 128 and BM <= 32
+    SCALED: tl.constexpr = GROUP > 0 and not SUMMED
     acc = tl.zeros((BN, BM), tl.float32)
     for kb in range(first, last):
-        w = tl.load(w_ptrs)
-        s0 = group_words(s_ptrs, kb, NP, 0, GROUP)
-        s1, s2, s3 = s0, s0, s0
-        if GROUP == 32:
-            s1 = group_words(s_ptrs, kb, NP, 1, GROUP)
-            s3 = group_words(s_ptrs, kb, NP, 3, GROUP)
-        if GROUP == 32 or GROUP == 64:
-            s2 = group_words(s_ptrs, kb, NP, 2, GROUP)
-        if GROUP == 64:
-            s3 = s2
+        w = tl.load(w_start + inside)
+        if GROUP > 128:
+            grid_start = first_grid_word(tile_grid, kb, NP, GROUP)
+        s0, s1, s2, s3 = words_of_planes(tl.load(grid_start + grid_inside), GROUP)
+        total = tl.zeros((BN, BM), tl.float32) if SUMMED else acc
         if JOINED:
-            xt = tl.load(x_rows[None, :] + tl.arange(0, 128)[:, None])
-            even = tl.join(plane(w, s0, 0, GROUP, FP16, ASM, WIDE), plane(w, s2, 2, GROUP, FP16, ASM, WIDE))
-            odd = tl.join(plane(w, s1, 1, GROUP, FP16, ASM, WIDE), plane(w, s3, 3, GROUP, FP16, ASM, WIDE))
+            xt = tl.load(x_start + x_rows[None, :] + tl.arange(0, 128)[:, None])
+            even = tl.join(plane(w, s0, 0, SCALED, FP16, ASM, WIDE), plane(w, s2, 2, SCALED, FP16, ASM, WIDE))
+            odd = tl.join(plane(w, s1, 1, SCALED, FP16, ASM, WIDE), plane(w, s3, 3, SCALED, FP16, ASM, WIDE))
             weight = tl.join(even, odd).permute(0, 2, 3, 1).reshape(BN, 128)
             if WIDE:
                 xt = xt.to(tl.float32)
-            acc = tl.dot(weight, xt, acc)
+            total = tl.dot(weight, xt, total)
         else:
             k32 = tl.arange(0, 32)[:, None]
-            x0 = tl.load(x_rows[None, :] + k32)
-            x1 = tl.load(x_rows[None, :] + (k32 + 32))
-            x2 = tl.load(x_rows[None, :] + (k32 + 64))
-            x3 = tl.load(x_rows[None, :] + (k32 + 96))
+            x0 = tl.load(x_start + x_rows[None, :] + k32)
+            x1 = tl.load(x_start + x_rows[None, :] + (k32 + 32))
+            x2 = tl.load(x_start + x_rows[None, :] + (k32 + 64))
+            x3 = tl.load(x_start + x_rows[None, :] + (k32 + 96))
             if WIDE:
                 x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-            acc = tl.dot(plane(w, s0, 0, GROUP, FP16, ASM, WIDE), x0, acc)
-            acc = tl.dot(plane(w, s1, 1, GROUP, FP16, ASM, WIDE), x1, acc)
-            acc = tl.dot(plane(w, s2, 2, GROUP, FP16, ASM, WIDE), x2, acc)
-            acc = tl.dot(plane(w, s3, 3, GROUP, FP16, ASM, WIDE), x3, acc)
+            total = tl.dot(plane(w, s0, 0, SCALED, FP16, ASM, WIDE), x0, total)
+            total = tl.dot(plane(w, s1, 1, SCALED, FP16, ASM, WIDE), x1, total)
+            total = tl.dot(plane(w, s2, 2, SCALED, FP16, ASM, WIDE), x2, total)
+            total = tl.dot(plane(w, s3, 3, SCALED, FP16, ASM, WIDE), x3, total)
         if JOINED and ASM:
             # No instruction: ties the sum to this iteration, without which ptxas runs wgmma one at a time.
-            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
-        w_ptrs += 2048
-        x_rows += 128
+            total = tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, is_pure=True, pack=1)
+        if SUMMED:
+            scale = low_half(s0, FP16).to(tl.float32)[:, None]
+            acc = tl.fma(total, tl.broadcast_to(scale, (BN, BM)), acc)
+        else:
+            acc = total
+        w_start += 2048
+        x_start += 128
+        if GROUP == 128 or TOGETHER > 1:
+            grid_start += TOGETHER * NP
     if GROUP == 0:
-        acc *= low_half(tl.load(s_ptrs), FP16).to(tl.float32)[:, None]
+        acc *= low_half(tl.load(grid_start + grid_inside), FP16).to(tl.float32)[:, None]
     columns = start_n + rows
     own = (columns >= pid_n * BN) & (columns < N)
     if BIAS:
         acc += tl.load(bias + columns, mask=own, other=0.0).to(tl.float32)[:, None]
     y = tl.trans(acc)
+    tokens = start_m + tl.arange(0, BM)
     places = tokens.to(tl.int64)[:, None] * N + columns[None, :]
     keep = (tokens < M)[:, None] & own[None, :]
     if WIDE and not SPLIT:
@@ -283,8 +318,9 @@ def dequantize_tiles(words, scales, out, N, NP, K, KB, GROUP: tl.constexpr, ASM:
     w = tl.load(words + (tile.to(tl.int64) * KB + kb) * 2048 + rows[:, None] * 32 + j[None, :])
     n = tile * 64 + rows
     base = out + n.to(tl.int64)[:, None] * K
+    grid = tl.load(first_grid_word(scales, kb, NP, GROUP) + grid_places(n, GROUP))
+    grids = words_of_planes(grid, GROUP)
     for i in tl.static_range(4):
         k = kb * 128 + i * 32 + j
-        words_of_group = group_words(scales + n, kb, NP, i, GROUP)
-        value = scaled(centred(w, words_of_group, i, FP16, ASM, WIDE), words_of_group, FP16, WIDE)
+        value = scaled(centred(w, grids[i], i, FP16, ASM, WIDE), grids[i], FP16, WIDE)
         tl.store(base + k[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

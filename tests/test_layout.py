@@ -56,15 +56,24 @@ def test_a_code_lies_where_the_kernels_look_for_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_grid_word_holds_scale_and_origin(dtype: torch.dtype) -> None:
-    tensor = random_weight(70, 256, 128, False, dtype)
+@pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
+def test_a_grid_word_holds_scale_and_origin(group: int, dtype: torch.dtype) -> None:
+    """Word ``[step, row, i]`` belongs to the i-th group of the step; 70 rows and 700 columns leave padding."""
+    tensor = random_weight(70, 700, group, False, dtype)
     words = pack_weight(tensor, dtype).scale_words
-    halves = words.T.contiguous().view(torch.int16).view(128, 2, 2).view(dtype)
+    together = 128 // group if group in (32, 64) else 1
     magic = 1024 if dtype == torch.float16 else 128
-    assert tensor.zeros is not None
-    assert torch.equal(halves[:70, :, 0], tensor.scales)
-    assert torch.equal(halves[:70, :, 1].float(), magic + tensor.zeros.float())
-    assert float(halves[70:, :, 0].abs().max()) == 0
+    assert tensor.zeros is not None and words.shape[1:] == (128, together)
+    for step in range(words.shape[0]):
+        for i in range(together):
+            halves = words[step, :, i].contiguous().view(dtype).view(128, 2)
+            place = step * together + i
+            filled = place < tensor.scales.shape[1]
+            scale = tensor.scales[:, place] if filled else torch.zeros(70, dtype=dtype)
+            zero = tensor.zeros[:, place].float() if filled else torch.zeros(70)
+            assert torch.equal(halves[:70, 0], scale)
+            assert torch.equal(halves[:70, 1].float(), magic + zero)
+            assert float(halves[70:, 0].abs().max()) == 0
 
 
 @pytest.mark.parametrize("group", [32, 128, -1])
