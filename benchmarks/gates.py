@@ -38,8 +38,7 @@ COLUMNS = {
 
 def row(gate: Gate) -> dict[str, Any]:
     """What is kept of a kernel: its counts, and the limit as the table shows it."""
-    limit = None if gate.limit is None else f"{gate.limit:g}"
-    return {**asdict(gate.counts), "limit": limit if gate.asked is None else f"{limit} (asked: {gate.asked:g})"}
+    return {**asdict(gate.counts), "limit": None if gate.limit is None else f"{gate.limit:g}"}
 
 
 def grown(counts: Counts, before: dict[str, Any]) -> Iterator[str]:

@@ -75,14 +75,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gate:
-    """A kernel that was looked at. limit: of ``counts.each``; asked: the number it should have kept, where that is
-    another. shown: whether the table of docs/kernels.md has it."""
+    """A kernel that was looked at. limit: of ``counts.each``. shown: whether the table of docs/kernels.md has it."""
 
     name: str
     counts: Counts
     faults: list[str]
     limit: float | None = None
-    asked: float | None = None
     shown: bool = True
 
 

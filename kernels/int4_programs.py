@@ -230,15 +230,20 @@ def product_tiles(
     start_m = pid_m * BM
     x_start = x + start_m.to(tl.int64) * x_stride + first * 128
     x_rows = tl.minimum(tl.arange(0, BM), M - 1 - start_m) * x_stride
-    # Few tokens: scaling a sum of 128 columns takes fewer instructions than scaling its weights.
-    SUMMED: tl.constexpr = GROUP >= 128 and BM <= 32
+    # Few tokens: scaling a sum of 128 columns takes fewer instructions than scaling its weights. With fewer rows Triton
+    # would load scales a second time, and wait for them.
+    SUMMED: tl.constexpr = GROUP >= 128 and BM <= 32 and BN >= 128
     SCALED: tl.constexpr = GROUP > 0 and not SUMMED
     acc = tl.zeros((BN, BM), tl.float32)
+    if GROUP == 0:
+        grid = tl.load(grid_start + grid_inside)
     for kb in range(first, last):
         w = tl.load(w_start + inside)
         if GROUP > 128:
             grid_start = first_grid_word(tile_grid, kb, NP, GROUP)
-        s0, s1, s2, s3 = words_of_planes(tl.load(grid_start + grid_inside), GROUP)
+        if GROUP > 0:
+            grid = tl.load(grid_start + grid_inside)
+        s0, s1, s2, s3 = words_of_planes(grid, GROUP)
         total = tl.zeros((BN, BM), tl.float32) if SUMMED else acc
         if JOINED:
             xt = tl.load(x_start + x_rows[None, :] + tl.arange(0, 128)[:, None])
@@ -273,7 +278,7 @@ def product_tiles(
         if GROUP == 128 or TOGETHER > 1:
             grid_start += TOGETHER * NP
     if GROUP == 0:
-        acc *= low_half(tl.load(grid_start + grid_inside), FP16).to(tl.float32)[:, None]
+        acc *= low_half(grid, FP16).to(tl.float32)[:, None]
     columns = start_n + rows
     own = (columns >= pid_n * BN) & (columns < N)
     if BIAS:

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+LARGEST_STRIDE = 2**31 // 256  # elements; tiles have at most 256 rows
+
 
 def interpreted() -> bool:
     """Whether Triton runs its programs in its interpreter, on CPU tensors."""
@@ -25,10 +27,12 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def readable(rows: Tensor, multiple: int) -> Tensor:
     """``rows`` with a multiple of so many columns, each row 16-byte aligned: as they are, or copied before zeros.
 
-    multiple: a multiple of 16. Strides are multiples of 16 elements, which lets Triton copy 16 bytes at a time.
+    multiple: a multiple of 16. Strides are multiples of 16 elements, which lets Triton copy 16 bytes at a time, and
+    small enough for 32-bit places inside a tile.
     """
     missing = -rows.shape[1] % multiple
-    aligned = rows.data_ptr() % 16 == 0 and (rows.shape[0] == 1 or rows.stride(0) % 16 == 0)
+    stride = rows.stride(0) if rows.shape[0] > 1 else 0
+    aligned = rows.data_ptr() % 16 == 0 and stride % 16 == 0 and stride < LARGEST_STRIDE
     if not missing and rows.stride(1) == 1 and aligned:
         return rows
     copy = rows.new_zeros(rows.shape[0], rows.shape[1] + missing)

@@ -65,8 +65,10 @@ def packed_shapes(out_features: int, in_features: int, group_size: int) -> tuple
     rows, columns = padded(out_features, TILE_ROWS), padded(in_features, TILE_COLUMNS)
     group = kernel_group(group_size, in_features)
     tiles = columns // TILE_COLUMNS
-    small = bool(group) and group < TILE_COLUMNS
-    grid = (tiles, rows, TILE_COLUMNS // group) if small else (group_count(in_features, group or -1), rows, 1)
+    if group and group < TILE_COLUMNS:
+        grid = (tiles, rows, TILE_COLUMNS // group)
+    else:
+        grid = (group_count(in_features, group or -1), rows, 1)
     return (rows // TILE_ROWS, tiles, TILE_ROWS, TILE_WORDS), grid
 
 
@@ -139,7 +141,7 @@ def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], dty
     grid[1, :rows, :count] = origins
     grid[1] += MAGIC[dtype]
     low, high = grid.view(torch.int16).to(torch.int32)
-    words = (low & 0xFFFF) | high << 16
+    words: Tensor = (low & 0xFFFF) | high << 16
     return words.view(padded_rows, steps, together).transpose(0, 1).contiguous()
 
 

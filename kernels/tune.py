@@ -94,7 +94,7 @@ def default(key: Key) -> Config:
         shape = Config(128, 256, 1, 8, 3, True)
     else:
         block_n = min(128, rows)
-        block_m = min(64 if block_n == 128 or has_wgmma(key.arch) else 32, key.tokens)
+        block_m = min(64 if block_n == 128 or has_wgmma(key.arch) else 16, key.tokens)
         shape = Config(block_m, block_n, 1, 4, 4 if block_m <= 32 else 3, joins(key.arch, block_m))
     return with_parts(shape, key)
 
@@ -150,8 +150,8 @@ def shapes(arch: int) -> list[Config]:
     """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
     found = []
     for block_m, stages in ((8, 4), (16, 4), (32, 4), (64, 3)):
-        # 64 by 64 spills on sm_80.
-        widths = (128,) if block_m == 64 and not has_wgmma(arch) else (64, 128)
+        # 32 and 64 by 64 spill on sm_80.
+        widths = (128,) if block_m >= 32 and not has_wgmma(arch) else (64, 128)
         found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in widths]
     if has_wgmma(arch):
         found += [Config(64, 256, 1, 8, 3, True), Config(128, 256, 1, 8, 3, True)]

@@ -43,19 +43,14 @@ def problem(
     return x, tensor, moved, bias
 
 
-def scales_weights(tensor: QuantizedTensor, block_m: int) -> bool:
-    """Whether a tile of so many tokens multiplies weights rounded to 16 bits, and not sums by their scales."""
-    return tensor.scales.shape[1] > 1 and (tensor.group_size < 128 or block_m > 32)
-
-
-def check(
-    y: Tensor, x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, block_m: int = 8, rounded: bool | None = None
-) -> None:
+def check(y: Tensor, x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, config: Config | None = None) -> None:
     """y within the roundings of its contract: weights in 16 bits or unrounded, fp32 sums, one rounding of y.
 
-    block_m: tokens of the tile; by default that of few tokens. rounded: whether weights were, whatever the tile.
+    config: the tile it was computed with; None: one of few tokens by fewer than 128 rows.
     """
-    rounded = scales_weights(tensor, block_m) if rounded is None else rounded
+    whole_row = tensor.scales.shape[1] == 1
+    summed = config is not None and tensor.group_size >= 128 and config.block_m <= 32 and config.block_n >= 128
+    rounded = not (whole_row or summed) or (config is not None and config.two_stages)
     weight = tensor.dequantize(x.dtype).double() if rounded else tensor.dequantize().double()
     wide = x.double().cpu()
     offset = torch.zeros(weight.shape[0]).double() if bias is None else bias.double().cpu()
@@ -149,6 +144,8 @@ PROBLEMS = [
     (129, 512, 256, False, 2, 8, 128, 4, True),
     (200, 384, 384, True, 17, 16, 64, 1, True),
     (127, 640, 32, False, 2, 8, 128, 3, False),
+    (130, 384, 128, True, 12, 16, 128, 2, False),
+    (150, 700, 384, False, 30, 32, 128, 2, True),
     (70, 129, 64, True, 33, 32, 128, 1, True),
     (300, 256, 128, False, 70, 64, 128, 1, False),
     (320, 256, 64, True, 130, 128, 256, 2, True),
@@ -163,7 +160,7 @@ def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.
     config = Config(block_m, block_n, parts, 8 if block_n == 256 else 4, 3, joined)
     for offset in (bias, None):
         y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
-        check(y, x, tensor, offset, config.block_m)
+        check(y, x, tensor, offset, config)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -179,7 +176,7 @@ def test_two_stages(group: int, dtype: torch.dtype, device: torch.device) -> Non
     x, tensor, weight, bias = problem(70, 300, group, False, dtype, 12, device)
     config = Config(0, 0, 1, 0, 0, False, two_stages=True)
     y = kernels.run(x, weight.words, weight.scale_words, None, 70, weight.group_size, config)
-    check(y, x, tensor, None, rounded=True)
+    check(y, x, tensor, None, config)
     with_bias = kernels.run(x, weight.words, weight.scale_words, bias, 70, weight.group_size, config)
     # The library may round the product before it adds the bias.
     twice = torch.finfo(dtype).eps * (y.float().abs() + with_bias.float().abs())
@@ -210,7 +207,9 @@ def test_only_misfits_are_copied(device: torch.device) -> None:
     wide = torch.zeros(4, 512, device=device).half()
     for fits in (wide, wide[:, 128:256], wide[::2], wide[:1, 8:136]):
         assert readable(fits, 128).data_ptr() == fits.data_ptr()
-    for misfit in (wide[:, 1:129], wide[:, :100], wide.T[:, :4], torch.zeros(4, 136, device=device).half()[:, :128]):
+    far = torch.zeros(2**23 + 128, dtype=FP16, device=device).as_strided((2, 128), (2**23, 1))
+    narrow = torch.zeros(4, 136, device=device).half()[:, :128]
+    for misfit in (wide[:, 1:129], wide[:, :100], wide.T[:, :4], narrow, far):
         copy = readable(misfit, 128)
         assert copy.shape[1] % 128 == 0 and copy.is_contiguous() and copy.data_ptr() != misfit.data_ptr()
 
@@ -226,7 +225,7 @@ def test_columns_may_be_permuted(device: torch.device) -> None:
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(group: int, device: torch.device) -> None:
     x, _, weight, bias = problem(130, 640, group, False, FP16, 40, device)
     whole = int4_matmul(x, weight, bias, batch_invariant=True)
-    # The interpreter's products are NumPy's, whose bits may depend on a row's place in its tile: rows keep theirs there.
+    # The interpreter's products are NumPy's, whose bits may depend on a row's place in its tile: there it is kept.
     moved = [(3, 5), (7, 16), (20, 40)] if device.type == "cuda" else []
     for first, last in [(0, 1), (0, 5), (0, 16), (0, 39), *moved]:
         assert torch.equal(int4_matmul(x[first:last], weight, bias, batch_invariant=True), whole[first:last])
@@ -261,7 +260,7 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
         config = Config(shape.block_m, shape.block_n, draw.randint(1, 4), shape.warps, shape.stages, shape.joined)
         offset = draw.choice([bias, None])
         y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
-        check(y, x, tensor, offset, config.block_m)
+        check(y, x, tensor, offset, config)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """A process that has imported everything already and does one thing."""
+    """A process that has imported everything already and does one thing; pytest shows its errors when a test fails."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
         work()
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
