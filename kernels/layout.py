@@ -4,9 +4,9 @@ Codes: int16 words in tiles of 64 rows by 128 columns. Word j (0..31) of a row o
 code of column ``128·kb + 32·i + j``; tile (n // 64, kb) is contiguous. An int16 tile so has the shape and the width of
 a 16-bit float operand of the tensor cores, and every nibble plane of it is a slice of 32 neighbouring columns.
 
-Grid: one int32 word per row and group. Its low half is the scale as fp16 or bf16, its high half ``magic + zero`` in the
-same type (magic is 1024 or 128), the number that turns ``magic + code`` into ``code - zero``. Groups come first, rows
-within; where a tile of 128 columns has several groups, their words of a row are neighbours, so that one load takes them.
+Grid: one int32 word per row and group, groups first. Its low half is the scale as fp16 or bf16, its high half
+``magic + zero`` in the same type (magic is 1024 or 128), the number that turns ``magic + code`` into ``code - zero``.
+Where a tile of 128 columns has several groups, their words of a row are neighbours, so that one load takes them.
 
 Rows are padded to 64 and columns to 128; padding dequantizes to exactly 0.
 """
