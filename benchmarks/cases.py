@@ -11,6 +11,7 @@ RIVALS = {
     "accumulate": ("two torch.addmm",),
     "gptq_sweep": ("PyTorch reference",),
     "subtract_product": ("torch.addmm",),
+    "subtract_gram": ("PyTorch reference",),
     "gptq_settings": ("clip: mse", "clip: hessian", "E-PMQ target too"),
     "dequant_matmul": ("dense fp32 F.linear", "dense bf16 F.linear", "aten int4pack bf16"),
 }

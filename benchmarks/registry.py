@@ -82,6 +82,20 @@ def product_case(rows: int, depth: int, columns: int) -> Case:
     )
 
 
+def gram_case(rows: int, depth: int) -> Case:
+    """What one panel of the Cholesky factor takes out of the columns to its right."""
+    a = torch.randn(rows, depth)
+    out, other = torch.zeros(rows, rows), torch.zeros(rows, rows)
+    form = ops.implementations("subtract_gram")[-1].function
+    return Case(
+        "subtract_gram",
+        f"N={rows} k={depth}",
+        lambda: ops.subtract_gram(out, a),
+        {"PyTorch reference": lambda: form(other, a)},
+        flops=rows * rows * depth,
+    )
+
+
 def group_case(rows: int, columns: int) -> Case:
     """Plain GPTQ of a weight from its statistics, and what the rest of E-PMQ costs beside it."""
     x = torch.randn(2 * columns, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
@@ -165,6 +179,7 @@ def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Cas
 ACCUMULATE = [(2048, 384, 384), (2048, 1536, 384), (2048, 384, 1536), (1024, 4096, 4096)]
 SWEEP = [(384, 384), (384, 1536), (2048, 2048), (4096, 4096)]
 PRODUCT = [(4096, 256, 2048)]
+GRAM = [(3840, 256)]
 GROUP = [(1536, 384), (4096, 4096)]
 MATMUL = [(m, n, 4096) for n in (4096, 11008) for m in (1, 4, 16, 64)] + [(256, 4096, 4096)]
 
@@ -188,6 +203,9 @@ class Maker:
         if self.op == "subtract_product":
             rows, depth, columns = self.shape
             return product_case(rows, depth, columns)
+        if self.op == "subtract_gram":
+            rows, depth = self.shape
+            return gram_case(rows, depth)
         if self.op == "gptq_settings":
             rows, columns = self.shape
             return group_case(rows, columns)
@@ -200,5 +218,6 @@ def makers() -> list[Maker]:
     made = [Maker("accumulate", shape, dtype) for shape in ACCUMULATE for dtype in ("float32", "bfloat16")]
     made += [Maker("gptq_sweep", shape) for shape in SWEEP]
     made += [Maker("subtract_product", shape) for shape in PRODUCT]
+    made += [Maker("subtract_gram", shape) for shape in GRAM]
     made += [Maker("gptq_settings", shape) for shape in GROUP]
     return made + [Maker("dequant_matmul", shape, dtype) for shape in MATMUL for dtype in ("float32", "bfloat16")]

@@ -21,6 +21,7 @@ TORCH_LIBRARY(epmq_native, library) {
   library.def(
       "gptq_sweep(Tensor weight, Tensor unit_upper, Tensor scales, Tensor zeros, Tensor group_of, int bits) -> Tensor");
   library.def("subtract_product(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+  library.def("subtract_gram(Tensor(a!) out, Tensor a) -> ()");
   library.def(
       "grid_losses(Tensor weight, Tensor scales, Tensor zeros, int bits, int group_size, float power, "
       "Tensor? importance=None) -> Tensor");
@@ -33,6 +34,7 @@ TORCH_LIBRARY_IMPL(epmq_native, CPU, library) {
   library.impl("accumulate", epmq::accumulate);
   library.impl("gptq_sweep", epmq::gptq_sweep);
   library.impl("subtract_product", epmq::subtract_product);
+  library.impl("subtract_gram", epmq::subtract_gram);
   library.impl("grid_losses", epmq::grid_losses);
   library.impl("dequant_matmul", epmq::dequant_matmul);
 }
@@ -55,6 +57,7 @@ PYBIND11_MODULE(_C, module) {
   }, "Compiler, flags, torch version and CUDA architectures of this build ('' without CUDA).");
   module.def("cpu_levels", epmq::cpu_levels, "Instruction sets of this build that this CPU runs, best last.");
   module.def("cpu_level", epmq::cpu_level, "The instruction set in use; EPMQ_CPU=plain|avx2|avx512|amx chooses it.");
+  module.def("cpu_vendor", epmq::cpu_vendor, "The processor's maker as it names itself, or ''.");
   module.def("get_threads", [] { return at::get_num_threads(); });
   module.def("set_threads", [](int count) {
     if (count < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(count));

@@ -26,6 +26,10 @@ Tensor gptq_sweep(const Tensor& weight, const Tensor& unit_upper, const Tensor& 
 // numbers may be off by 3 * 2^-16 of its size.
 void subtract_product(Tensor& out, const Tensor& a, const Tensor& b);
 
+// The lower triangle of out [N, N] -= a [N, k] aᵀ, fp32; rows of out without gaps. What becomes of its upper triangle is
+// not defined.
+void subtract_gram(Tensor& out, const Tensor& a);
+
 // weight [N, K], scales and zeros [S, N, G], importance [K] or none, fp32 -> losses [S, N, G].
 Tensor grid_losses(const Tensor& weight, const Tensor& scales, const Tensor& zeros, int64_t bits, int64_t group_size,
                    double power, const std::optional<Tensor>& importance);
@@ -38,5 +42,6 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed, const Tensor& scale
 // Instruction sets that this CPU runs, best last, and the one in use.
 std::vector<std::string> cpu_levels();
 std::string cpu_level();
+std::string cpu_vendor();  // as the CPU names it, or nothing
 
 }  // namespace epmq

@@ -7,6 +7,8 @@ on, and is preferred there. It is also meant for Hessians of ten thousand column
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,11 @@ CPU_BLOCK, GPU_BLOCK = 256, 1024
 CPU_LEAST = 1024
 
 
-def cholesky(matrix: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`epmq.reference.cholesky`. Right-looking: each finished panel is taken out of the columns to its right,
-    block column by block column, so that nothing above the diagonal blocks is computed."""
+def cholesky(
+    matrix: Tensor, subtract_gram: Callable[[Tensor, Tensor], None], block: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`epmq.reference.cholesky`. Right-looking: each finished panel is taken out of the columns to its right
+    by ``subtract_gram``, a form of :func:`epmq.reference.subtract_gram`."""
     block = block or (CPU_BLOCK if matrix.device.type == "cpu" else GPU_BLOCK)
     lower = matrix.tril()
     size = len(lower)
@@ -32,10 +36,7 @@ def cholesky(matrix: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
             break
         below = torch.linalg.solve_triangular(diagonal.T, lower[stop:, start:stop], upper=True, left=False)
         lower[stop:, start:stop] = below
-        for column in range(stop, size, block):
-            end = min(column + block, size)
-            rows = below[column - stop :]
-            lower[column:, column:end].addmm_(rows, rows[: end - column].T, alpha=-1.0)
+        subtract_gram(lower[stop:, stop:], below)
     return lower.tril_(), info
 
 

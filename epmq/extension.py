@@ -123,16 +123,31 @@ def sweeps(
     return reachable(*floats, group_of) and all(tensor.dtype == torch.float32 for tensor in floats)
 
 
-def _subtracts(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """On matrix tiles only, and where it pays. Not by the number of rows: a share of them must get the same bits."""
+def rounds_products() -> bool:
+    """Whether the compiled products of the target's solve take 16 significant bits: on matrix tiles."""
+    return module is not None and bool(module.cpu_level() == "amx")
+
+
+def _beats_library() -> bool:
+    """Whether our fp32 products are the faster ones: on processors of other makers than its own, the library that torch
+    brings on x86 leaves half of AVX-512 unused."""
     assert module is not None
-    return (
-        module.cpu_level() == "amx"
-        and b.shape[1] >= LEAST_SUBTRACTED
-        and _on("cpu", out, a, b)
-        and all(tensor.dtype == torch.float32 for tensor in (out, a, b))
-        and out.stride(1) == 1
-    )
+    return bool(module.cpu_level() == "avx512" and module.cpu_vendor() != "GenuineIntel")
+
+
+def _subtracts(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Where it pays. Not by the number of rows: a share of them must get the same bits."""
+    pays = b.shape[1] >= LEAST_SUBTRACTED if rounds_products() else _beats_library()
+    return pays and _subtractable(out, a, b)
+
+
+def _subtracts_gram(out: Tensor, a: Tensor) -> bool:
+    return _beats_library() and _subtractable(out, a)
+
+
+def _subtractable(out: Tensor, *factors: Tensor) -> bool:
+    given = (out, *factors)
+    return _on("cpu", *given) and all(tensor.dtype == torch.float32 for tensor in given) and out.stride(1) == 1
 
 
 def _weighs_grids(
@@ -193,13 +208,16 @@ def _register_fakes() -> None:
     def subtract_product(*_: Any) -> None:
         return None
 
+    def subtract_gram(*_: Any) -> None:
+        return None
+
     def grid_losses(weight: Tensor, scales: Tensor, *_: Any) -> Tensor:
         return scales.new_empty(scales.shape)
 
     def dequant_matmul(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
         return x.new_empty((x.shape[0], packed.shape[0]))
 
-    for fake in (accumulate, gptq_sweep, subtract_product, grid_losses, dequant_matmul):
+    for fake in (accumulate, gptq_sweep, subtract_product, subtract_gram, grid_losses, dequant_matmul):
         torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
 
     torch.library.register_autograd("epmq_native::dequant_matmul", gradient, setup_context=keep)
@@ -215,6 +233,7 @@ def offer(register: Callable[..., None]) -> None:
     register("accumulate", "cpp", native.accumulate, partial(accumulates, on_cpu, (torch.float32, torch.float64)))
     register("gptq_sweep", "cpp", native.gptq_sweep, partial(sweeps, on_cpu))
     register("subtract_product", "cpp", native.subtract_product, _subtracts)
+    register("subtract_gram", "cpp", native.subtract_gram, _subtracts_gram)
     register("grid_losses", "cpp", native.grid_losses, _weighs_grids)
     register("dequant_matmul", "cpp", partial(_dequant_matmul, native.dequant_matmul.default), _multiplies)
     if module.build_info()["cuda_archs"]:

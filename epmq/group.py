@@ -11,7 +11,7 @@ from epmq.config import QuantConfig
 from epmq.quantized import QuantizedTensor
 from epmq.solve import Factor, choose_anchor, factorize, is_coarse, solve_right
 from epmq.statistics import Expert, Folded
-from epmq.sweep import column_order, quantize_to_nearest, quantize_weight
+from epmq.sweep import column_order, columns_in_order, quantize_to_nearest, quantize_weight
 from epmq.world import World
 
 PLAIN_GPTQ_DAMP = 0.01
@@ -96,8 +96,8 @@ def quantize_group(
     factor = _ordered_factor(problem.hessian, order, strength, damp, where)
     target = anchor.weight
     if config.needs_experts:
-        step = solve_right(problem.pull.index_select(1, order), factor)
-        target = step.index_select(1, torch.argsort(order)).add_(anchor.weight)
+        step = solve_right(columns_in_order(problem.pull, order), factor)
+        target = columns_in_order(step, torch.argsort(order)).add_(anchor.weight)
     used = factor.damp
     quantized: QuantizedTensor | None = None
     weight = target
@@ -116,7 +116,7 @@ def quantize_group(
 
 
 def _ordered_factor(hessian: Tensor, order: Tensor, strength: float, damp: float, where: str) -> Factor:
-    return factorize(hessian.index_select(0, order).index_select(1, order), strength, damp, where)
+    return factorize(columns_in_order(hessian.index_select(0, order), order), strength, damp, where)
 
 
 def _damped(hessian: Tensor, strength: float, damp: float) -> Tensor:

@@ -83,9 +83,13 @@ register("gptq_sweep", "reference", reference.gptq_sweep)
 register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
 register("subtract_product", "reference", reference.subtract_product)
+register("subtract_gram", "reference", reference.subtract_gram)
 register("cholesky", "reference", reference.cholesky)
 register(
-    "cholesky", "blocked", blocked.cholesky, lambda matrix: wanted_backend() == "blocked" or blocked.preferred(matrix)
+    "cholesky",
+    "blocked",
+    lambda matrix, block=None: blocked.cholesky(matrix, subtract_gram, block),
+    lambda matrix: wanted_backend() == "blocked" or blocked.preferred(matrix),
 )
 triton_forms.offer(register)
 extension.offer(register)
@@ -121,6 +125,11 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """See :func:`epmq.reference.subtract_product`."""
     _call("subtract_product", out, a, b)
+
+
+def subtract_gram(out: Tensor, a: Tensor) -> None:
+    """See :func:`epmq.reference.subtract_gram`."""
+    _call("subtract_gram", out, a)
 
 
 def grid_losses(

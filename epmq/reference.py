@@ -101,6 +101,15 @@ def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     out.addmm_(a, b, alpha=-1.0)
 
 
+def subtract_gram(out: Tensor, a: Tensor) -> None:
+    """The lower triangle of ``out -= a · aᵀ`` in place: ``[N, N]``, ``[N, k]``. What becomes of the upper triangle is not
+    defined; it costs nothing but for blocks on the diagonal."""
+    block = max(a.shape[1], 128)
+    for start in range(0, len(out), block):
+        rows = a[start:]
+        out[start:, start : start + block].addmm_(rows, rows[:block].T, alpha=-1.0)
+
+
 def grid_losses(
     weight: Tensor,
     scales: Tensor,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq import ops
+from epmq import extension, ops
 from epmq.config import DAMP_LIMIT
 from epmq.errors import NumericalError
 from epmq.statistics import Folded
@@ -101,7 +101,7 @@ def is_coarse(pull: Tensor, hessian: Tensor) -> bool:
     """Whether :func:`solve_right` of such tensors runs products with 16 significant bits in place of 24."""
     block, rest = slice(0, SOLVE_BLOCK), slice(SOLVE_BLOCK, None)
     form = ops.choose("subtract_product", pull[:0, rest], pull[:0, block], hessian[block, rest])
-    return form.backend != "reference"
+    return form.backend != "reference" and extension.rounds_products()
 
 
 def choose_anchor(fit: Folded, held: Folded) -> float:

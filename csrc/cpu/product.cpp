@@ -1,32 +1,110 @@
-// out -= a * b with 16 significant bits: checks and threads; the arithmetic is in tile_product.h.
+// out -= a * b: checks and threads. With 16 significant bits on matrix tiles (tile_product.h); in fp32 through the
+// packing and the products of the statistics, which compute sums of outer products too.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <vector>
 
 #include "../ops.h"
 #include "kernels.h"
 
 namespace epmq {
 
-void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"out", out}, {"a", a}, {"b", b}}) {
-    TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
-    TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, name, ": expected float32, got ", tensor.scalar_type());
+namespace {
+
+constexpr int64_t kSegment = 192;  // output rows per rectangle, the unit of work given to a thread
+
+void check_matrix(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, name, ": expected float32, got ", tensor.scalar_type());
+}
+
+void check_out(const Tensor& out, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({rows, columns}), "out: expected [", rows, ", ", columns,
+                    "], got ", out.sizes());
+  TORCH_CHECK_VALUE(out.stride(1) == 1 || columns <= 1, "out: expected rows without gaps, got strides ",
+                    out.strides());
+}
+
+// One operand: its columns (rows of a, columns of b) packed depth by depth, `weights` times if there are any.
+struct Operand {
+  PackArgs args{};
+  Tensor plain, weighted;
+
+  Operand(const Tensor& tensor, int depth_axis, int64_t tiles, int64_t lanes, const std::vector<int64_t>& depth,
+          bool keep_plain, const float* weights) {
+    args.data = tensor.const_data_ptr();
+    args.dtype = Dtype::kFloat;
+    args.row_stride = tensor.stride(depth_axis);
+    args.column_stride = tensor.stride(1 - depth_axis);
+    args.columns = tensor.size(1 - depth_axis);
+    args.tiles = tiles;
+    args.rows = depth.data();
+    args.kept = static_cast<int64_t>(depth.size());
+    args.weights = weights;
+    const auto place = [&](Tensor& owner) {
+      owner = at::empty({tiles * lanes * args.kept}, at::TensorOptions(at::kFloat));
+      return owner.mutable_data_ptr<float>();
+    };
+    if (keep_plain) args.plain = place(plain);
+    if (weights) args.weighted = place(weighted);
   }
+};
+
+// `lower`: b is aᵀ, and only the rectangles that reach the lower triangle are computed.
+void by_vectors(const Kernels& kernel, Tensor& out, const Tensor& a, const Tensor& b, bool lower) {
+  const int64_t rows = a.size(0), columns = b.size(1), lanes = kernel.lanes, width = kernel.product_columns;
+  std::vector<int64_t> depth(a.size(1));
+  std::iota(depth.begin(), depth.end(), 0);
+  const std::vector<float> minus(depth.size(), -1.0f);
+  const int64_t right_tiles = (columns + width - 1) / width * (width / lanes);
+  const int64_t left_tiles = lower ? right_tiles : (rows + lanes - 1) / lanes;
+  Operand right(b, 0, right_tiles, lanes, depth, lower, minus.data());
+  const int64_t grain = std::max<int64_t>(1, 65536 / (right.args.kept * lanes));
+  const auto pack = [&](const PackArgs& args) {
+    at::parallel_for(0, args.tiles, grain, [&](int64_t begin, int64_t end) { kernel.pack(args, begin, end); });
+  };
+  pack(right.args);
+  const float* left_data = right.args.plain;
+  Tensor kept;
+  if (!lower) {
+    Operand left(a, 1, left_tiles, lanes, depth, true, nullptr);
+    pack(left.args);
+    left_data = left.args.plain;
+    kept = left.plain;
+  }
+
+  std::vector<ProductArgs> work;
+  for (int64_t column = 0; column < columns; column += width)
+    for (int64_t row = lower ? column / kernel.product_rows * kernel.product_rows : 0; row < rows; row += kSegment) {
+      ProductArgs args{};
+      args.left = left_data;
+      args.right = right.args.weighted;
+      args.left_tiles = left_tiles;
+      args.right_tiles = right_tiles;
+      args.kept = right.args.kept;
+      args.row_begin = row;
+      args.row_end = std::min(row + kSegment, rows);
+      args.column_begin = column;
+      args.column_end = columns;
+      args.out = {out.mutable_data_ptr<float>(), nullptr};
+      args.out_stride = out.stride(0);
+      work.push_back(args);
+    }
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < work.size(); i = next++) kernel.product(work[i]);
+  });
+}
+
+void by_tiles(const TileKernels& tile, Tensor& out, const Tensor& a, const Tensor& b) {
   SubtractArgs args{};
   args.rows = a.size(0);
   args.depth = a.size(1);
   args.columns = b.size(1);
-  TORCH_CHECK_VALUE(b.size(0) == args.depth, "b: expected [", args.depth, ", n], got ", b.sizes());
-  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({args.rows, args.columns}), "out: expected [", args.rows, ", ",
-                    args.columns, "], got ", out.sizes());
-  TORCH_CHECK_VALUE(out.stride(1) == 1 || args.columns <= 1, "out: expected rows without gaps, got strides ",
-                    out.strides());
-  if (out.numel() == 0 || args.depth == 0) return;
-  const Kernels& kernel = kernels();
-  if (kernel.tile == nullptr) {
-    out.addmm_(a, b, 1, -1);
-    return;
-  }
   args.a = a.const_data_ptr<float>();
   args.a_row_stride = a.stride(0);
   args.a_column_stride = a.stride(1);
@@ -35,7 +113,6 @@ void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
   args.b_column_stride = b.stride(1);
   args.out = out.mutable_data_ptr<float>();
   args.out_stride = out.stride(0);
-  const TileKernels& tile = *kernel.tile;
   const auto words = at::TensorOptions(at::kBFloat16);
   const Tensor left = at::empty({tile.subtract_words(args, args.rows)}, words);
   const Tensor right = at::empty({tile.subtract_words(args, args.columns)}, words);
@@ -46,6 +123,27 @@ void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
   at::parallel_for(0, 2 * pairs(args.columns), 4,
                    [&](int64_t begin, int64_t end) { tile.pack_right(args, begin, end); });
   at::parallel_for(0, pairs(args.rows), 1, [&](int64_t begin, int64_t end) { tile.subtract(args, begin, end); });
+}
+
+}  // namespace
+
+void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
+  check_matrix(out, "out");
+  check_matrix(a, "a");
+  check_matrix(b, "b");
+  TORCH_CHECK_VALUE(b.size(0) == a.size(1), "b: expected [", a.size(1), ", n], got ", b.sizes());
+  check_out(out, a.size(0), b.size(1));
+  if (out.numel() == 0 || a.size(1) == 0) return;
+  const Kernels& kernel = kernels();
+  if (kernel.tile != nullptr) return by_tiles(*kernel.tile, out, a, b);
+  by_vectors(kernel, out, a, b, false);
+}
+
+void subtract_gram(Tensor& out, const Tensor& a) {
+  check_matrix(out, "out");
+  check_matrix(a, "a");
+  check_out(out, a.size(0), a.size(0));
+  if (a.numel() != 0) by_vectors(kernels(), out, a, a.t(), true);
 }
 
 }  // namespace epmq
