@@ -102,7 +102,7 @@ def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def subtract_gram(out: Tensor, a: Tensor) -> None:
-    """The lower triangle of ``out -= a · aᵀ`` in place: ``[N, N]``, ``[N, k]``. What becomes of the upper triangle is not
+    """The lower triangle of ``out -= a · aᵀ`` in place: ``[N, N]``, ``[N, k]``. What becomes of the upper one is not
     defined; it costs nothing but for blocks on the diagonal."""
     block = max(a.shape[1], 128)
     for start in range(0, len(out), block):
