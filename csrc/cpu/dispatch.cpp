@@ -56,6 +56,7 @@ const std::vector<Level>& levels() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     found.push_back({"avx2", avx2, avx2_kernels});
     found.push_back({"avx512", avx512, avx512_kernels});
+    found.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), avx512bf16_kernels});
     found.push_back({"amx", avx512 && has_tiles(), amx_kernels});
 #endif
     return found;

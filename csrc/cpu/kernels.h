@@ -115,20 +115,30 @@ struct MatmulArgs {
   int bits;
 };
 
-// ---- int4 matmul on matrix tiles -----------------------------------------------------------------------------------
+// ---- int4 matmul with bf16 words -----------------------------------------------------------------------------------
 
-constexpr int64_t kTileUnit = 128;  // codes of a row that are decoded together: 64 bytes
+constexpr int64_t kWordUnit = 128;  // codes of a row that are decoded together: 64 bytes
 
-// The same product with bf16 tiles: bf16(q - z) is exact, and so is x as a sum of `parts` bf16 numbers. Columns of
-// tile products are (row of x, part) pairs, `width` to a column tile; tiles hold 32 codes of a segment in the order of
-// tile_matmul.h.
-struct TileMatmulArgs : MatmulArgs {
+// The same product by instructions that multiply bf16 numbers: bf16(q - z) is exact, and so is x as a sum of `parts`
+// bf16 numbers. Columns are (row of x, part) pairs, `width` to a tile of columns. Codes lie in the order of
+// code_words.h.
+struct WordMatmulArgs : MatmulArgs {
   const uint16_t* words;   // [256][32]: bf16(q - z) for each z, twice 16 codes
   uint16_t* columns;       // prepared x: [tile][step][16 pairs of codes][width][2]
   uint8_t* ordinary;       // [M]: 1 where no product or sum of the row can leave the normal numbers
   void* y;                 // [M, N] in x's type; MatmulArgs::out is not used
   int parts;
   int64_t width, tiles;    // columns per tile, number of tiles
+};
+
+struct WordMatmul {
+  bool (*takes)(const MatmulArgs&);
+  void (*shape)(WordMatmulArgs&);                      // fills parts, width and tiles
+  int64_t (*column_words)(const WordMatmulArgs&);      // size of `columns`
+  int64_t panel_rows;                                  // weight rows per task
+  int64_t (*scratch)(const WordMatmulArgs&);           // bytes per thread
+  void (*prepare)(const WordMatmulArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*matmul)(const WordMatmulArgs&, int64_t row_begin, int64_t row_end, void* scratch);
 };
 
 // ---- products with 16 significant bits, on matrix tiles ------------------------------------------------------------
@@ -155,14 +165,6 @@ struct TileKernels {
   void (*pack_left)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*pack_right)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*subtract)(const SubtractArgs&, int64_t pair_begin, int64_t pair_end);  // pairs of row tiles
-
-  bool (*takes)(const MatmulArgs&);
-  void (*shape)(TileMatmulArgs&);                      // fills parts, width and tiles
-  int64_t (*column_words)(const TileMatmulArgs&);      // size of `columns`
-  int64_t panel_rows;                                  // weight rows per task
-  int64_t (*scratch)(const TileMatmulArgs&);           // bytes per thread
-  void (*prepare)(const TileMatmulArgs&, int64_t unit_begin, int64_t unit_end);
-  void (*matmul)(const TileMatmulArgs&, int64_t row_begin, int64_t row_end, void* scratch);
 };
 
 // ---- choice of grids --------------------------------------------------------------------------------------------
@@ -199,6 +201,7 @@ struct Kernels {
 
   void (*grid_losses)(const GridArgs&, int64_t row_begin, int64_t row_end);
 
+  const WordMatmul* words;  // null without instructions that multiply bf16 numbers
   const TileKernels* tile;  // null without matrix tiles
 };
 
@@ -206,6 +209,7 @@ const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512bf16_kernels();
 const Kernels& amx_kernels();
 #endif
 

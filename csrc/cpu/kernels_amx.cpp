@@ -16,17 +16,14 @@ const Kernels& amx_kernels() {
                                    TileProduct::words,
                                    TileProduct::pack_left,
                                    TileProduct::pack_right,
-                                   TileProduct::run,
-                                   TileMatmul::takes,
-                                   TileMatmul::shape,
-                                   TileMatmul::column_words,
-                                   TileMatmul::pair_rows,
-                                   TileMatmul::scratch,
-                                   TileMatmul::prepare,
+                                   TileProduct::run};
+  static const WordMatmul words = {TileMatmul::takes,   TileMatmul::shape,   TileMatmul::column_words,
+                                   TileMatmul::pair_rows, TileMatmul::scratch, TileMatmul::prepare,
                                    TileMatmul::run};
   static const Kernels table = [] {
     Kernels all = avx512_kernels();
     all.name = "amx";
+    all.words = &words;
     all.tile = &tile;
     return all;
   }();

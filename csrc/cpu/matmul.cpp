@@ -1,7 +1,8 @@
-// Matmul with packed weights: checks, activations, threads; the arithmetic is in matmul_kernel.h and tile_matmul.h.
+// Matmul with packed weights: checks, activations, threads; the arithmetic is in matmul_kernel.h, dot_matmul.h and
+// tile_matmul.h.
 //
-// Matrix tiles count denormals as zero and do not overflow as fp32 does, so a row of x with numbers that could lead
-// there goes through the vector kernels. That depends on the row alone, not on its batch.
+// Instructions that multiply bf16 numbers count denormals as zero and do not overflow as fp32 does, so a row of x with
+// numbers that could lead there goes through the vector kernels. That depends on the row alone, not on its batch.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -105,30 +106,30 @@ Tensor by_vectors(const Kernels& kernel, MatmulArgs args, const Tensor& x) {
   return out;
 }
 
-// [M, N] in x's type through matrix tiles; rows that are not for them through the vector kernels.
-Tensor by_tiles(const Kernels& kernel, const MatmulArgs& common, const Tensor& x) {
-  const TileKernels& tile = *kernel.tile;
-  TileMatmulArgs args{};
+// [M, N] in x's type through bf16 words; rows that are not for them through the vector kernels.
+Tensor by_words(const Kernels& kernel, const MatmulArgs& common, const Tensor& x) {
+  const WordMatmul& form = *kernel.words;
+  WordMatmulArgs args{};
   static_cast<MatmulArgs&>(args) = common;
-  tile.shape(args);
+  form.shape(args);
   Tensor out = at::empty({args.m, args.n}, x.options());
   const auto bytes = x.options().dtype(at::kByte);
   // Columns that stand for no row are multiplied too: zero, lest they hold numbers that make it slow.
-  const int64_t column_bytes = 2 * tile.column_words(args);
+  const int64_t column_bytes = 2 * form.column_words(args);
   Tensor columns = args.m % args.width == 0 ? at::empty({column_bytes}, bytes) : at::zeros({column_bytes}, bytes);
   std::vector<uint8_t> ordinary(args.m, 1);
   args.words = code_words();
   args.columns = reinterpret_cast<uint16_t*>(columns.mutable_data_ptr<uint8_t>());
   args.ordinary = ordinary.data();
   args.y = out.mutable_data_ptr();
-  const int64_t units = (args.k + kTileUnit - 1) / kTileUnit;
+  const int64_t units = (args.k + kWordUnit - 1) / kWordUnit;
   at::parallel_for(0, units, std::max<int64_t>(1, 256 / (args.m * args.parts)),
-                   [&](int64_t begin, int64_t end) { tile.prepare(args, begin, end); });
-  const int64_t rows = tile.panel_rows, panels = (args.n + rows - 1) / rows;
+                   [&](int64_t begin, int64_t end) { form.prepare(args, begin, end); });
+  const int64_t rows = form.panel_rows, panels = (args.n + rows - 1) / rows;
   const int64_t grain = std::max<int64_t>(1, 262144 / (rows * args.k));
   at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    Tensor scratch = at::empty({tile.scratch(args)}, bytes);
-    tile.matmul(args, begin * rows, std::min(end * rows, args.n), scratch.mutable_data_ptr());
+    Tensor scratch = at::empty({form.scratch(args)}, bytes);
+    form.matmul(args, begin * rows, std::min(end * rows, args.n), scratch.mutable_data_ptr());
   });
 
   std::vector<int64_t> rest;
@@ -178,7 +179,7 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& s
   args.group_size = group_size == -1 ? k : group_size;
   args.bits = static_cast<int>(bits);
   const Kernels& kernel = kernels();
-  if (kernel.tile != nullptr && kernel.tile->takes(args)) return by_tiles(kernel, args, x);
+  if (kernel.words != nullptr && kernel.words->takes(args)) return by_words(kernel, args, x);
   return by_vectors(kernel, args, x).to(x.scalar_type());
 }
 

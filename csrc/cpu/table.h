@@ -24,6 +24,7 @@
                                   MatmulKernel::prepare,                                                    \
                                   MatmulKernel::run,                                                        \
                                   GridKernel::losses,                                                       \
+                                  nullptr,                                                                  \
                                   nullptr};                                                                 \
     return table;                                                                                           \
   }                                                                                                         \

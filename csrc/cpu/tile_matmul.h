@@ -7,93 +7,41 @@
 // result has the same bits alone and in a batch.
 #pragma once
 
+#include "code_words.h"
 #include "tiles.h"
 
 namespace {
 
-// Hands out parts of a piece of memory, or counts what they would take.
-struct Scratch {
-  char* at;
-
-  char* operator()(int64_t bytes) {
-    char* begin = at;
-    at += (bytes + 63) / 64 * 64;
-    return begin;
-  }
-};
-
-struct TileMatmul {
-  static constexpr int64_t unit = epmq::kTileUnit;
-  static constexpr int64_t unit_steps = unit / kTileDepth;
+struct TileMatmul : CodeWords {
   static constexpr int64_t block_words = unit_steps * kTileWords;  // of 16 weight rows
   static constexpr int64_t pair_rows = 32;   // weight rows of two left operands: decoded together, used at once
   static constexpr int64_t batch_tiles = 8;  // column tiles that share them, and stay in the second cache
-  // No product or partial sum of q - z with a number of this range, or with its parts, is denormal or overflows.
-  static constexpr uint32_t lowest = bits_of_power(-103), highest = bits_of_power(96);
-
-  static bool takes(const epmq::MatmulArgs& a) {
-    return a.bits == 4 && (a.group_size >= a.k || a.group_size % kTileDepth == 0);
-  }
-
-  static int64_t units_of(const epmq::MatmulArgs& a) { return (a.k + unit - 1) / unit; }
-
-  // Tile products per segment.
-  static int64_t segment_of(const epmq::MatmulArgs& a) {
-    if (a.group_size >= a.k || a.group_size % unit == 0) return unit_steps;
-    return a.group_size % (2 * kTileDepth) == 0 ? 2 : 1;
-  }
 
   // All parts of a small batch share one column tile.
-  static bool shared(const epmq::TileMatmulArgs& a) { return a.parts * a.m <= kTileRows; }
+  static bool shared(const epmq::WordMatmulArgs& a) { return a.parts * a.m <= kTileRows; }
 
-  static void shape(epmq::TileMatmulArgs& a) {
+  static void shape(epmq::WordMatmulArgs& a) {
     a.parts = parts_of(a.x_dtype);
     a.width = shared(a) ? a.parts * a.m : a.m < kTileRows ? a.m : kTileRows;
     a.tiles = shared(a) ? 1 : (a.m + kTileRows - 1) / kTileRows * a.parts;
   }
 
-  static int64_t tile_words(const epmq::TileMatmulArgs& a) { return units_of(a) * unit * a.width; }
-  static int64_t column_words(const epmq::TileMatmulArgs& a) { return a.tiles * tile_words(a); }
+  static int64_t tile_words(const epmq::WordMatmulArgs& a) { return units_of(a) * unit * a.width; }
+  static int64_t column_words(const epmq::WordMatmulArgs& a) { return a.tiles * tile_words(a); }
 
   struct Place {
     int64_t tile, column;
   };
 
-  static Place place_of(const epmq::TileMatmulArgs& a, int64_t m, int part) {
+  static Place place_of(const epmq::WordMatmulArgs& a, int64_t m, int part) {
     if (shared(a)) return {0, part * a.m + m};
     return {m / kTileRows * a.parts + part, m % kTileRows};
-  }
-
-  // ---- order of codes -------------------------------------------------------------------------------------------
-
-  // Long segments: nibble j of each 16-bit word of 64 bytes goes to step j, so step j holds codes 4 e + j.
-  // Others: bytes of 32 codes spread to words, low nibbles first, so a step holds its even codes, then its odd ones.
-  template <bool Long>
-  static int64_t slot_of(int64_t at) {
-    if (Long) return at % 4 * kTileWords + at / 4;
-    return at / kTileDepth * kTileWords + at % 2 * 16 + at % kTileDepth / 2;
-  }
-
-  // 128 words of x in the order of the four steps.
-  template <bool Long>
-  static EPMQ_INLINE void order(const __m512i (&in)[4], __m512i (&out)[4]) {
-    uint16_t index[32];
-    for (int j = 0; j < 4; j++) {
-      for (int e = 0; e < 32; e++) index[e] = (uint16_t)(Long ? (4 * e + j) % 64 : e % 16 * 2 + e / 16);
-      const __m512i from = _mm512_loadu_si512(index);
-      if (Long) {
-        const __m512i first = _mm512_permutex2var_epi16(in[0], from, in[1]);
-        out[j] = _mm512_mask_blend_epi32(0xff00, first, _mm512_permutex2var_epi16(in[2], from, in[3]));
-      } else {
-        out[j] = _mm512_permutexvar_epi16(from, in[j]);
-      }
-    }
   }
 
   // ---- activations ----------------------------------------------------------------------------------------------
 
   template <bool Long>
-  static void prepare_units(const epmq::TileMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
+  static void prepare_units(const epmq::WordMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
     for (int64_t u = unit_begin; u < unit_end; u++)
       for (int64_t m = 0; m < a.m; m++) {
         __m512 values[8];
@@ -116,19 +64,7 @@ struct TileMatmul {
       }
   }
 
-  static EPMQ_INLINE void read_unit(const epmq::MatmulArgs& a, int64_t m, int64_t k, __m512 (&values)[8]) {
-    const int64_t row = m * a.x_row_stride;
-    if (a.x_column_stride == 1 && k + unit <= a.k) {
-      for (int i = 0; i < 8; i++) values[i] = read_vector(a.x, a.x_dtype, row + k + 16 * i).r;
-    } else {
-      float numbers[unit];
-      for (int at = 0; at < unit; at++)
-        numbers[at] = k + at < a.k ? read_element(a.x, a.x_dtype, row + (k + at) * a.x_column_stride) : 0.0f;
-      for (int i = 0; i < 8; i++) values[i] = _mm512_loadu_ps(numbers + 16 * i);
-    }
-  }
-
-  static void prepare(const epmq::TileMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
+  static void prepare(const epmq::WordMatmulArgs& a, int64_t unit_begin, int64_t unit_end) {
     const auto units = segment_of(a) == unit_steps ? prepare_units<true> : prepare_units<false>;
     units(a, unit_begin, unit_end);
   }
@@ -144,7 +80,7 @@ struct TileMatmul {
     int64_t bytes;       // of all of these
   };
 
-  static Work work_of(const epmq::TileMatmulArgs& a, void* scratch) {
+  static Work work_of(const epmq::WordMatmulArgs& a, void* scratch) {
     const int64_t tile = kTileRows * a.width;
     const int64_t batch = a.tiles < batch_tiles ? a.tiles : batch_tiles;
     Scratch take{(char*)scratch};
@@ -158,7 +94,7 @@ struct TileMatmul {
     return work;
   }
 
-  static int64_t scratch(const epmq::TileMatmulArgs& a) { return work_of(a, nullptr).bytes; }
+  static int64_t scratch(const epmq::WordMatmulArgs& a) { return work_of(a, nullptr).bytes; }
 
   // Scales of 16 weight rows, one vector per group; rows past the end repeat the last.
   static void read_scales(const epmq::MatmulArgs& a, int64_t row, float* out) {
@@ -196,7 +132,7 @@ struct TileMatmul {
     int64_t units;
     Lines scales, zeros;  // no lines where there are no zeros: their stride is 0
 
-    GridFetch(const epmq::TileMatmulArgs& a, int64_t row, int64_t rows)
+    GridFetch(const epmq::WordMatmulArgs& a, int64_t row, int64_t rows)
         : units(units_of(a)),
           scales(a.scales, a.scale_stride * (a.scale_dtype == epmq::Dtype::kFloat ? 4 : 2), row, rows),
           zeros(a.zeros, a.zero_stride, row, rows) {}
@@ -206,23 +142,9 @@ struct TileMatmul {
     }
   };
 
-  template <bool Symmetric>
-  static EPMQ_INLINE const uint16_t* table_of(const epmq::TileMatmulArgs& a, int64_t row, int64_t group) {
-    return a.words + kTileDepth * (Symmetric ? 8 : a.zeros[row * a.zero_stride + group]);
-  }
-
-  // The group of each segment of a row.
-  static void groups_of(const epmq::TileMatmulArgs& a, int32_t* groups) {
-    const int64_t segment = segment_of(a);
-    for (int64_t s = 0; s < units_of(a) * unit_steps / segment; s++) {
-      const int64_t group = s * segment * kTileDepth / a.group_size;
-      groups[s] = (int32_t)(group < a.groups ? group : a.groups - 1);
-    }
-  }
-
   // Unit u of 16 weight rows: [step][row][32]. A line of `ahead` is fetched for each of codes.
   template <bool Long, bool Symmetric>
-  static EPMQ_INLINE void decode(const epmq::TileMatmulArgs& a, int64_t row, int64_t u, const int32_t* segment_groups,
+  static EPMQ_INLINE void decode(const epmq::WordMatmulArgs& a, int64_t row, int64_t u, const int32_t* segment_groups,
                                  const uint8_t* ahead, uint16_t* out) {
     const int64_t segment = segment_of(a);
     const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
@@ -230,41 +152,16 @@ struct TileMatmul {
     const int32_t* groups = segment_groups + u * (unit_steps / segment);
     const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
     if ((u + 1) * unit > a.k) {
-      for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, out + r * kTileDepth);
+      for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, kTileWords, out + r * kTileDepth);
       return;
     }
     for (int64_t r = 0; r < rows; r++, ahead += 64) {
       __builtin_prefetch(ahead, 0, 2);
-      uint16_t* to_row = out + r * kTileDepth;
-      if (Long) {
-        const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[0]));
-        const __m512i words = _mm512_loadu_si512(codes);
-        _mm512_storeu_si512(to_row, _mm512_permutexvar_epi16(words, table));
-        _mm512_storeu_si512(to_row + kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
-        _mm512_storeu_si512(to_row + 2 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
-        _mm512_storeu_si512(to_row + 3 * kTileWords, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
-      } else {
-        EPMQ_UNROLL
-        for (int j = 0; j < unit_steps; j++) {
-          const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row + r, groups[j / segment]));
-          const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(codes + 16 * j)));
-          const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-          _mm512_storeu_si512(to_row + j * kTileWords, _mm512_permutexvar_epi16(words, table));
-        }
-      }
+      __m512i words[4];
+      unit_words<Long, Symmetric>(a, row + r, groups, codes, words);
+      EPMQ_UNROLL
+      for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + r * kTileDepth + j * kTileWords, words[j]);
       codes += a.row_bytes;
-    }
-  }
-
-  // The last unit of a row, zero past its end.
-  template <bool Long, bool Symmetric>
-  static void decode_end(const epmq::TileMatmulArgs& a, int64_t row, int64_t k, uint16_t* out) {
-    const uint8_t* codes = a.packed + row * a.row_bytes;
-    for (int64_t at = 0; at < unit; at++) {
-      uint16_t value = 0;
-      if (k + at < a.k)
-        value = table_of<Symmetric>(a, row, (k + at) / a.group_size)[codes[(k + at) / 2] >> (4 * (at % 2)) & 15];
-      out[slot_of<Long>(at)] = value;
     }
   }
 
@@ -305,7 +202,7 @@ struct TileMatmul {
 
   // The segments of unit u of one pair of weight blocks against Right column tiles.
   template <int Right, bool Long>
-  static EPMQ_INLINE void multiply(const epmq::TileMatmulArgs& a, int64_t u, int64_t tile, const Work& work,
+  static EPMQ_INLINE void multiply(const epmq::WordMatmulArgs& a, int64_t u, int64_t tile, const Work& work,
                                    const __m512i* rows, float* sums, int64_t block_sums) {
     const int64_t steps = Long ? unit_steps : segment_of(a), size = kTileRows * a.width;
     const uint16_t* columns = a.columns + tile * tile_words(a) + u * unit * a.width;
@@ -324,21 +221,8 @@ struct TileMatmul {
 
   // ---- results --------------------------------------------------------------------------------------------------
 
-  static EPMQ_INLINE void write(const epmq::TileMatmulArgs& a, int64_t at, __mmask16 mask, __m512 y) {
-    if (a.x_dtype == epmq::Dtype::kFloat) {
-      _mm512_mask_storeu_ps((float*)a.y + at, mask, y);
-    } else if (a.x_dtype == epmq::Dtype::kHalf) {
-      _mm256_mask_storeu_epi16((uint16_t*)a.y + at, mask, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
-    } else {
-      const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
-      __m512 rest = y;
-      const __m512i words = _mm512_mask_mov_epi32(take_bfloat(rest), nan, _mm512_set1_epi32(0x7fc0));
-      _mm256_mask_storeu_epi16((uint16_t*)a.y + at, mask, _mm512_cvtepi32_epi16(words));
-    }
-  }
-
   // Parts are added, smallest first, and 16 weight rows of each row of x are written.
-  static void finish(const epmq::TileMatmulArgs& a, int64_t row, int64_t first_tile, int64_t m_begin, int64_t m_end,
+  static void finish(const epmq::WordMatmulArgs& a, int64_t row, int64_t first_tile, int64_t m_begin, int64_t m_end,
                      const float* sums) {
     const int64_t rows = a.n - row < kTileRows ? a.n - row : kTileRows;
     const __mmask16 mask = (__mmask16)((1u << rows) - 1);
@@ -359,7 +243,7 @@ struct TileMatmul {
   // A unit of a pair of weight blocks is decoded and multiplied while codes and grids of the rows that come next are on
   // their way, in the order of memory, which alone decides the time of a small batch.
   template <bool Long, bool Symmetric>
-  static void panels(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+  static void panels(const epmq::WordMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
     const Work work = work_of(a, scratch);
     const int64_t units = units_of(a), batch = batch_tiles / a.parts * a.parts, tile = kTileRows * a.width;
     groups_of(a, work.groups);
@@ -389,7 +273,7 @@ struct TileMatmul {
     }
   }
 
-  static void run(const epmq::TileMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+  static void run(const epmq::WordMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
     const bool whole = segment_of(a) == unit_steps;
     const auto zeros = whole ? panels<true, false> : panels<false, false>;
     const auto symmetric = whole ? panels<true, true> : panels<false, true>;

@@ -5,7 +5,7 @@
 // Denormal operands and results count as zero whatever the rounding mode register says.
 #pragma once
 
-#include "read.h"
+#include "bfloat.h"
 
 namespace {
 
@@ -106,41 +106,6 @@ EPMQ_INLINE void store_tiles(float* out, int64_t width) {
   }
   settle();
 }
-
-// ---- fp32 as a sum of bf16 numbers ----------------------------------------------------------------------------------
-
-// 24 significant bits are three times 8: `value` becomes value minus its nearest bf16, which is returned as 16 bits
-// in the low half of each lane. Subtraction is exact. For finite numbers whose parts are normal.
-EPMQ_INLINE __m512i take_bfloat(__m512& value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i top = _mm512_srli_epi32(rounded, 16);
-  value = _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
-  return top;
-}
-
-// 32 numbers as bf16 words, the next part of each.
-EPMQ_INLINE __m512i take_words(__m512& first, __m512& second) {
-  const __m256i low = _mm512_cvtepi32_epi16(take_bfloat(first)), high = _mm512_cvtepi32_epi16(take_bfloat(second));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-// Parts that hold every number of a type.
-inline int parts_of(epmq::Dtype dtype) {
-  return dtype == epmq::Dtype::kBfloat ? 1 : dtype == epmq::Dtype::kHalf ? 2 : 3;
-}
-
-// Whether all lanes are 0 or of a magnitude in [low, high], given as bits: false for infinities and NaN.
-EPMQ_INLINE bool all_between(__m512 value, uint32_t low, uint32_t high) {
-  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 zero = _mm512_cmpeq_epi32_mask(magnitude, _mm512_setzero_si512());
-  const __m512i above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32((int)low));
-  const __mmask16 inside = _mm512_cmple_epu32_mask(above, _mm512_set1_epi32((int)(high - low)));
-  return (__mmask16)(zero | inside) == 0xffff;
-}
-
-constexpr uint32_t bits_of_power(int exponent) { return (uint32_t)(exponent + 127) << 23; }
 
 // ---- transposition --------------------------------------------------------------------------------------------------
 
