@@ -4,8 +4,8 @@
 // q - z is exact in bf16, so products are. Every output is 16 partial sums, lane l taking the l-th pair of each step of
 // 32 codes; the steps of a segment are summed from zero, and one fused multiply-add scales that sum and adds it to the
 // lanes' totals. After a pass over `pass_units` units of codes one fixed tree adds the lanes; passes are added in order.
-//   up to four rows of x  weights go from codes to registers and are used at once (bound by memory);
-//   more rows             a few rows of weights are decoded for a pass, stay in the first cache and meet all rows of x.
+//   few rows of x    weights go from codes to registers and are used at once (bound by memory);
+//   more rows        a few rows of weights are decoded for a pass, stay in the first cache and meet all rows of x.
 #pragma once
 
 #include "code_words.h"
@@ -16,10 +16,12 @@ namespace {
 struct DotMatmul : CodeWords {
   static constexpr int RM = 4, RN = 3;           // rows of x, rows of W: sums and totals fill the registers
   static constexpr int64_t pass_units = 8, pass_words = pass_units * unit;
-  static constexpr int64_t few_rows = 16;        // weight rows together for few rows of x
+  static constexpr int most_few = 6;             // rows of x that weights are not kept for
+  static constexpr int64_t few_rows = 16;        // weight rows whose results are written together
   static constexpr int64_t sub_rows = 4 * RN;    // weight rows decoded together for more
+  static constexpr int64_t batch_rows = 512;     // rows of x that meet them: those of a pass stay in the second cache
   static constexpr int64_t panel_rows = 96;      // weight rows per task
-  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && RM == 4, "tiles must fill panels");
+  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0 && RM == 4, "tiles must fill panels");
 
   static bool takes(const epmq::MatmulArgs& a) {
     return a.x_dtype == epmq::Dtype::kBfloat && CodeWords::takes(a);
@@ -39,11 +41,32 @@ struct DotMatmul : CodeWords {
     return a.columns + (first_unit / pass_units * a.m + m) * pass_words;
   }
 
-  static int64_t padded_m(const epmq::MatmulArgs& a) { return (a.m + RM - 1) / RM * RM; }
+  static int64_t x_tiles(const epmq::MatmulArgs& a) { return ((a.m < batch_rows ? a.m : batch_rows) + RM - 1) / RM; }
   static int64_t segments_of(const epmq::MatmulArgs& a) { return unit_steps / segment_of(a); }  // per unit
 
   static EPMQ_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  // Lane i of the result is the total of v[i]: the same tree for every vector. Count: 4, 8 or 16.
+  template <int Count>
+  static EPMQ_INLINE __m512 lane_totals(const __m512 (&v)[Count]) {
+    __m512 t[Count / 2], u[Count / 4], w[2];
+    EPMQ_UNROLL
+    for (int i = 0; i < Count / 2; i++)
+      t[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    EPMQ_UNROLL
+    for (int i = 0; i < Count / 4; i++) {
+      const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+      u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    EPMQ_UNROLL
+    for (int i = 0; i < 2; i++) {
+      constexpr int last = Count / 4 - 1;
+      const __m512 a = u[2 * i < last ? 2 * i : last], b = u[2 * i + 1 < last ? 2 * i + 1 : last];
+      w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
   }
 
   // ---- activations ----------------------------------------------------------------------------------------------
@@ -74,9 +97,9 @@ struct DotMatmul : CodeWords {
 
   struct Work {
     int32_t* groups;     // [segments]: the group of each
-    float* converted;    // [few_rows][G] scales in fp32
+    float* converted;    // [sub_rows][G] scales in fp32
     float* scales;       // [sub_rows / RN][segments of a pass][RN]
-    float* sums;         // [sub_rows][padded m]
+    float* sums;         // [tiles of x][tiles of W][RN][RM] and four more
     uint16_t* weights;   // [sub_rows / RN][steps of a pass][RN][32]
     int64_t bytes;       // of all of these
   };
@@ -85,9 +108,9 @@ struct DotMatmul : CodeWords {
     Scratch take{(char*)scratch};
     Work work;
     work.weights = (uint16_t*)take(sub_rows * pass_units * unit * 2);
-    work.sums = (float*)take(sub_rows * padded_m(a) * 4);
+    work.sums = (float*)take(x_tiles(a) * (sub_rows / RN) * 16 * 4);
     work.scales = (float*)take(sub_rows * pass_units * unit_steps * 4);
-    work.converted = (float*)take(few_rows * a.groups * 4);
+    work.converted = (float*)take(sub_rows * a.groups * 4);
     work.groups = (int32_t*)take(units_of(a) * unit_steps * 4);
     work.bytes = take.at - (char*)scratch;
     return work;
@@ -97,85 +120,69 @@ struct DotMatmul : CodeWords {
 
   // ---- few rows of x --------------------------------------------------------------------------------------------
 
-  // Units [from, to) of R weight rows against M rows of x: results[m][r] += w[r] * x[m]. `ahead` bytes further lie
-  // codes needed later.
-  template <bool Long, bool Symmetric, int R, int M>
-  static EPMQ_INLINE void few_pass(const epmq::WordMatmulArgs& a, int64_t row, int64_t from, int64_t to, int64_t ahead,
-                                   const int32_t* groups, const RowGrid* grids, float* results) {
+  // Units [from, to) of a weight row against M rows of x: results[m] += w * x[m]. Codes are read in the order of memory,
+  // and those of the rows after next are fetched.
+  template <bool Long, bool Symmetric, int M>
+  static EPMQ_INLINE void few_pass(const epmq::WordMatmulArgs& a, int64_t row, int64_t from, int64_t to,
+                                   const int32_t* all_groups, const float* scales, __m512& results) {
+    constexpr int padded = M <= 4 ? 4 : 8;
     const int64_t segment = Long ? unit_steps : segment_of(a), segments = unit_steps / segment;
-    const uint8_t* codes = a.packed + row * a.row_bytes;
+    const uint8_t* codes = a.packed + row * a.row_bytes + from * (unit / 2);
+    const int32_t* groups = all_groups + from * segments;
     const uint16_t* x = x_of(a, 0, from);
-    Vec totals[M][RM];
+    __m512 totals[padded];
     EPMQ_UNROLL
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < padded; m++) totals[m] = _mm512_setzero_ps();
+    for (int64_t u = from; u < to; u++, x += unit, codes += unit / 2, groups += segments) {
+      __m512i w[4];
+      if ((u + 1) * unit <= a.k) {
+        __builtin_prefetch(codes + 2 * a.row_bytes);
+        unit_words<Long, Symmetric>(a, row, groups, codes, w);
+      } else {
+        uint16_t words[unit];
+        decode_end<Long, Symmetric>(a, row, u * unit, step, words);
+        for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_si512(words + j * step);
+      }
+      __m512 sums[M];
       EPMQ_UNROLL
-      for (int r = 0; r < RM; r++) totals[m][r] = Vec::zero();
-    for (int64_t u = from; u < to; u++, x += unit) {
-      const bool whole = (u + 1) * unit <= a.k;
-      EPMQ_UNROLL
-      for (int r = 0; r < R; r++) {
-        const uint8_t* source = codes + r * a.row_bytes + u * (unit / 2);
-        __m512i w[4];
-        if (whole) {
-          __builtin_prefetch(source + ahead);
-          unit_words<Long, Symmetric>(a, row + r, groups + u * segments, source, w);
-        } else {
-          uint16_t words[unit];
-          decode_end<Long, Symmetric>(a, row + r, u * unit, step, words);
-          for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_si512(words + j * step);
-        }
-        __m512 sums[M];
+      for (int j = 0; j < 4; j++) {
         EPMQ_UNROLL
-        for (int j = 0; j < 4; j++) {
+        for (int m = 0; m < M; m++) {
+          if (Long ? j == 0 : j % segment == 0) sums[m] = _mm512_setzero_ps();
+          sums[m] = dot(sums[m], w[j], _mm512_loadu_si512(x + m * pass_words + j * step));
+        }
+        if (Long ? j == 3 : (j + 1) % segment == 0) {
+          const __m512 scale = _mm512_set1_ps(scales[groups[j / segment]]);
           EPMQ_UNROLL
-          for (int m = 0; m < M; m++) {
-            if (Long ? j == 0 : j % segment == 0) sums[m] = _mm512_setzero_ps();
-            sums[m] = dot(sums[m], w[j], _mm512_loadu_si512(x + m * pass_words + j * step));
-          }
-          if (Long ? j == 3 : (j + 1) % segment == 0) {
-            const Vec scale = Vec::broadcast(grids[r].scales[groups[u * segments + j / segment]]);
-            EPMQ_UNROLL
-            for (int m = 0; m < M; m++) totals[m][r] = Vec::fma({sums[m]}, scale, totals[m][r]);
-          }
+          for (int m = 0; m < M; m++) totals[m] = _mm512_fmadd_ps(sums[m], scale, totals[m]);
         }
       }
     }
-    EPMQ_UNROLL
-    for (int m = 0; m < M; m++) {
-      float added[RM];
-      Vec::totals(totals[m], added);
-      EPMQ_UNROLL
-      for (int r = 0; r < R; r++) results[m * few_rows + r] += added[r];
-    }
-  }
-
-  // All passes of R weight rows, so that codes are read in the order of memory.
-  template <bool Long, bool Symmetric, int R, int M>
-  static EPMQ_INLINE void few_passes(const epmq::WordMatmulArgs& a, int64_t row, const int32_t* groups,
-                                     const RowGrid* grids, float* results) {
-    const int64_t units = units_of(a);
-    for (int64_t from = 0; from < units; from += pass_units)
-      few_pass<Long, Symmetric, R, M>(a, row, from, from + pass_units < units ? from + pass_units : units,
-                                      R * a.row_bytes, groups, grids, results);
+    results = _mm512_add_ps(results, lane_totals<padded>(totals));
   }
 
   template <bool Long, bool Symmetric, int M>
   static void few(const epmq::WordMatmulArgs& a, int64_t row_begin, int64_t row_end, const Work& work) {
-    constexpr int R = M <= 2 ? 4 : 2;
+    const int64_t units = units_of(a);
     const uint8_t unused = 0;
-    for (int64_t row = row_begin; row < row_end; row += few_rows) {
-      const int64_t rows = row_end - row < few_rows ? row_end - row : few_rows;
-      RowGrid grids[few_rows];
-      alignas(64) float results[M * few_rows] = {};
-      for (int64_t r = 0; r < rows; r++) grids[r] = grid_of(a, row + r, work.converted + r * a.groups, &unused);
-      int64_t r = 0;
-      for (; r + R <= rows; r += R) few_passes<Long, Symmetric, R, M>(a, row + r, work.groups, grids + r, results + r);
-      for (; r < rows; r++) few_passes<Long, Symmetric, 1, M>(a, row + r, work.groups, grids + r, results + r);
+    for (int64_t first = row_begin; first < row_end; first += few_rows) {
+      const int64_t rows = row_end - first < few_rows ? row_end - first : few_rows;
+      float sums[few_rows * most_few];
+      for (int64_t r = 0; r < rows; r++) {
+        const float* scales = grid_of(a, first + r, work.converted, &unused).scales;
+        __m512 results = _mm512_setzero_ps();
+        for (int64_t from = 0; from < units; from += pass_units)
+          few_pass<Long, Symmetric, M>(a, first + r, from, from + pass_units < units ? from + pass_units : units,
+                                       work.groups, scales, results);
+        float one_row[16];
+        _mm512_storeu_ps(one_row, results);
+        for (int m = 0; m < M; m++) sums[m * few_rows + r] = one_row[m];
+      }
       const __mmask16 mask = (__mmask16)((1u << rows) - 1);
-      const __m512 bias = a.bias ? _mm512_maskz_loadu_ps(mask, a.bias + row) : _mm512_setzero_ps();
+      const __m512 bias = a.bias ? _mm512_maskz_loadu_ps(mask, a.bias + first) : _mm512_setzero_ps();
       for (int m = 0; m < M; m++) {
-        const __m512 y = _mm512_load_ps(results + m * few_rows);
-        write(a, m * a.n + row, mask, a.bias ? _mm512_add_ps(y, bias) : y);
+        const __m512 y = _mm512_maskz_loadu_ps(mask, sums + m * few_rows);
+        write(a, m * a.n + first, mask, a.bias ? _mm512_add_ps(y, bias) : y);
       }
     }
   }
@@ -209,15 +216,14 @@ struct DotMatmul : CodeWords {
     }
   }
 
-  // sums[n][m] += x tile * weight tile over `units`.
+  // sums[n][m], 16 floats, += x tile * weight tile over `units`.
   template <bool Long, int M>
-  static void tile(int64_t units, int64_t segment, const uint16_t* x, const uint16_t* w, const float* scales, float* sums, int64_t sums_stride) {
+  static void tile(int64_t units, int64_t segment, const uint16_t* x, const uint16_t* w, const float* scales,
+                   float* sums) {
     const int64_t steps = Long ? unit_steps : segment;
-    Vec totals[RN][RM];
+    __m512 totals[16];  // [RN][RM], and what fills the tree
     EPMQ_UNROLL
-    for (int n = 0; n < RN; n++)
-      EPMQ_UNROLL
-      for (int m = 0; m < RM; m++) totals[n][m] = Vec::zero();
+    for (int i = 0; i < 16; i++) totals[i] = _mm512_setzero_ps();
     for (int64_t s = 0; s < units * unit_steps; s += steps, scales += RN) {
       __m512 acc[RN][M];
       EPMQ_UNROLL
@@ -238,52 +244,52 @@ struct DotMatmul : CodeWords {
       EPMQ_UNROLL
       for (int n = 0; n < RN; n++)
         EPMQ_UNROLL
-        for (int m = 0; m < M; m++) totals[n][m] = Vec::fma({acc[n][m]}, Vec::broadcast(scales[n]), totals[n][m]);
+        for (int m = 0; m < M; m++)
+          totals[n * RM + m] = _mm512_fmadd_ps(acc[n][m], _mm512_set1_ps(scales[n]), totals[n * RM + m]);
     }
-    EPMQ_UNROLL
-    for (int n = 0; n < RN; n++) {
-      float added[RM];
-      Vec::totals(totals[n], added);
-      EPMQ_UNROLL
-      for (int m = 0; m < M; m++) sums[n * sums_stride + m] += added[m];
-    }
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), lane_totals<16>(totals)));
   }
 
   template <bool Long>
   static void tile_any(int64_t count, int64_t units, int64_t segment, const uint16_t* x, const uint16_t* w,
-                       const float* scales, float* sums, int64_t stride) {
+                       const float* scales, float* sums) {
     switch (count) {
-      case 4: return tile<Long, 4>(units, segment, x, w, scales, sums, stride);
-      case 3: return tile<Long, 3>(units, segment, x, w, scales, sums, stride);
-      case 2: return tile<Long, 2>(units, segment, x, w, scales, sums, stride);
-      default: return tile<Long, 1>(units, segment, x, w, scales, sums, stride);
+      case 4: return tile<Long, 4>(units, segment, x, w, scales, sums);
+      case 3: return tile<Long, 3>(units, segment, x, w, scales, sums);
+      case 2: return tile<Long, 2>(units, segment, x, w, scales, sums);
+      default: return tile<Long, 1>(units, segment, x, w, scales, sums);
     }
   }
 
+  // Rows [first, last) of x.
   template <bool Long, bool Symmetric>
-  static void many(const epmq::WordMatmulArgs& a, int64_t row_begin, int64_t row_end, const Work& work) {
-    const int64_t units = units_of(a), stride = padded_m(a), segment = segment_of(a), segments = segments_of(a);
+  static void many(const epmq::WordMatmulArgs& a, int64_t first, int64_t last, int64_t row_begin, int64_t row_end,
+                   const Work& work) {
+    constexpr int64_t tiles = sub_rows / RN;
+    const int64_t units = units_of(a), segment = segment_of(a), segments = segments_of(a);
     const uint8_t unused = 0;
-    const __m512i lanes = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                             _mm512_set1_epi32((int)stride));
+    int32_t places[16] = {};  // of the weight rows in sums
+    for (int r = 0; r < sub_rows; r++) places[r] = r / RN * 16 + r % RN * RM;
+    const __m512i lanes = _mm512_loadu_si512(places);
     for (int64_t row = row_begin; row < row_end; row += sub_rows) {
       const int64_t rows = row_end - row < sub_rows ? row_end - row : sub_rows;
-      memset(work.sums, 0, sizeof(float) * (size_t)(sub_rows * stride));
+      memset(work.sums, 0, sizeof(float) * (size_t)(x_tiles(a) * tiles * 16));
       RowGrid grids[sub_rows];
       for (int64_t r = 0; r < rows; r++) grids[r] = grid_of(a, row + r, work.converted + r * a.groups, &unused);
       for (int64_t from = 0; from < units; from += pass_units) {
         const int64_t to = from + pass_units < units ? from + pass_units : units;
         decode<Long, Symmetric>(a, row, rows, from, to, grids, work);
-        for (int64_t m = 0; m < a.m; m += RM)
+        for (int64_t m = first; m < last; m += RM)
           for (int64_t n = 0; n < rows; n += RN)
-            tile_any<Long>(a.m - m < RM ? a.m - m : RM, to - from, segment, x_of(a, m, from),
+            tile_any<Long>(last - m < RM ? last - m : RM, to - from, segment, x_of(a, m, from),
                            work.weights + n * (to - from) * unit, work.scales + n * (to - from) * segments,
-                           work.sums + n * stride + m, stride);
+                           work.sums + ((m - first) / RM * tiles + n / RN) * 16);
       }
       const __mmask16 mask = (__mmask16)((1u << rows) - 1);
       const __m512 bias = a.bias ? _mm512_maskz_loadu_ps(mask, a.bias + row) : _mm512_setzero_ps();
-      for (int64_t m = 0; m < a.m; m++) {
-        const __m512 y = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, lanes, work.sums + m, 4);
+      for (int64_t m = first; m < last; m++) {
+        const float* from = work.sums + (m - first) / RM * tiles * 16 + m % RM;
+        const __m512 y = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, lanes, from, 4);
         write(a, m * a.n + row, mask, a.bias ? _mm512_add_ps(y, bias) : y);
       }
     }
@@ -296,8 +302,11 @@ struct DotMatmul : CodeWords {
       case 2: return few<Long, Symmetric, 2>(a, row_begin, row_end, work);
       case 3: return few<Long, Symmetric, 3>(a, row_begin, row_end, work);
       case 4: return few<Long, Symmetric, 4>(a, row_begin, row_end, work);
-      default: return many<Long, Symmetric>(a, row_begin, row_end, work);
+      case 5: return few<Long, Symmetric, 5>(a, row_begin, row_end, work);
+      case 6: return few<Long, Symmetric, 6>(a, row_begin, row_end, work);
     }
+    for (int64_t m = 0; m < a.m; m += batch_rows)
+      many<Long, Symmetric>(a, m, m + batch_rows < a.m ? m + batch_rows : a.m, row_begin, row_end, work);
   }
 
   static void run(const epmq::WordMatmulArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
