@@ -1,7 +1,8 @@
 """``make bench``: every operation against its rivals on this machine, interleaved, in one run.
 
 The operator tests run first; no speed-up is printed on a red test. Medians over interleaved rounds; bandwidth and
-FLOP/s are set against what this machine reaches in the same run. Writes results/<date>.json and results/summary.json.
+FLOP/s are set against what this machine reaches in the same run. Writes results/<date>.json and
+results/summary-LEVEL.json, LEVEL being the instruction set in use.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{now:%Y-%m-%d-%H%M}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (RESULTS / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    short = {name: facts[name] for name in ("date", "cpu", "threads", "torch", "rows")}
+    (RESULTS / f"summary-{extension.build_report()['cpu_level']}.json").write_text(json.dumps(short, indent=1) + "\n")
 
 
 if __name__ == "__main__":

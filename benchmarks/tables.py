@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,16 @@ def samples() -> str:
     )
 
 
-def operations() -> str:
-    """Every case of every operation against each rival, from the last whole run of make bench."""
-    return table(
+def operations(level: str) -> str:
+    """Every case of every operation against each rival, from the last whole run of make bench with that level."""
+    facts = read(f"summary-{level}.json")
+    told = f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}\n\n"
+    return told + table(
         ["operation", "case", "ours, ms", "rival", "rival, ms", "ratio"],
         (
             [row["op"], row["case"], f"{row['ours_ms']:.3g}", row["rival"], f"{row['rival_ms']:.3g}",
              f"{row['ratio']:.2f}"]
-            for row in read("summary.json")
+            for row in facts["rows"]
         ),
     )  # fmt: skip
 
@@ -146,7 +149,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "by-task": by_task,
     "every-row": every_row,
     "samples": samples,
-    "operations": operations,
+    "operations-amx": partial(operations, "amx"),
+    "operations-avx512bf16": partial(operations, "avx512bf16"),
     "whole-job": whole_job,
     "memory": memory,
     "processes": processes,

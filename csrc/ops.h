@@ -12,8 +12,8 @@ namespace epmq {
 using at::Tensor;
 
 // x [M, K] fp32|fp16|bf16; hessian [K, K], sum_x [K] fp32; target [M, P], cross [P, K], sum_target [P] or none of the
-// three; row_weights [M] or none. In place; only the lower triangle of hessian is defined. Exact to reordering, but on
-// matrix tiles (EPMQ_CPU=amx) a product below 2^-126 may count as zero.
+// three; row_weights [M] or none. In place; only the lower triangle of hessian is defined. Exact to reordering, but where
+// bf16 numbers are multiplied (EPMQ_CPU=avx512bf16, amx) a product below 2^-126 may count as zero.
 void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::optional<Tensor>& target,
                 const std::optional<Tensor>& cross, const std::optional<Tensor>& sum_target,
                 const std::optional<Tensor>& row_weights);

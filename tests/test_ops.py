@@ -1,6 +1,7 @@
 """Every registered form of every operation against the definition in float64.
 
-EPMQ_CPU=plain|avx2|avx512|amx runs the same tests through one instruction set (``make test-levels``: through each).
+EPMQ_CPU=plain|avx2|avx512|avx512bf16|amx runs the same tests through one instruction set, ``make test-levels`` through
+each.
 """
 
 from __future__ import annotations
@@ -166,9 +167,10 @@ def test_kept_rows_are_those_that_weigh_something(kind: str) -> None:
 
 
 @compiled
-def test_products_below_the_normal_numbers_may_count_as_zero() -> None:
-    """Matrix tiles flush products below 2^-126; the sums of x keep everything."""
-    x, hessian, sum_x = seeded(40, 30) * 2.0**-64, torch.zeros(30, 30), torch.zeros(30)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_below_the_normal_numbers_may_count_as_zero(dtype: torch.dtype) -> None:
+    """Products of bf16 numbers below 2^-126 are flushed; the sums of x keep everything."""
+    x, hessian, sum_x = (seeded(40, 30) * 2.0**-64).to(dtype), torch.zeros(30, 30), torch.zeros(30)
     torch.ops.epmq_native.accumulate(x, hessian, sum_x)
     exact = x.double().T @ x.double()
     flushed = 6 * x.shape[0] * 2.0**-126

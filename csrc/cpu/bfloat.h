@@ -1,9 +1,14 @@
-// fp32 as a sum of bf16 numbers, for instructions that multiply those. AVX-512.
+// fp32 as a sum of bf16 numbers, for instructions that multiply those, and tiles of such numbers. AVX-512.
 #pragma once
 
 #include "read.h"
 
 namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTilePairs = 16;
+constexpr int64_t kTileDepth = 32;                        // terms per product
+constexpr int64_t kTileWords = kTileRows * kTileDepth;    // bf16 numbers in a full tile
 
 // 24 significant bits are three times 8: `value` becomes value minus its nearest bf16, which is returned as 16 bits
 // in the low half of each lane. Subtraction is exact. For finite numbers whose parts are normal.
@@ -37,5 +42,36 @@ EPMQ_INLINE bool all_between(__m512 value, uint32_t low, uint32_t high) {
 }
 
 constexpr uint32_t bits_of_power(int exponent) { return (uint32_t)(exponent + 127) << 23; }
+
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+// v[i] lane j <-> v[j] lane i.
+EPMQ_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  EPMQ_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  EPMQ_UNROLL
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
 
 }  // namespace

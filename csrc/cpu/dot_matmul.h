@@ -3,7 +3,7 @@
 //
 // q - z is exact in bf16, so products are. Every output is 16 partial sums, lane l taking the l-th pair of each step of
 // 32 codes; the steps of a segment are summed from zero, and one fused multiply-add scales that sum and adds it to the
-// lanes' totals. After a pass over `pass_units` units of codes one fixed tree adds the lanes; passes are added in order.
+// lanes' totals. After a pass over `pass_units` units one fixed tree adds the lanes; passes are added in order.
 //   few rows of x    weights go from codes to registers and are used at once (bound by memory);
 //   more rows        a few rows of weights are decoded for a pass, stay in the first cache and meet all rows of x.
 #pragma once
@@ -21,7 +21,8 @@ struct DotMatmul : CodeWords {
   static constexpr int64_t sub_rows = 4 * RN;    // weight rows decoded together for more
   static constexpr int64_t batch_rows = 512;     // rows of x that meet them: those of a pass stay in the second cache
   static constexpr int64_t panel_rows = 96;      // weight rows per task
-  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0 && RM == 4, "tiles must fill panels");
+  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0 && RM == 4,
+                "tiles must fill panels");
 
   static bool takes(const epmq::MatmulArgs& a) {
     return a.x_dtype == epmq::Dtype::kBfloat && CodeWords::takes(a);
@@ -120,8 +121,8 @@ struct DotMatmul : CodeWords {
 
   // ---- few rows of x --------------------------------------------------------------------------------------------
 
-  // Units [from, to) of a weight row against M rows of x: results[m] += w * x[m]. Codes are read in the order of memory,
-  // and those of the rows after next are fetched.
+  // Units [from, to) of a weight row against M rows of x: results[m] += w * x[m]. Codes are read in the order of
+  // memory, and those of the rows after next are fetched.
   template <bool Long, bool Symmetric, int M>
   static EPMQ_INLINE void few_pass(const epmq::WordMatmulArgs& a, int64_t row, int64_t from, int64_t to,
                                    const int32_t* all_groups, const float* scales, __m512& results) {

@@ -68,8 +68,8 @@ struct ProductArgs {
   int64_t out_stride;
 };
 
-// The same on matrix tiles: rows in steps of 32 (zero beyond `kept`), columns in tiles of 16 and tiles in pairs,
-// [tile][step][part][16][32] bf16 numbers; the layout of one part is in tile_statistics.h.
+// The same with bf16 words: rows in steps of 32 (zero beyond `kept`), columns in tiles of 16 and tiles in pairs,
+// [tile][step][part][16][32] bf16 numbers; the layout of one part is in pair_packing.h.
 struct TilePackArgs : PackArgs {
   int64_t steps;
   uint16_t* left;      // plain
@@ -88,6 +88,13 @@ struct TileProductArgs {
   bool triangle;                     // only j <= i counts
   Sum out;
   int64_t out_stride;
+};
+
+struct PairStatistics {
+  int most_parts;       // of an operand that it takes
+  int (*parts)(Dtype);  // bf16 parts that hold every number of a type
+  void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
+  void (*product)(const TileProductArgs&);
 };
 
 // ---- int4 matmul ------------------------------------------------------------------------------------------------
@@ -157,10 +164,6 @@ struct SubtractArgs {
 };
 
 struct TileKernels {
-  int (*parts)(Dtype);  // bf16 parts that hold every number of a type
-  void (*pack)(const TilePackArgs&, int64_t tile_begin, int64_t tile_end);
-  void (*product)(const TileProductArgs&);
-
   int64_t (*subtract_words)(const SubtractArgs&, int64_t count);  // size of `left` or `right`, by rows or columns
   void (*pack_left)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*pack_right)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
@@ -201,7 +204,9 @@ struct Kernels {
 
   void (*grid_losses)(const GridArgs&, int64_t row_begin, int64_t row_end);
 
-  const WordMatmul* words;  // null without instructions that multiply bf16 numbers
+  // Null without instructions that multiply bf16 numbers.
+  const PairStatistics* pairs;
+  const WordMatmul* words;
   const TileKernels* tile;  // null without matrix tiles
 };
 

@@ -10,12 +10,8 @@ namespace epmq {
 
 // What has no form of its own runs as AVX-512.
 const Kernels& amx_kernels() {
-  static const TileKernels tile = {parts_of,
-                                   TileStatistics::pack,
-                                   TileStatistics::product,
-                                   TileProduct::words,
-                                   TileProduct::pack_left,
-                                   TileProduct::pack_right,
+  static const PairStatistics pairs = {3, parts_of, TileStatistics::pack, TileStatistics::product};
+  static const TileKernels tile = {TileProduct::words, TileProduct::pack_left, TileProduct::pack_right,
                                    TileProduct::run};
   static const WordMatmul words = {TileMatmul::takes,   TileMatmul::shape,   TileMatmul::column_words,
                                    TileMatmul::pair_rows, TileMatmul::scratch, TileMatmul::prepare,
@@ -23,6 +19,7 @@ const Kernels& amx_kernels() {
   static const Kernels table = [] {
     Kernels all = avx512_kernels();
     all.name = "amx";
+    all.pairs = &pairs;
     all.words = &words;
     all.tile = &tile;
     return all;

@@ -1,5 +1,6 @@
 // Second and first moments of a batch, added to running sums; the arithmetic is in statistics_kernel.h and, with
-// matrix tiles, in tile_statistics.h. A chunk with numbers that are not for tiles goes through the vector kernels.
+// instructions that multiply bf16 numbers, in tile_statistics.h and dot_statistics.h. A chunk with numbers that are not
+// for those goes through the vector kernels.
 //
 // A batch is walked in chunks of rows. Each chunk is read once: converted to fp32, packed into tiles of columns and
 // summed. Both operands of every product are then taken from the packed copy, and of the symmetric Hessian only the
@@ -188,14 +189,20 @@ std::vector<TileProductArgs> tile_rectangles(const Batch& batch, int64_t height,
   return all;
 }
 
-void by_tiles(const Kernels& kernel, const Batch& batch) {
+// The most bf16 parts that a number of an operand takes; weighted rows of x are fp32.
+int parts_in(const PairStatistics& form, const Batch& batch) {
+  const int x = form.parts(batch.rows.uniform ? batch.x.dtype : Dtype::kFloat);
+  return batch.targets == 0 ? x : std::max(x, form.parts(batch.target.dtype));
+}
+
+void by_pairs(const Kernels& kernel, const Batch& batch) {
   constexpr int64_t depth = 32, width = 32, words = 512;  // rows per step, columns per pair of tiles, numbers per tile
-  const TileKernels& tile = *kernel.tile;
+  const PairStatistics& form = *kernel.pairs;
   const int64_t kept = static_cast<int64_t>(batch.rows.index.size());
   const int64_t x_tiles = (batch.columns + width - 1) / width * 2;
   const int64_t target_tiles = (batch.targets + width - 1) / width * 2;
-  const int x_parts = tile.parts(batch.x.dtype), target_parts = tile.parts(batch.target.dtype);
-  const int right_parts = batch.rows.uniform ? x_parts : tile.parts(Dtype::kFloat);
+  const int x_parts = form.parts(batch.x.dtype), target_parts = form.parts(batch.target.dtype);
+  const int right_parts = batch.rows.uniform ? x_parts : form.parts(Dtype::kFloat);
   const int64_t chunk_steps = std::min((kept + depth - 1) / depth, kTileSteps / right_parts);
   const auto halves = at::TensorOptions(at::kBFloat16);
   const auto buffer = [&](int64_t tiles, int parts) {
@@ -216,9 +223,9 @@ void by_tiles(const Kernels& kernel, const Batch& batch) {
     TilePackArgs pack_target{slice(batch.target, batch, begin, size, batch.sum_target), steps, data(left_target),
                              nullptr, target_parts, 0, &ordinary};
     const int64_t grain = std::max<int64_t>(1, 65536 / (size * 16));
-    at::parallel_for(0, x_tiles, grain, [&](int64_t first, int64_t last) { tile.pack(pack_x, first, last); });
+    at::parallel_for(0, x_tiles, grain, [&](int64_t first, int64_t last) { form.pack(pack_x, first, last); });
     at::parallel_for(0, target_tiles, grain,
-                     [&](int64_t first, int64_t last) { tile.pack(pack_target, first, last); });
+                     [&](int64_t first, int64_t last) { form.pack(pack_target, first, last); });
     if (!ordinary) {
       by_vectors(kernel, batch, begin, begin + size, false);
       continue;
@@ -233,7 +240,7 @@ void by_tiles(const Kernels& kernel, const Batch& batch) {
         args.right = data(right);
         args.right_parts = right_parts;
         args.steps = steps;
-        tile.product(args);
+        form.product(args);
       }
     });
   }
@@ -271,7 +278,8 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
     batch.sum_target = sum_of(*sum_target);
   }
   const Kernels& kernel = kernels();
-  if (kernel.tile != nullptr) return by_tiles(kernel, batch);
+  const PairStatistics* pairs = kernel.pairs;
+  if (pairs != nullptr && parts_in(*pairs, batch) <= pairs->most_parts) return by_pairs(kernel, batch);
   by_vectors(kernel, batch, 0, kept, true);
 }
 

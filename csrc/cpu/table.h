@@ -25,6 +25,7 @@
                                   MatmulKernel::run,                                                        \
                                   GridKernel::losses,                                                       \
                                   nullptr,                                                                  \
+                                  nullptr,                                                                  \
                                   nullptr};                                                                 \
     return table;                                                                                           \
   }                                                                                                         \

@@ -152,7 +152,8 @@ struct TileMatmul : CodeWords {
     const int32_t* groups = segment_groups + u * (unit_steps / segment);
     const uint8_t* codes = a.packed + row * a.row_bytes + u * (unit / 2);
     if ((u + 1) * unit > a.k) {
-      for (int64_t r = 0; r < rows; r++) decode_end<Long, Symmetric>(a, row + r, u * unit, kTileWords, out + r * kTileDepth);
+      for (int64_t r = 0; r < rows; r++)
+        decode_end<Long, Symmetric>(a, row + r, u * unit, kTileWords, out + r * kTileDepth);
       return;
     }
     for (int64_t r = 0; r < rows; r++, ahead += 64) {

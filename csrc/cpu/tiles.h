@@ -9,11 +9,6 @@
 
 namespace {
 
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTilePairs = 16;
-constexpr int64_t kTileDepth = 32;                        // terms per product
-constexpr int64_t kTileWords = kTileRows * kTileDepth;    // bf16 numbers in a full tile
-
 // Accumulators 0..3 ([left][right] = 2 * right + left), left operands 4 and 5, right operands 6 and 7.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -105,37 +100,6 @@ EPMQ_INLINE void store_tiles(float* out, int64_t width) {
     _tile_stored(3, out + 3 * size, 4 * width);
   }
   settle();
-}
-
-// ---- transposition --------------------------------------------------------------------------------------------------
-
-// v[i] lane j <-> v[j] lane i.
-EPMQ_INLINE void transpose(__m512i (&v)[16]) {
-  __m512i t[16];
-  EPMQ_UNROLL
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  EPMQ_UNROLL
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  EPMQ_UNROLL
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  EPMQ_UNROLL
-  for (int i = 0; i < 8; i++) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
 }
 
 }  // namespace
