@@ -93,10 +93,12 @@ def operations(level: str) -> str:
     )  # fmt: skip
 
 
-def whole_job() -> str:
+def whole_job(level: str) -> str:
     """Seconds and memory of a whole quantization beside the rival's."""
-    rows = read("whole_job.json")["rows"]
-    return table(
+    facts = read(f"whole_job-{level}.json")
+    rows, machine = facts["rows"], facts["machine"]
+    told = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {facts['date'][:10]}\n\n"
+    return told + table(
         ["side", "seconds", "peak memory, MiB", "× our GPTQ"],
         (
             [what, f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f}", f"{row['seconds'] / rows['gptq']['seconds']:.2f}"]
@@ -151,7 +153,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "samples": samples,
     "operations-amx": partial(operations, "amx"),
     "operations-avx512bf16": partial(operations, "avx512bf16"),
-    "whole-job": whole_job,
+    "whole-job-amx": partial(whole_job, "amx"),
+    "whole-job-avx512bf16": partial(whole_job, "avx512bf16"),
     "memory": memory,
     "processes": processes,
     "statistics": statistics,

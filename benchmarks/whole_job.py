@@ -5,7 +5,8 @@
 llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches, in
 float32 and in bfloat16: there the rival's model is loaded in it, and our forward passes run in it (forward_dtype).
 Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The
-rival runs in its own environment (``make peers``) and is named when that is absent. Writes results/whole_job.json.
+rival runs in its own environment (``make peers``) and is named when that is absent. Writes
+results/whole_job-LEVEL.json, LEVEL being the instruction set of the extension.
 """
 
 from __future__ import annotations
@@ -169,7 +170,10 @@ def main() -> None:
         ratio = row["seconds"] / found["gptq"]["seconds"]
         print(f"| {what} | {row['seconds']:.1f} | {row['peak_mb']:.0f} | {ratio:.2f} |")
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "rows": found}
-    (HERE / "results/whole_job.json").write_text(json.dumps(facts, indent=1) + "\n")
+    from epmq import extension
+
+    level = extension.build_report().get("cpu_level", "torch")
+    (HERE / f"results/whole_job-{level}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
