@@ -94,10 +94,10 @@ struct CodeWords {
     return a.words + step * (Symmetric ? 8 : a.zeros[row * a.zero_stride + group]);
   }
 
-  // q - z of a whole unit of a row, step by step. groups: of its segments. codes: its 64 bytes.
+  // q - z of a whole unit of a row, step by step. groups: of its segments, `segment` steps each. codes: its 64 bytes.
   template <bool Long, bool Symmetric>
   static EPMQ_INLINE void unit_words(const epmq::WordMatmulArgs& a, int64_t row, const int32_t* groups,
-                                     const uint8_t* codes, __m512i (&out)[4]) {
+                                     int64_t segment, const uint8_t* codes, __m512i (&out)[4]) {
     if (Long) {
       const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row, groups[0]));
       const __m512i words = _mm512_loadu_si512(codes);
@@ -106,7 +106,6 @@ struct CodeWords {
       out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
       out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
     } else {
-      const int64_t segment = segment_of(a);
       EPMQ_UNROLL
       for (int j = 0; j < unit_steps; j++) {
         const __m512i table = _mm512_loadu_si512(table_of<Symmetric>(a, row, groups[j / segment]));

@@ -43,7 +43,6 @@ struct DotMatmul : CodeWords {
   }
 
   static int64_t x_tiles(const epmq::MatmulArgs& a) { return ((a.m < batch_rows ? a.m : batch_rows) + RM - 1) / RM; }
-  static int64_t segments_of(const epmq::MatmulArgs& a) { return unit_steps / segment_of(a); }  // per unit
 
   static EPMQ_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -138,7 +137,7 @@ struct DotMatmul : CodeWords {
       __m512i w[4];
       if ((u + 1) * unit <= a.k) {
         __builtin_prefetch(codes + 2 * a.row_bytes);
-        unit_words<Long, Symmetric>(a, row, groups, codes, w);
+        unit_words<Long, Symmetric>(a, row, groups, segment, codes, w);
       } else {
         uint16_t words[unit];
         decode_end<Long, Symmetric>(a, row, u * unit, step, words);
@@ -194,7 +193,7 @@ struct DotMatmul : CodeWords {
   template <bool Long, bool Symmetric>
   static void decode(const epmq::WordMatmulArgs& a, int64_t row, int64_t rows, int64_t from, int64_t to,
                      const RowGrid* grids, const Work& work) {
-    const int64_t segments = segments_of(a), steps = (to - from) * unit_steps;
+    const int64_t segment = segment_of(a), segments = unit_steps / segment, steps = (to - from) * unit_steps;
     for (int64_t r = 0; r < (rows + RN - 1) / RN * RN; r++) {
       uint16_t* out = work.weights + (r / RN * steps * RN + r % RN) * step;
       float* scales = work.scales + r / RN * (to - from) * segments * RN + r % RN;
@@ -207,7 +206,7 @@ struct DotMatmul : CodeWords {
           __m512i words[4] = {};
           if (r < rows) {
             __builtin_prefetch(codes + (u + pass_units) * (unit / 2));
-            unit_words<Long, Symmetric>(a, row + r, groups, codes + u * (unit / 2), words);
+            unit_words<Long, Symmetric>(a, row + r, groups, segment, codes + u * (unit / 2), words);
           }
           EPMQ_UNROLL
           for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + j * RN * step, words[j]);
@@ -267,7 +266,7 @@ struct DotMatmul : CodeWords {
   static void many(const epmq::WordMatmulArgs& a, int64_t first, int64_t last, int64_t row_begin, int64_t row_end,
                    const Work& work) {
     constexpr int64_t tiles = sub_rows / RN;
-    const int64_t units = units_of(a), segment = segment_of(a), segments = segments_of(a);
+    const int64_t units = units_of(a), segment = segment_of(a), segments = unit_steps / segment;
     const uint8_t unused = 0;
     int32_t places[16] = {};  // of the weight rows in sums
     for (int r = 0; r < sub_rows; r++) places[r] = r / RN * 16 + r % RN * RM;

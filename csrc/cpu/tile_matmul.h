@@ -159,7 +159,7 @@ struct TileMatmul : CodeWords {
     for (int64_t r = 0; r < rows; r++, ahead += 64) {
       __builtin_prefetch(ahead, 0, 2);
       __m512i words[4];
-      unit_words<Long, Symmetric>(a, row + r, groups, codes, words);
+      unit_words<Long, Symmetric>(a, row + r, groups, segment, codes, words);
       EPMQ_UNROLL
       for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + r * kTileDepth + j * kTileWords, words[j]);
       codes += a.row_bytes;
