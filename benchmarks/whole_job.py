@@ -162,6 +162,7 @@ def main() -> None:
     if options.child:
         child(options.child, options.data, options.folder, options.threads)
         return
+    from epmq import extension
     from epmq.report import machine
 
     found = measure(options)
@@ -170,8 +171,6 @@ def main() -> None:
         ratio = row["seconds"] / found["gptq"]["seconds"]
         print(f"| {what} | {row['seconds']:.1f} | {row['peak_mb']:.0f} | {ratio:.2f} |")
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "rows": found}
-    from epmq import extension
-
     level = extension.build_report().get("cpu_level", "torch")
     (HERE / f"results/whole_job-{level}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -26,8 +26,8 @@ Tensor gptq_sweep(const Tensor& weight, const Tensor& unit_upper, const Tensor& 
 // numbers may be off by 3 * 2^-16 of its size.
 void subtract_product(Tensor& out, const Tensor& a, const Tensor& b);
 
-// The lower triangle of out [N, N] -= a [N, k] aᵀ, fp32; rows of out without gaps. What becomes of its upper triangle is
-// not defined.
+// The lower triangle of out [N, N] -= a [N, k] aᵀ, fp32; rows of out without gaps. What becomes of the upper one is not
+// defined.
 void subtract_gram(Tensor& out, const Tensor& a);
 
 // weight [N, K], scales and zeros [S, N, G], importance [K] or none, fp32 -> losses [S, N, G].

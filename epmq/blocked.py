@@ -1,8 +1,8 @@
 """Cholesky by blocks of columns: small factors and triangular solves, all the rest in matrix products.
 
-The form ``blocked`` of :func:`epmq.reference.cholesky`. On a CPU it takes 0.6 of LAPACK's time from a thousand columns
-on, and is preferred there. It is also meant for Hessians of ten thousand columns and more on a GPU, where it runs when
-``EPMQ_BACKEND=blocked`` asks for it, until it has been measured beside cuSOLVER.
+The form ``blocked`` of :func:`epmq.reference.cholesky`. On a CPU it takes 0.6 to 0.7 of LAPACK's time from a thousand
+columns on, and is preferred there. It is also meant for Hessians of ten thousand columns and more on a GPU, where it
+runs when ``EPMQ_BACKEND=blocked`` asks for it, until it has been measured beside cuSOLVER.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from epmq.errors import ConfigError, ExtensionError, first_line
 from epmq.gradient import gradient, keep
 from epmq.rows import kept_rows
 
-# Columns from which products with 16 significant bits are preferred.
-LEAST_SUBTRACTED = 1536
+# Columns from which products with 16 significant bits, and those in fp32, are preferred.
+LEAST_ROUNDED, LEAST_SUBTRACTED = 1536, 512
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,7 +54,8 @@ def build_report() -> dict[str, Any]:
     """What was built and what this CPU uses of it; empty without the extension."""
     if module is None:
         return {}
-    return {**module.build_info(), "cpu_levels": module.cpu_levels(), "cpu_level": module.cpu_level()}
+    cpu = {"cpu_levels": module.cpu_levels(), "cpu_level": module.cpu_level(), "cpu_vendor": module.cpu_vendor()}
+    return {**module.build_info(), **cpu}
 
 
 def _on(device: str, *tensors: Tensor | None) -> bool:
@@ -129,16 +130,17 @@ def rounds_products() -> bool:
 
 
 def _beats_library() -> bool:
-    """Whether our fp32 products are the faster ones: on processors of other makers than its own, the library that torch
-    brings on x86 leaves half of AVX-512 unused."""
+    """Whether our fp32 products are the faster ones: MKL uses half of AVX-512 on processors that Intel did not make."""
     assert module is not None
-    return module.cpu_level().startswith("avx512") and bool(module.cpu_vendor() != "GenuineIntel")
+    not_intel = bool(module.cpu_vendor() != "GenuineIntel")
+    return module.cpu_level().startswith("avx512") and not_intel and torch.backends.mkl.is_available()
 
 
 def _subtracts(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Where it pays. Not by the number of rows: a share of them must get the same bits."""
-    pays = b.shape[1] >= LEAST_SUBTRACTED if rounds_products() else _beats_library()
-    return pays and _subtractable(out, a, b)
+    if rounds_products():
+        return b.shape[1] >= LEAST_ROUNDED and _subtractable(out, a, b)
+    return b.shape[1] >= LEAST_SUBTRACTED and _beats_library() and _subtractable(out, a, b)
 
 
 def _subtracts_gram(out: Tensor, a: Tensor) -> bool:

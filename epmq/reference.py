@@ -103,8 +103,8 @@ def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def subtract_gram(out: Tensor, a: Tensor) -> None:
     """The lower triangle of ``out -= a · aᵀ`` in place: ``[N, N]``, ``[N, k]``. What becomes of the upper one is not
-    defined; it costs nothing but for blocks on the diagonal."""
-    block = max(a.shape[1], 128)
+    defined: only its blocks on the diagonal are computed."""
+    block = max(a.shape[1], 128)  # narrower products waste more than they save
     for start in range(0, len(out), block):
         rows = a[start:]
         out[start:, start : start + block].addmm_(rows, rows[:block].T, alpha=-1.0)

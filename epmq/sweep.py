@@ -23,7 +23,7 @@ def column_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 def columns_in_order(matrix: Tensor, order: Tensor) -> Tensor:
     """A copy of ``[N, K]`` whose column j is column ``order[j]``."""
-    # On a CPU up to six times as fast as index_select along the last dimension.
+    # On a CPU up to six times as fast as index_select along the last dimension; on a GPU neither was timed.
     return matrix.gather(1, order.expand(len(matrix), -1))
 
 

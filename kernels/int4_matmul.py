@@ -1,8 +1,9 @@
 """``y = x · dequant(W)ᵀ + bias`` with 4-bit W: the entry, its torch operators, and the choice of path.
 
 Numbers: a weight is ``(code - zero) · scale`` rounded once to x's dtype, sums are fp32, y is rounded once. With one
-scale per row the fused kernels sum exact integers and multiply by the scale afterwards. Sums run in a fixed order:
-two calls give the same bits. ``batch_invariant`` fixes the order for every number of tokens as well.
+scale per row, and with groups of 128 and more for few tokens, the fused kernels sum exact integers times x and multiply
+the sum by the scale. Two calls give the same bits; ``batch_invariant`` takes one form and one order of summation for
+every number of tokens, without which few and many tokens may differ by half a step of a 16-bit weight.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-LARGEST_STRIDE = 2**31 // 256  # elements; tiles have at most 256 rows
+LARGEST_STRIDE = 2**31 // 256  # elements; no kernel's tile has more than 256 rows of tokens
 
 
 def interpreted() -> bool:

@@ -449,6 +449,19 @@ MATMULS = [
     (50, 513, 96),
     (9, 31, 7),
 ]
+# What compiled forms for bf16 tell apart: segments of a group, rows at the end of a panel, few rows of x and many.
+WORD_MATMULS = [(97, 1200, 128), (13, 1100, -1), (11, 320, 160), (23, 192, 96), (35, 416, 32)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 18, 515])
+@pytest.mark.parametrize("shape", WORD_MATMULS, ids=str)
+@pytest.mark.parametrize("form", forms("dequant_matmul"))
+def test_dequant_matmul_of_bf16(form: Any, shape: tuple[int, int, int], rows: int, symmetric: bool) -> None:
+    codes, scales, zeros = matmul_problem(*shape, 4, symmetric)
+    if zeros is not None:
+        zeros[0, 0] = 200  # beyond the codes
+    check_matmul(form, seeded(rows, shape[1]).bfloat16(), codes, scales, zeros, seeded(shape[0]), 4, shape[2])
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -492,11 +505,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits, group", [(4, 128), (4, 64), (4, 32), (4, -1), (4, 48), (3, 64), (8, 128), (2, -1)])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(bits: int, group: int, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(
+    bits: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
     function = torch.ops.epmq_native.dequant_matmul
     columns = 1184  # three passes, the last one short
-    codes, scales, zeros = matmul_problem(107, columns, group, bits, False)
+    codes, scales, zeros = matmul_problem(107, columns, group, bits, symmetric)
     packed = pack(codes, bits)
     x = seeded(530, columns).to(dtype)
     x[3, 5], x[40, 7], x[41, 8], x[149, 9] = float("inf"), 1e-39, float("nan"), 3e38

@@ -20,7 +20,7 @@ struct Scratch {
 };
 
 struct CodeWords {
-  static constexpr int64_t unit = epmq::kWordUnit, step = 32, unit_steps = unit / step;
+  static constexpr int64_t unit = epmq::kWordUnit, step = kTileDepth, unit_steps = unit / step;
   // No product or partial sum of q - z with a number of this range, or with its parts, is denormal or overflows.
   static constexpr uint32_t lowest = bits_of_power(-103), highest = bits_of_power(96);
 

@@ -21,8 +21,9 @@ struct DotMatmul : CodeWords {
   static constexpr int64_t sub_rows = 4 * RN;    // weight rows decoded together for more
   static constexpr int64_t batch_rows = 512;     // rows of x that meet them: those of a pass stay in the second cache
   static constexpr int64_t panel_rows = 96;      // weight rows per task
-  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0 && RM == 4,
+  static_assert(panel_rows % few_rows == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0,
                 "tiles must fill panels");
+  static_assert(RN * RM <= 16 && sub_rows <= 16, "totals of a tile, and its rows, are one vector");
 
   static bool takes(const epmq::MatmulArgs& a) {
     return a.x_dtype == epmq::Dtype::kBfloat && CodeWords::takes(a);
@@ -31,7 +32,7 @@ struct DotMatmul : CodeWords {
   static void shape(epmq::WordMatmulArgs& a) {
     a.parts = 1;
     a.width = 1;
-    a.tiles = a.m;
+    a.tiles = a.m;  // a row each
   }
 
   // Prepared x: [pass][row][words of a pass].
@@ -125,6 +126,7 @@ struct DotMatmul : CodeWords {
   template <bool Long, bool Symmetric, int M>
   static EPMQ_INLINE void few_pass(const epmq::WordMatmulArgs& a, int64_t row, int64_t from, int64_t to,
                                    const int32_t* all_groups, const float* scales, __m512& results) {
+    static_assert(M <= most_few && most_few <= 8);
     constexpr int padded = M <= 4 ? 4 : 8;
     const int64_t segment = Long ? unit_steps : segment_of(a), segments = unit_steps / segment;
     const uint8_t* codes = a.packed + row * a.row_bytes + from * (unit / 2);

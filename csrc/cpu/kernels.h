@@ -75,7 +75,7 @@ struct TilePackArgs : PackArgs {
   uint16_t* left;      // plain
   uint16_t* right;     // weighted, or null
   int left_parts, right_parts;
-  uint8_t* ordinary;   // set to 0 by numbers that are not for tiles
+  uint8_t* ordinary;   // set to 0 by numbers that are not for bf16 parts
 };
 
 struct TileProductArgs {
@@ -127,11 +127,11 @@ struct MatmulArgs {
 constexpr int64_t kWordUnit = 128;  // codes of a row that are decoded together: 64 bytes
 
 // The same product by instructions that multiply bf16 numbers: bf16(q - z) is exact, and so is x as a sum of `parts`
-// bf16 numbers. Columns are (row of x, part) pairs, `width` to a tile of columns. Codes lie in the order of
+// bf16 numbers. On matrix tiles columns are (row of x, part) pairs, `width` to a tile. Codes lie in the order of
 // code_words.h.
 struct WordMatmulArgs : MatmulArgs {
   const uint16_t* words;   // [256][32]: bf16(q - z) for each z, twice 16 codes
-  uint16_t* columns;       // prepared x: [tile][step][16 pairs of codes][width][2]
+  uint16_t* columns;       // prepared x: on matrix tiles [tile][step][16 pairs of codes][width][2]
   uint8_t* ordinary;       // [M]: 1 where no product or sum of the row can leave the normal numbers
   void* y;                 // [M, N] in x's type; MatmulArgs::out is not used
   int parts;

@@ -6,16 +6,16 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../ops.h"
 #include "kernels.h"
+#include "rectangles.h"
 
 namespace epmq {
 
 namespace {
-
-constexpr int64_t kSegment = 192;  // output rows per rectangle, the unit of work given to a thread
 
 void check_matrix(const Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
@@ -35,7 +35,7 @@ struct Operand {
   Tensor plain, weighted;
 
   Operand(const Tensor& tensor, int depth_axis, int64_t tiles, int64_t lanes, const std::vector<int64_t>& depth,
-          bool keep_plain, const float* weights) {
+          bool with_plain, const float* weights) {
     args.data = tensor.const_data_ptr();
     args.dtype = Dtype::kFloat;
     args.row_stride = tensor.stride(depth_axis);
@@ -49,7 +49,7 @@ struct Operand {
       owner = at::empty({tiles * lanes * args.kept}, at::TensorOptions(at::kFloat));
       return owner.mutable_data_ptr<float>();
     };
-    if (keep_plain) args.plain = place(plain);
+    if (with_plain) args.plain = place(plain);
     if (weights) args.weighted = place(weighted);
   }
 };
@@ -68,35 +68,27 @@ void by_vectors(const Kernels& kernel, Tensor& out, const Tensor& a, const Tenso
     at::parallel_for(0, args.tiles, grain, [&](int64_t begin, int64_t end) { kernel.pack(args, begin, end); });
   };
   pack(right.args);
-  const float* left_data = right.args.plain;
-  Tensor kept;
-  if (!lower) {
-    Operand left(a, 1, left_tiles, lanes, depth, true, nullptr);
-    pack(left.args);
-    left_data = left.args.plain;
-    kept = left.plain;
-  }
+  std::optional<Operand> left;
+  if (!lower) pack(left.emplace(a, 1, left_tiles, lanes, depth, true, nullptr).args);
 
-  std::vector<ProductArgs> work;
-  for (int64_t column = 0; column < columns; column += width)
-    for (int64_t row = lower ? column / kernel.product_rows * kernel.product_rows : 0; row < rows; row += kSegment) {
+  const std::vector<Rectangle> work = rectangles(columns, lower, lower ? 0 : rows, width, kernel.product_rows);
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < work.size(); i = next++) {
       ProductArgs args{};
-      args.left = left_data;
+      args.left = lower ? right.args.plain : left->args.plain;
       args.right = right.args.weighted;
       args.left_tiles = left_tiles;
       args.right_tiles = right_tiles;
       args.kept = right.args.kept;
-      args.row_begin = row;
-      args.row_end = std::min(row + kSegment, rows);
-      args.column_begin = column;
+      args.row_begin = work[i].row_begin;
+      args.row_end = work[i].row_end;
+      args.column_begin = work[i].column;
       args.column_end = columns;
       args.out = {out.mutable_data_ptr<float>(), nullptr};
       args.out_stride = out.stride(0);
-      work.push_back(args);
+      kernel.product(args);
     }
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < work.size(); i = next++) kernel.product(work[i]);
   });
 }
 

@@ -14,32 +14,14 @@
 
 #include "../ops.h"
 #include "kernels.h"
+#include "rectangles.h"
 
 namespace epmq {
 
 namespace {
 
 constexpr int64_t kPacked = 1 << 21;  // floats of packed columns per chunk: few chunks, since threads meet after each
-constexpr int64_t kTileSteps = 48;    // steps of 32 rows per chunk and part, on matrix tiles
-constexpr int64_t kSegment = 192;     // output rows per rectangle, the unit of work given to a thread
-
-struct Rectangle {
-  bool cross;
-  int64_t column, row_begin, row_end;
-};
-
-// Rectangles of the lower triangle of a [columns, columns] matrix, then those of the full [targets, columns] one.
-std::vector<Rectangle> rectangles(int64_t columns, int64_t targets, int64_t width, int64_t step) {
-  std::vector<Rectangle> all;
-  for (int64_t column = 0; column < columns; column += width) {
-    const int64_t top = column / step * step;
-    for (int64_t row = top; row < columns; row += kSegment)
-      all.push_back({false, column, row, std::min(row + kSegment, columns)});
-    for (int64_t row = 0; row < targets; row += kSegment)
-      all.push_back({true, column, row, std::min(row + kSegment, targets)});
-  }
-  return all;
-}
+constexpr int64_t kTileSteps = 48;    // steps of 32 rows per chunk and bf16 part
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -129,7 +111,7 @@ void by_vectors(const Kernels& kernel, const Batch& batch, int64_t begin_row, in
   float* plain_data = plain.mutable_data_ptr<float>();
   float* weighted_data = uniform ? nullptr : weighted.mutable_data_ptr<float>();
   float* left_data = left.mutable_data_ptr<float>();
-  const std::vector<Rectangle> work = rectangles(columns, batch.targets, width, kernel.product_rows);
+  const std::vector<Rectangle> work = rectangles(columns, true, batch.targets, width, kernel.product_rows);
 
   for (int64_t begin = begin_row; begin < end_row; begin += chunk) {
     const int64_t size = std::min(chunk, end_row - begin);
