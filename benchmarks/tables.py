@@ -79,11 +79,16 @@ def samples() -> str:
     )
 
 
+def caption(facts: dict[str, Any]) -> str:
+    """The line above a table: where and when it was measured."""
+    machine = facts["machine"]
+    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {facts['date'][:10]}\n\n"
+
+
 def operations(level: str) -> str:
     """Every case of every operation against each rival, from the last whole run of make bench with that level."""
     facts = read(f"summary-{level}.json")
-    told = f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}\n\n"
-    return told + table(
+    return caption(facts) + table(
         ["operation", "case", "ours, ms", "rival", "rival, ms", "ratio"],
         (
             [row["op"], row["case"], f"{row['ours_ms']:.3g}", row["rival"], f"{row['rival_ms']:.3g}",
@@ -96,9 +101,8 @@ def operations(level: str) -> str:
 def whole_job(level: str) -> str:
     """Seconds and memory of a whole quantization beside the rival's."""
     facts = read(f"whole_job-{level}.json")
-    rows, machine = facts["rows"], facts["machine"]
-    told = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {facts['date'][:10]}\n\n"
-    return told + table(
+    rows = facts["rows"]
+    return caption(facts) + table(
         ["side", "seconds", "peak memory, MiB", "× our GPTQ"],
         (
             [what, f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f}", f"{row['seconds'] / rows['gptq']['seconds']:.2f}"]

@@ -56,7 +56,8 @@ PYBIND11_MODULE(_C, module) {
     return info;
   }, "Compiler, flags, torch version and CUDA architectures of this build ('' without CUDA).");
   module.def("cpu_levels", epmq::cpu_levels, "Instruction sets of this build that this CPU runs, best last.");
-  module.def("cpu_level", epmq::cpu_level, "The instruction set in use; EPMQ_CPU=plain|avx2|avx512|avx512bf16|amx chooses it.");
+  module.def("cpu_level", epmq::cpu_level,
+             "The instruction set in use; EPMQ_CPU=plain|avx2|avx512|avx512bf16|amx chooses it.");
   module.def("cpu_vendor", epmq::cpu_vendor, "The processor's maker as it names itself, or ''.");
   module.def("get_threads", [] { return at::get_num_threads(); });
   module.def("set_threads", [](int count) {

@@ -101,12 +101,16 @@ std::vector<std::string> cpu_levels() {
 std::string cpu_level() { return kernels().name; }
 
 std::string cpu_vendor() {
+  // Asked once: a virtual machine may have to leave itself for the answer.
+  static const std::string name = []() -> std::string {
 #if defined(__x86_64__)
-  unsigned a, letters[3];
-  if (__get_cpuid(0, &a, &letters[0], &letters[2], &letters[1]))
-    return std::string(reinterpret_cast<const char*>(letters), sizeof(letters));
+    unsigned a, letters[3];
+    if (__get_cpuid(0, &a, &letters[0], &letters[2], &letters[1]))
+      return std::string(reinterpret_cast<const char*>(letters), sizeof(letters));
 #endif
-  return {};
+    return {};
+  }();
+  return name;
 }
 
 }  // namespace epmq

@@ -5,25 +5,14 @@
 #include "tile_matmul.h"
 #include "tile_product.h"
 #include "tile_statistics.h"
+#include "word_table.h"
 
 namespace epmq {
 
-// What has no form of its own runs as AVX-512.
 const Kernels& amx_kernels() {
-  static const PairStatistics pairs = {3, parts_of, TileStatistics::pack, TileStatistics::product};
   static const TileKernels tile = {TileProduct::words, TileProduct::pack_left, TileProduct::pack_right,
                                    TileProduct::run};
-  static const WordMatmul words = {TileMatmul::takes,   TileMatmul::shape,   TileMatmul::column_words,
-                                   TileMatmul::pair_rows, TileMatmul::scratch, TileMatmul::prepare,
-                                   TileMatmul::run};
-  static const Kernels table = [] {
-    Kernels all = avx512_kernels();
-    all.name = "amx";
-    all.pairs = &pairs;
-    all.words = &words;
-    all.tile = &tile;
-    return all;
-  }();
+  static const Kernels table = word_kernels<TileStatistics, TileMatmul>("amx", 3, &tile);
   return table;
 }
 

@@ -4,22 +4,12 @@
 #define EPMQ_AVX512
 #include "dot_matmul.h"
 #include "dot_statistics.h"
+#include "word_table.h"
 
 namespace epmq {
 
-// What has no form of its own runs as AVX-512.
 const Kernels& avx512bf16_kernels() {
-  static const PairStatistics pairs = {1, parts_of, DotStatistics::pack, DotStatistics::product};
-  static const WordMatmul words = {DotMatmul::takes,   DotMatmul::shape,   DotMatmul::column_words,
-                                   DotMatmul::panel_rows, DotMatmul::scratch, DotMatmul::prepare,
-                                   DotMatmul::run};
-  static const Kernels table = [] {
-    Kernels all = avx512_kernels();
-    all.name = "avx512bf16";
-    all.pairs = &pairs;
-    all.words = &words;
-    return all;
-  }();
+  static const Kernels table = word_kernels<DotStatistics, DotMatmul>("avx512bf16", 1, nullptr);
   return table;
 }
 

@@ -14,7 +14,7 @@ namespace {
 
 struct TileMatmul : CodeWords {
   static constexpr int64_t block_words = unit_steps * kTileWords;  // of 16 weight rows
-  static constexpr int64_t pair_rows = 32;   // weight rows of two left operands: decoded together, used at once
+  static constexpr int64_t panel_rows = 32;   // weight rows of two left operands: decoded together, used at once
   static constexpr int64_t batch_tiles = 8;  // column tiles that share them, and stay in the second cache
 
   // All parts of a small batch share one column tile.
@@ -254,11 +254,11 @@ struct TileMatmul : CodeWords {
       const int64_t count = a.tiles - first < batch ? a.tiles - first : batch;
       const int64_t m_begin = first / a.parts * kTileRows;
       const int64_t m_end = first + count == a.tiles ? a.m : m_begin + count / a.parts * kTileRows;
-      for (int64_t row = row_begin; row < row_end; row += pair_rows) {
+      for (int64_t row = row_begin; row < row_end; row += panel_rows) {
         for (int64_t b = 0; b < 2; b++) read_scales(a, row + b * kTileRows, work.scales + b * a.groups * kTileRows);
         memset(work.sums, 0, sizeof(float) * (size_t)(2 * count * tile));
-        GridFetch grids(a, row + pair_rows, pair_rows);
-        const uint8_t* next = a.packed + (row + pair_rows) * a.row_bytes;
+        GridFetch grids(a, row + panel_rows, panel_rows);
+        const uint8_t* next = a.packed + (row + panel_rows) * a.row_bytes;
         for (int64_t u = 0; u < units; u++) {
           grids.step();
           for (int64_t b = 0; b < 2; b++, next += kTileRows * (unit / 2))
