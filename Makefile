@@ -14,7 +14,7 @@ GPU_MINUTES ?= 8
 STRESS ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test kill-test test-levels test-transformers4 sanitize lint format demo minilm8 memory processes \
+.PHONY: help setup test kill-test test-levels test-ptx test-transformers4 sanitize lint format demo minilm8 memory processes \
   statistics whole-job tables bench peers cuda-check gates stress gpu fuzz clean
 
 help:  ## list the targets
@@ -40,6 +40,11 @@ test-levels: $(READY)  ## the operator tests through each instruction set, and w
 	for level in $$($(BIN)/python -c 'from epmq import extension; print(*extension.build_report()["cpu_levels"])'); do \
 	  echo "EPMQ_CPU=$$level"; EPMQ_CPU=$$level $(BIN)/python -m pytest tests/test_ops.py || exit 1; done
 	EPMQ_EXTENSION=0 $(BIN)/python -m pytest tests/test_ops.py
+
+test-ptx: $(READY) .venv-triton/ready  ## the Triton kernels compiled for sm_80 and sm_90, their PTX run on the CPU; oldest and newest Triton
+	for arch in 80 90; do for python in $(BIN)/python .venv-triton/bin/python; do \
+	  EPMQ_PTX=$$arch PYTHONPATH=. $$python -m pytest tests/test_int4_matmul.py tests/test_int4_layer.py tests/test_gptq_block.py \
+	    tests/test_gram.py || exit 1; done; done
 
 test-transformers4:  ## the table of model families with the last transformers 4, in an environment of its own
 	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
@@ -117,7 +122,7 @@ cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, share
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-triton/bin/pip install --quiet torch==$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])") \
-	  triton==3.6.0 'numpy<2.4' pydantic pyyaml regex safetensors rich click
+	  triton==3.6.0 'numpy<2.4' pydantic pyyaml regex safetensors rich click pytest pytest-timeout hypothesis
 	touch $@
 
 gates: $(READY) .venv-triton/ready  ## compile the Triton kernels for sm_80 and sm_90, oldest and newest Triton; no GPU

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
+PTX_ARCH = os.environ.get("EPMQ_PTX")  # such as 90: kernels are compiled for that GPU, and their PTX is run
+if PTX_ARCH:
+    from ptx import driver
+    from ptx.machine import Watch
+
+    driver.use(int(PTX_ARCH), Watch(hazards=True))
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run in the interpreter here
 
 
@@ -98,7 +104,7 @@ def toy_job() -> ToyJob:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a Triton kernel runs: in the interpreter on the CPU, compiled on a GPU."""
+    """Where a Triton kernel runs: interpreted or as PTX on the CPU, compiled on a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,0 +1,95 @@
+"""The Triton kernels as a GPU gets them: compiled for sm_80 and sm_90, their PTX run on the CPU.
+
+Runs the tests of the kernels again in processes of their own, because this one interprets its kernels. What the
+interpreter cannot show is seen here: inline assembly, bf16, the layouts of tensor core operands, copies that are not
+waited for, and races in shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parents[1]
+KERNELS = ("test_int4_matmul.py", "test_int4_layer.py", "test_gptq_block.py", "test_gram.py")
+
+# Instructions that order memory are taken out of a compiled kernel: each must be missed.
+BROKEN = """
+import sys
+import torch
+from ptx import driver
+from ptx.machine import Program, Watch
+from ptx.source import PtxError, kernels
+
+driver.use(ARCH, Watch(hazards=True))
+from epmq.kernels import gram, int4_matmul, tune
+from test_int4_matmul import problem
+
+x, _, weight, bias = problem(128, 768, 128, False, torch.float16, 16, torch.device("cpu"))
+config = next(shape for shape in tune.shapes(ARCH) if (shape.block_m, shape.block_n) == (16, 128))
+rows = torch.randn(384, 96).half()
+
+def product():
+    return int4_matmul.run(x, weight.words, weight.scale_words, bias, 128, 128, config)
+
+def moments():
+    hessian = torch.zeros(96, 96)
+    gram.accumulate(rows, hessian, torch.zeros(96))
+    return hessian
+
+unseen = []
+for work in (product, moments):
+    driver.PROGRAMS.clear()
+    right = work()
+    texts = [text for text in driver.PROGRAMS if b"cp.async" in text]
+    (text,) = texts
+    lines = text.decode().splitlines()
+    whole = driver.PROGRAMS[text]
+    for number, line in enumerate(lines):
+        if not any(word in line for word in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group")):
+            continue
+        broken = "\\n".join(lines[:number] + lines[number + 1 :])
+        kernel = Program(kernels(broken)[0])
+        whole.steps, whole.starts, whole.kernel = kernel.steps, kernel.starts, kernel.kernel
+        try:
+            wrong = not torch.equal(work(), right)
+        except PtxError as error:
+            wrong = True
+        print(work.__name__, number, line.strip(), "missed" if wrong else "not missed")
+        # The last wait for copies is for those that nothing reads; compilers add some barriers that nothing needs.
+        if not wrong and line.split()[-1] + line.split()[0] != "0;cp.async.wait_group":
+            unseen.append(line)
+sys.exit(f"not missed: {unseen}" if len(unseen) > 2 else 0)
+"""
+
+
+def environment(arch: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPMQ_BACKEND")}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**kept, "EPMQ_PTX": str(arch), "PYTHONPATH": paths, "TRITON_DEFAULT_FP_FUSION": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_kernels_pass_their_tests_compiled(arch: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'tests.xml'}"]
+    command += [f"tests/{name}" for name in KERNELS]
+    done = subprocess.run(command, cwd=ROOT, env=environment(arch), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    suite = ElementTree.parse(tmp_path / "tests.xml").getroot()[0]
+    assert int(suite.get("tests", 0)) - int(suite.get("skipped", 0)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_without_their_barriers_and_waits_are_found_out(arch: int) -> None:
+    script = BROKEN.replace("ARCH", str(arch))
+    done = subprocess.run([sys.executable, "-c", script], env=environment(arch), capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
