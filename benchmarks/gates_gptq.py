@@ -50,7 +50,7 @@ def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool) -> Gate:
     settings = dict(gram.WIDE if exact else gram.NARROW)
     depth = settings.pop("DEPTH")
     types = {"x": f"*{dtype}", "target": f"*{dtype}"}
-    types |= dict.fromkeys(("row_weights", "hessian", "cross"), "*fp32")
+    types |= dict.fromkeys(("row_weights", "hessian", "cross", "sum_x", "sum_target"), "*fp32")
     constants = {"EXACT": exact, "WEIGHTED": weighted, "INTERPRETED": False, "TILE": gram.TILE, "DEPTH": depth}
     program = build(gram.gram_kernel, arch, types, constants, ("rows", "h_tiles"), settings)
     wanted = "FFMA" if exact else "HGMMA" if arch >= 90 else "HMMA"

@@ -17,12 +17,13 @@ from epmq.rows import kept_rows
 
 TILE = 128
 LINE = 16  # columns that are read together
+SUMS = tl.constexpr(16)  # columns of the product that gives column sums: the fewest that tl.dot takes
 # Tensor cores do not round their running sums to nearest, so sums of squares drift; the total is therefore carried in
 # the fp32 result, and a sum in registers never covers more rows than this.
 ROWS_PER_LAUNCH = 8192
 # Fusion is named because Triton's default for it changes in 3.10. More depth for fp32, or four warps, spills.
 NARROW = {"DEPTH": 64, "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}  # fp16 and bf16, on the tensor cores
-WIDE = {"DEPTH": 16, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}  # fp32 multiply-adds
+WIDE = {"DEPTH": 16, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 168}  # fp32 multiply-adds
 
 
 @triton.jit
@@ -39,12 +40,64 @@ def tile_at(index, h_tiles):
 
 
 @triton.jit
+def products(
+    left_at,
+    right_at,
+    left_step,
+    right_step,
+    left_inside,
+    right_inside,
+    row_weights,
+    rows,
+    SUMMED: tl.constexpr,  # also the column sums of the left operand
+    EXACT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """(sums [TILE, TILE], column sums of left [TILE], zeros if not SUMMED) over all rows."""
+    row = tl.arange(0, DEPTH)[:, None]
+    sums = tl.zeros((TILE, TILE), tl.float32)
+    # Operands of tensor cores stay in shared memory: their sums are one more product. Others are in registers.
+    BY_PRODUCT: tl.constexpr = not EXACT
+    partial = tl.zeros((TILE, SUMS) if BY_PRODUCT else (DEPTH, TILE), tl.float32)
+    for start in range(0, rows, DEPTH):
+        there = row < rows - start
+        a = tl.load(left_at, mask=there & left_inside, other=0.0)
+        b = tl.load(right_at, mask=there & right_inside, other=0.0)
+        left_at += left_step
+        right_at += right_step
+        if EXACT or INTERPRETED:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(row_weights + start + row, mask=there, other=0.0)
+            b = b * weight
+        if SUMMED:
+            if BY_PRODUCT:
+                partial = tl.dot(tl.trans(a), tl.full((DEPTH, SUMS), 1.0, a.dtype), partial, input_precision="ieee")
+            elif WEIGHTED:
+                partial += a * weight
+            else:
+                partial += a
+        sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
+    if BY_PRODUCT:
+        column_sums = tl.max(partial, 1)
+    else:
+        column_sums = tl.sum(partial, 0)
+    return sums, column_sums
+
+
+@triton.jit
 def gram_kernel(
     x,  # [M, K], rows x_stride apart
     target,  # [M, P], rows target_stride apart, of x's dtype
     row_weights,  # fp32 [M], read when WEIGHTED
     hessian,  # fp32 [columns, columns]
     cross,  # fp32 [P, columns]
+    sum_x,  # fp32 [columns]
+    sum_target,  # fp32 [P]
     rows,  # M
     columns,  # K
     targets,  # P
@@ -64,13 +117,18 @@ def gram_kernel(
     left_stride = x_stride
     left_width = x_width
     out = hessian
+    out_sums = sum_x
     left_columns = columns
+    # Which tiles owe the column sums of their left operand: H's diagonal, and the first column of tiles of C.
+    owes = tile_row == tile_column
     if is_cross:
         left = target
         left_stride = target_stride
         left_width = target_width
         out = cross
+        out_sums = sum_target
         left_columns = targets
+        owes = tile_column == 0
     of_left = tile_row * TILE + tl.arange(0, TILE)
     of_right = tile_column * TILE + tl.arange(0, TILE)
     # Whole matrices of addresses, advanced by addition: vectors of rows would change layout in every pass.
@@ -79,49 +137,24 @@ def gram_kernel(
     right_at = x + row * x_stride + of_right[None, :]
     left_inside = (row >= 0) & (of_left < left_width)[None, :]
     right_inside = (row >= 0) & (of_right < x_width)[None, :]
-    sums = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, rows, DEPTH):
-        there = row < rows - start
-        a = tl.load(left_at, mask=there & left_inside, other=0.0)
-        b = tl.load(right_at, mask=there & right_inside, other=0.0)
-        left_at += DEPTH * left_stride
-        right_at += DEPTH * x_stride
-        if EXACT or INTERPRETED:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        if WEIGHTED:
-            b = b * tl.load(row_weights + start + row, mask=there, other=0.0)
-        sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
+    left_step = DEPTH * left_stride
+    right_step = DEPTH * x_stride
+    if owes:
+        sums, column_sums = products(
+            left_at, right_at, left_step, right_step, left_inside, right_inside, row_weights, rows,
+            True, EXACT, WEIGHTED, INTERPRETED, TILE, DEPTH,
+        )  # fmt: skip
+        places = out_sums + of_left
+        total = tl.load(places, mask=of_left < left_columns, other=0.0) + column_sums
+        tl.store(places, total, mask=of_left < left_columns)
+    else:
+        sums, column_sums = products(
+            left_at, right_at, left_step, right_step, left_inside, right_inside, row_weights, rows,
+            False, EXACT, WEIGHTED, INTERPRETED, TILE, DEPTH,
+        )  # fmt: skip
     place = of_left[:, None] * columns + of_right[None, :]
     inside = (of_left < left_columns)[:, None] & (of_right < columns)[None, :]
     tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + sums, mask=inside)
-
-
-@triton.jit
-def column_sum_kernel(
-    x,  # [M, K], rows stride apart
-    row_weights,  # fp32 [M], read when WEIGHTED
-    sums,  # fp32 [K]
-    rows,
-    columns,
-    stride,
-    WEIGHTED: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE,), tl.float32)
-    for start in range(0, rows, DEPTH):
-        row = start + tl.arange(0, DEPTH)
-        there = row < rows
-        value = tl.load(
-            x + row[:, None] * stride + column[None, :], mask=there[:, None] & (column < columns)[None, :], other=0.0
-        ).to(tl.float32)
-        if WEIGHTED:
-            value = value * tl.load(row_weights + row, mask=there, other=0.0)[:, None]
-        total += tl.sum(value, 0)
-    inside = column < columns
-    tl.store(sums + column, tl.load(sums + column, mask=inside, other=0.0) + total, mask=inside)
 
 
 def accumulate(
@@ -166,6 +199,8 @@ def accumulate(
                 part_weights,
                 hessian,
                 hessian if cross is None else cross,
+                sum_x,
+                sum_x if sum_target is None else sum_target,
                 part.shape[0],
                 columns,
                 count,
@@ -180,22 +215,3 @@ def accumulate(
                 TILE=TILE,
                 **(WIDE if exact else NARROW),
             )
-            _add_column_sums(part, part_weights, sum_x, weighted)
-            if target is not None and sum_target is not None:
-                _add_column_sums(part_targets, part_weights, sum_target, weighted)
-
-
-def _add_column_sums(rows: Tensor, weights: Tensor, sums: Tensor, weighted: bool) -> None:
-    grid = (triton.cdiv(sums.shape[0], 64),)
-    column_sum_kernel[grid](
-        rows,
-        weights,
-        sums,
-        rows.shape[0],
-        sums.shape[0],
-        rows.stride(0),
-        WEIGHTED=weighted,
-        TILE=64,
-        DEPTH=64,
-        enable_fp_fusion=True,
-    )
