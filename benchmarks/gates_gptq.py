@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from machine_code import ARCHS, Gate, build, common_faults, count
 
-from epmq.kernels import gptq_block, gram
+from epmq.kernels import gptq_block, gram, gram_programs
 
 MOST_PER_COLUMN = 270
 
@@ -18,6 +19,8 @@ def gates(everything: bool) -> Iterator[Gate]:
     for arch in ARCHS:
         for dtype in ("bf16", "fp16"):
             yield gram_gate(arch, dtype, False, False)
+        if arch >= 90:
+            yield gram_gate(arch, "bf16", False, False, 2 * gram.TILE)
         yield gram_gate(arch, "fp32", True, False)
         yield gram_gate(arch, "bf16", True, True)
 
@@ -45,23 +48,25 @@ def gptq_gate(arch: int) -> Gate:
     return Gate(f"gptq sm_{arch}", counts, faults, MOST_PER_COLUMN)
 
 
-def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool) -> Gate:
+def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool, across: int = gram.TILE) -> Gate:
     """One gram kernel; instructions per turn of its loop, which must hold as many products as its tile needs."""
     settings = dict(gram.WIDE if exact else gram.NARROW)
     depth = settings.pop("DEPTH")
     types = {"x": f"*{dtype}", "target": f"*{dtype}"}
-    types |= dict.fromkeys(("row_weights", "hessian", "cross", "sum_x", "sum_target"), "*fp32")
-    constants = {"EXACT": exact, "WEIGHTED": weighted, "INTERPRETED": False, "TILE": gram.TILE, "DEPTH": depth}
-    program = build(gram.gram_kernel, arch, types, constants, ("rows", "h_tiles"), settings)
+    types |= dict.fromkeys(("row_weights", "hessian", "cross", "sum_x", "sum_target"), "*fp32") | {"turns": "*i32"}
+    constants: dict[str, Any] = {"EXACT": exact, "WEIGHTED": weighted, "ORDERED": True, "INTERPRETED": False}
+    constants |= {"TILE": gram.TILE, "ACROSS": across, "DEPTH": depth}
+    unaligned = ("rows", "h_tiles", "tiles", "rows_per_part")
+    program = build(gram_programs.gram_kernel, arch, types, constants, unaligned, settings)
     wanted = "FFMA" if exact else "HGMMA" if arch >= 90 else "HMMA"
     loop = program.loop_with(wanted)
     threads = 32 * settings["num_warps"]
-    products = gram.TILE * gram.TILE * depth
-    # Products of one instruction of a warp: FFMA 32, HMMA.16816 2048; HGMMA 64 x 128 x 16 is issued by four warps.
+    products = gram.TILE * across * depth
+    # Products of one instruction of a warp: FFMA 32, HMMA.16816 2048; HGMMA 64 x ACROSS x 16 is issued by four warps.
     expected = {
         "FFMA": products // threads,
         "HMMA": products // 2048 // (threads // 32),
-        "HGMMA": products // (64 * 128 * 16) // (threads // 128),
+        "HGMMA": products // (64 * across * 16) // (threads // 128),
     }[wanted]
     found = program.count(wanted, within=loop) if loop else 0
     faults = common_faults(program, arch)
@@ -72,4 +77,5 @@ def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool) -> Gate:
     if not program.count("LDGSTS"):
         faults.append("no asynchronous copies")
     counts = count(program, loop, len(program.part(loop)))
-    return Gate(f"gram sm_{arch} {dtype}{' weighted' if weighted else ''}", counts, faults)
+    shape = "" if across == gram.TILE else f" {gram.TILE}x{across}"
+    return Gate(f"gram sm_{arch} {dtype}{' weighted' if weighted else ''}{shape}", counts, faults)

@@ -91,8 +91,8 @@ register(
     lambda matrix, block=None: blocked.cholesky(matrix, subtract_gram, block),
     lambda matrix: wanted_backend() == "blocked" or blocked.preferred(matrix),
 )
-triton_forms.offer(register)
 extension.offer(register)
+triton_forms.offer(register)
 
 
 def accumulate(

@@ -65,8 +65,8 @@ def _dequant_matmul(
 
 
 def offer(register: Callable[..., None]) -> None:
-    """Register the Triton forms where Triton is installed. Those of the compiled extension come after and are
-    preferred where both apply."""
+    """Register the Triton forms where Triton is installed; on a GPU they are preferred to the extension's
+    (docs/kernels.md says why)."""
     if importlib.util.find_spec("triton") is None:
         return
     register("accumulate", "triton", _accumulate, partial(accumulates, _reachable, (torch.float32,)))

@@ -66,7 +66,8 @@ def test_a_failed_check_is_written_down_and_ends_in_an_error(tmp_path: Path, mon
 
     monkeypatch.setattr(parts, "block", broken)
     assert run("--tiny", "--part", "block", "--out", str(tmp_path)) == 1
-    assert "block llama-3-8b, eight experts: AssertionError: ['relative error 1']" in (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "block llama-3-8b, eight experts, bfloat16: AssertionError: ['relative error 1']" in text
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,13 +22,14 @@ gram = pytest.importorskip("epmq.kernels.gram")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from epmq.kernels.gram import tile_at  # noqa: E402
+from epmq.kernels.gram import Plan  # noqa: E402
+from epmq.kernels.gram_programs import tile_at  # noqa: E402
 
 
 @triton.jit
-def list_tiles(found, count, h_tiles, FIRST: tl.constexpr = 0, SIZE: tl.constexpr = 1):
+def list_tiles(found, count, h_tiles, RATIO: tl.constexpr, FIRST: tl.constexpr = 0, SIZE: tl.constexpr = 1):
     index = tl.arange(0, SIZE)
-    row, column, cross = tile_at(index + FIRST, h_tiles)
+    row, column, cross = tile_at(index + FIRST, h_tiles, RATIO)
     there = index < count
     tl.store(found + 3 * index, row, mask=there)
     tl.store(found + 3 * index + 1, column, mask=there)
@@ -90,9 +92,34 @@ def test_rows_and_targets_of_different_dtypes(device: torch.device) -> None:
     check_accumulate(Form(), seeded(20, 24).half(), seeded(20, 9), None)
 
 
-def test_more_rows_than_one_launch_takes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "ROWS_PER_LAUNCH", 64)
-    check_accumulate(Form(), seeded(150, 20).half(), seeded(150, 9).half(), row_weights("weighted", 150))
+PLANS = [Plan(128, 8192), Plan(128, 64), Plan(256, 8192), Plan(256, 96)]
+
+
+@pytest.mark.parametrize("chosen", PLANS, ids=str)
+@pytest.mark.parametrize("shape", [(150, 64, 40), (200, 300, 130), (100, 129, None), (70, 257, 1)], ids=str)
+def test_any_plan_gives_the_moments(device: torch.device, shape: tuple[int, int, int | None], chosen: Plan) -> None:
+    """Tiles of either width; parts of the rows that are no multiple of what a program reads at a time."""
+    count, columns, targets = shape
+    target = None if targets is None else seeded(count, targets).bfloat16()
+    check_accumulate(Form(partial(gram.accumulate, chosen=chosen)), seeded(count, columns).bfloat16(), target, None)
+
+
+@pytest.mark.parametrize("kind", ["ones", "weighted"])
+def test_parts_of_fp32_rows(device: torch.device, kind: str) -> None:
+    form = Form(partial(gram.accumulate, chosen=Plan(128, 40)))
+    check_accumulate(form, seeded(150, 140), seeded(150, 9), row_weights(kind, 150))
+
+
+def test_plans_keep_the_multiprocessors_busy() -> None:
+    # Two waves and a tail of 16 tiles, or nine of parts: parts. Many tiles need none but the longest.
+    assert gram.plan(90, 132, 32768, 14336, 0, False) == Plan(256, 8192)
+    assert gram.plan(90, 132, 32768, 384, 0, False).rows < 2048
+    assert gram.plan(90, 132, 100, 384, 0, False).across == 128
+    assert gram.plan(80, 108, 32768, 14336, 0, False).across == gram.plan(90, 132, 32768, 14336, 0, True).across == 128
+    for rows, columns, targets in [(32768, 4096, 4096), (1, 1, 0), (8192, 768, 5), (10**6, 128, 0)]:
+        assert gram.plan(90, 132, rows, columns, targets, False) in [
+            Plan(across, gram.MOST_ROWS >> cut) for across in (128, 256) for cut in range(5)
+        ]
 
 
 def test_two_runs_have_the_same_bits(device: torch.device) -> None:
@@ -100,30 +127,38 @@ def test_two_runs_have_the_same_bits(device: torch.device) -> None:
     found = []
     for _ in range(2):
         sums = [torch.zeros(140, 140, device=device), torch.zeros(140, device=device)]
-        gram.accumulate(x, *sums)
+        gram.accumulate(x, *sums, chosen=Plan(128, 64))
         found.append(sums)
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (40, 3)])
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (8, 0), (40, 3)])
 def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
-    device: torch.device, h_tiles: int, cross_tiles: int
+    device: torch.device, h_tiles: int, cross_tiles: int, ratio: int
 ) -> None:
-    """The same list as the CUDA form's, whose arithmetic it is held to where that is built."""
-    wanted = [(row, column, False) for row in range(h_tiles) for column in range(row + 1)]
-    wanted += [(row, column, True) for row in range(cross_tiles) for column in range(h_tiles)]
-    if extension.module is not None:
-        assert extension.module.statistics_tiles(h_tiles, cross_tiles) == wanted
-    found = torch.empty(len(wanted), 3, dtype=torch.int32, device=device)
-    list_tiles[(1,)](found, len(wanted), h_tiles, SIZE=2 ** math.ceil(math.log2(len(wanted) + 1)))
-    assert [(row, column, bool(cross)) for row, column, cross in found.tolist()] == wanted
+    """The list of square tiles is the same as the CUDA form's, whose arithmetic it is held to where that is built."""
+    across = -(-h_tiles // ratio)
+    wanted = {(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)}
+    wanted |= {(row, column, True) for row in range(cross_tiles) for column in range(across)}
+    count = len(wanted)
+    assert gram.tile_count(h_tiles, cross_tiles, ratio) == count
+    found = torch.empty(count, 3, dtype=torch.int32, device=device)
+    list_tiles[(1,)](found, count, h_tiles, ratio, SIZE=2 ** math.ceil(math.log2(count + 1)))
+    tiles = [(row, column, bool(cross)) for row, column, cross in found.tolist()]
+    assert set(tiles) == wanted
+    if ratio == 1 and extension.module is not None:
+        assert extension.module.statistics_tiles(h_tiles, cross_tiles) == tiles
 
 
-def test_the_last_tile_of_the_largest_triangle(device: torch.device) -> None:
-    """The index where the square root has least room: the ends of row 1023, K = 131,072."""
-    for index, wanted in [(1023 * 1024 // 2, [1023, 0, 0]), (1024 * 1025 // 2 - 1, [1023, 1023, 0])]:
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_the_last_tiles_of_the_largest_triangle(device: torch.device, ratio: int) -> None:
+    """The indices where the square root has least room: the ends of the last rows, K = 131,072."""
+    ends = gram.tile_count(1024, 0, ratio)
+    begins = gram.tile_count(1024 - ratio, 0, ratio)
+    for index, wanted in [(begins, [1024 - ratio, 0, 0]), (ends - 1, [1023, 1024 // ratio - 1, 0])]:
         found = torch.empty(1, 3, dtype=torch.int32, device=device)
-        list_tiles[(1,)](found, 1, 1024, FIRST=index, SIZE=1)
+        list_tiles[(1,)](found, 1, 1024, ratio, FIRST=index, SIZE=1)
         assert found.tolist() == [wanted]
 
 

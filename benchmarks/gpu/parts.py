@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gpu.timing import milliseconds
 from torch import Tensor
 
 from epmq import ops, reference
+from epmq.kernels.gram import Plan
 from epmq.kernels.int4_matmul import int4_matmul
 from epmq.kernels.layout import pack_weight
 from epmq.kernels.timing import Call, copies_needed, microseconds
@@ -71,7 +73,8 @@ def items(setting: Setting) -> dict[str, Callable[[], list[Row]]]:
         made[name] = partial(gram, setting, count, columns, targets)
     for layer, (rows, columns) in LAYERS.items():
         made[f"int4 {layer} {rows}x{columns}"] = partial(int4, setting, layer, rows, columns)
-    made["block llama-3-8b, eight experts"] = partial(block, setting)
+    for forward in ("bfloat16", "float32"):
+        made[f"block llama-3-8b, eight experts, {forward}"] = partial(block, setting, forward)
     return made
 
 
@@ -176,7 +179,9 @@ def gptq(setting: Setting, rows: int, columns: int) -> list[Row]:
     row["torch columns ms"] = milliseconds(loop, repeats=1)
     try:
         solver = rivals.llm_compressor()
-        row["llm-compressor ms"] = milliseconds(lambda: solver(weight.clone(), hessian.clone()), repeats=2)
+        for name, disabled in (("llm-compressor ms", "0"), ("llm-compressor without its Triton ms", "1")):
+            os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = disabled
+            row[name] = milliseconds(lambda: solver(weight.clone(), hessian.clone()), repeats=2)
     except rivals.Absent as reason:
         setting.absent["llm-compressor"] = str(reason)
     except Exception as failure:
@@ -230,6 +235,10 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> list[Row]:
             row[f"{form.backend} of bf16 peak"] = setting.share(
                 work, 1e3 * row[f"{form.backend} ms"], "bfloat16_tflop_s"
             )
+            if form.backend == "triton":
+                # What the choice of a plan reckons with.
+                for plan in (Plan(128, 8192), Plan(256, 8192)):
+                    row[f"triton, tiles of {plan.across} ms"] = milliseconds(partial(call, chosen=plan))
     if setting.timed:
 
         def two_products() -> None:
@@ -241,14 +250,14 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> list[Row]:
     return [row]
 
 
-def block(setting: Setting) -> list[Row]:
+def block(setting: Setting, forward: str) -> list[Row]:
     """Calibration, solve and rounding of one block with eight experts: seconds, and the most GPU memory at one time."""
     from gpu.llama import random_job
 
     import epmq
 
     job = random_job(setting.tiny)
-    config = epmq.QuantConfig(diagnostics=False, group_size=GROUP)
+    config = epmq.QuantConfig(diagnostics=False, group_size=GROUP, forward_dtype=forward)
     if setting.timed:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -257,7 +266,7 @@ def block(setting: Setting) -> list[Row]:
     assert len(result.report["layers"]) == 7, "not every linear of the block was quantized"
     errors = [error for methods in result.report["average_error"].values() for error in [methods["epmq"]]]
     assert all(0.0 <= error < 1.0 for error in errors), f"output errors {errors}"
-    row: Row = {"experts": len(job.experts), "tokens per expert": job.tokens, "width": job.width}
+    row: Row = {"forward": forward, "experts": len(job.experts), "tokens per expert": job.tokens, "width": job.width}
     if setting.timed:
         row["seconds"] = seconds
         row["peak GPU GiB"] = torch.cuda.max_memory_allocated() / 2**30

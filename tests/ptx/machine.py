@@ -470,6 +470,27 @@ def copy(i: Instruction) -> Step:
     return step
 
 
+def atomic(i: Instruction) -> Step:
+    """atom.add and red.add on integers: one lane after the other."""
+    if "add" not in i.modifiers or i.modifiers[-1] not in ("u32", "s32"):
+        raise i.fault("only additions of 32-bit integers are known")
+    *targets, source, amount = i.operands
+
+    def step(s: State) -> None:
+        lanes = s.which()
+        addresses = s.addresses(source, i)[lanes]
+        amounts = np.broadcast_to(s.bits(amount, 32, i), s.lanes.shape)[lanes]
+        before = np.empty(lanes.size, np.uint32)
+        for place in range(lanes.size):
+            one, where = lanes[place : place + 1], addresses[place : place + 1]
+            before[place] = s.load("global", one, where, 32, i)[0]
+            s.store("global", one, where, before[place : place + 1] + amounts[place : place + 1], 32, i)
+        for target in targets:
+            s.write_lanes(target, lanes, before, i)
+
+    return step
+
+
 def shuffle(i: Instruction) -> Step:
     *targets, source, by, clamp, _ = i.operands
     mode = next(name for name in i.modifiers if name in ("idx", "bfly", "up", "down"))
@@ -511,8 +532,8 @@ def warp_barrier(i: Instruction) -> Step:
 
 
 HANDLERS: dict[str, Callable[[Instruction], Step]] = {
-    "mov": move, "setp": compare, "cvt": convert, "cvta": address, "ld": load, "ldu": load, "st": store, "cp": copy,
-    "shfl": shuffle, "fence": nothing, "membar": nothing, "prefetch": nothing, "griddepcontrol": nothing,
+    "mov": move, "setp": compare, "cvt": convert, "cvta": address, "ld": load, "st": store, "cp": copy,
+    "atom": atomic, "red": atomic, "shfl": shuffle, "fence": nothing, "membar": nothing,
     "ldmatrix": fragments.load_matrices, "stmatrix": fragments.store_matrices, "mma": fragments.warp_product,
     "wmma": fragments.wmma, "wgmma": fragments.wgmma,
 }  # fmt: skip
@@ -579,7 +600,9 @@ class Program:
         )
         memory = GlobalMemory(regions)
         size = self.kernel.shared_bytes + dynamic_shared
-        at_once = max(1, LANES_AT_ONCE // threads)
+        # Blocks that may wait for each other run one after the other: an earlier one never needs a later one.
+        waits = any(i.operation == "atom" for i in self.kernel.instructions)
+        at_once = 1 if waits else max(1, LANES_AT_ONCE // threads)
         watch = watch or Watch()
         for first in range(0, len(blocks), at_once):
             some = blocks[first : first + at_once]

@@ -191,7 +191,7 @@ def instruction(statement: str, names: Names) -> Instruction:
     if found := GUARD.match(text):
         guard, negated, rest = names.register(found[2]), found[1] == "!", found[3]
     opcode, _, tail = rest.partition(" ")
-    operation, *modifiers = opcode.split(".")
+    operation, *modifiers = opcode.replace("::cta", "").split(".")
     if operation == "bra":
         return Instruction(operation, tuple(modifiers), (), guard, negated, tail.strip(), text)
     operands = tuple(operand(part, names, text) for part in split(tail))
