@@ -46,7 +46,13 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool)
     types = {"x": f"*{dtype}", "words": "*i16", "scales": "*i32", "bias": f"*{dtype}"}
     types["out"] = "*fp32" if split else f"*{dtype}"
     constants = {"BM": config.block_m, "BN": config.block_n, "GROUP": group, "SPLIT": split, "BIAS": not split}
-    constants |= {"JOINED": config.joined, "SWIZZLE": 1 if split else 8, "ASM": True, "WIDE": False}
+    constants |= {
+        "JOINED": config.joined,
+        "SWIZZLE": 1 if split else 8,
+        "EARLY": split and arch >= 90,
+        "ASM": True,
+        "WIDE": False,
+    }
     program = build(product_tiles, arch, types, constants, ("M", "KB", "blocks_per_part"), options(config))
     counts = count_weights(program, config)
     name = f"int4 sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}"
@@ -96,7 +102,12 @@ def other_gates(arch: int) -> Iterator[Gate]:
     tiles = {"words": "*i16", "scales": "*i32", "out": "*bf16"}
     plain = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
     for kernel, types, constants, unaligned in (
-        (sum_parts, parts, {"SPLITS": 8, "BIAS": True, "WIDE": False, "BLOCK": 1024}, ("count", "N")),
+        (
+            sum_parts,
+            parts,
+            {"SPLITS": 8, "BIAS": True, "EARLY": arch >= 90, "WIDE": False, "BLOCK": 1024},
+            ("count", "N"),
+        ),
         (dequantize_tiles, tiles, {"GROUP": 128, "ASM": True, "WIDE": False}, ("N", "K", "KB")),
     ):
         program = build(kernel, arch, types, constants, unaligned, plain)

@@ -179,6 +179,8 @@ def run(
     blocks = words.shape[1]
     per_part = -(-blocks // config.split_k)
     parts = -(-blocks // per_part)
+    # sm_90 can launch the sum before the product has ended, which hides most of what a launch costs.
+    early = parts > 1 and not interpreted() and tune.device_facts(x.device)[0] >= 90
     out = x.new_empty(tokens, out_features)
     sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=x.device) if parts > 1 else out
     grid = (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts)
@@ -187,7 +189,7 @@ def run(
         x.stride(0) if tokens > 1 else x.shape[1], per_part,
         BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=parts > 1,
         BIAS=bias is not None and parts == 1, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
-        ASM=not interpreted() if assembly is None else assembly,
+        EARLY=early, ASM=not interpreted() if assembly is None else assembly,
         WIDE=interpreted() and x.dtype == torch.bfloat16,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
@@ -195,8 +197,8 @@ def run(
         count = tokens * out_features
         sum_parts[(-(-count // SUM_BLOCK),)](
             sums, bias, out, count, out_features,
-            SPLITS=parts, BIAS=bias is not None, WIDE=interpreted() and x.dtype == torch.bfloat16, BLOCK=SUM_BLOCK,
-            enable_fp_fusion=False,
+            SPLITS=parts, BIAS=bias is not None, EARLY=early, WIDE=interpreted() and x.dtype == torch.bfloat16,
+            BLOCK=SUM_BLOCK, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
 

@@ -189,6 +189,7 @@ def product_tiles(
     BIAS: tl.constexpr,
     JOINED: tl.constexpr,
     SWIZZLE: tl.constexpr,
+    EARLY: tl.constexpr,
     ASM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -196,8 +197,11 @@ def product_tiles(
 
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
     scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
-    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts).
+    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: the next
+    launch may begin once all programs of this one have, and waits itself for their end.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     FP16: tl.constexpr = x.dtype.element_ty == tl.float16
     tiles_n = tl.cdiv(N, BN)
     tiles_m = tl.cdiv(M, BM)
@@ -297,11 +301,25 @@ def product_tiles(
 
 @triton.jit(do_not_specialize=["count", "N"])
 def sum_parts(
-    parts, bias, out, count, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    parts,
+    bias,
+    out,
+    count,
+    N,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """out [count] = Σ over parts [SPLITS, count] in order, plus bias [N] along the last axis, rounded once."""
+    """out [count] = Σ over parts [SPLITS, count] in order, plus bias [N] along the last axis, rounded once.
+
+    EARLY: launched while the programs that write the parts still run.
+    """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     total = tl.load(parts + place, mask=inside, other=0.0)
     for part in tl.static_range(1, SPLITS):
         total += tl.load(parts + part * count.to(tl.int64) + place, mask=inside, other=0.0)
