@@ -41,54 +41,104 @@ def _column(value, kept, scale, inverse, zero, TOP: tl.constexpr):
 
 
 @triton.jit
+def load_line(factor, place, FROM: tl.constexpr):
+    """SUB entries of the factor from ``place`` on, which is even, two with each load; zeros before FROM."""
+    pairs = (factor + place).to(tl.pointer_type(tl.int64))
+    line = ()
+    for pair in tl.static_range(SUB // 2):
+        if 2 * pair + 1 >= FROM:
+            both = tl.load(pairs + pair)
+            low = both.to(tl.int32).to(tl.float32, bitcast=True)
+            line = line + (low, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        else:
+            line = line + (0.0, 0.0)
+    return line
+
+
+@triton.jit
+def take_in(values, deviation, line, FROM: tl.constexpr):
+    """values[c] + deviation * line[c] for c from FROM on."""
+    moved = ()
+    for c in tl.static_range(SUB):
+        if c >= FROM:
+            moved = moved + (tl.fma(deviation, line[c], values[c]),)
+        else:
+            moved = moved + (values[c],)
+    return moved
+
+
+@triton.jit
+def prefetch(addresses):
+    """Bring lines into the first-level cache. Returns zeros, because inline assembly must return something."""
+    return tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def gptq_block_kernel(
     running,  # fp32 [count, N]: adjusted values of the block's columns, replaced by their deviations
     weight,  # fp32 [count, N]: the block's columns of the weight
     codes,  # uint8 [count, N]
-    factor,  # fp32 [count, count]: the block's part of the unit upper factor, rows factor_stride apart
+    factor,  # fp32 [count, count]: the block's part of the unit upper factor, rows factor_stride apart, 8-byte aligned
     scales,  # fp32 [G, N]
     inverse_scales,  # fp32 [G, N]
     zeros,  # fp32 [G, N]
     group_of,  # int32 [count]
     count,  # columns of the block, a multiple of SUB
     rows,  # N
-    factor_stride,
+    factor_stride,  # even
     TOP: tl.constexpr,  # 2^bits - 1
     ROWS: tl.constexpr,  # rows of the weight per program: the lanes of one warp
+    BLOCK: tl.constexpr,  # the most columns of a block
+    PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
+    if PREFETCH:
+        # Of what one warp alone would wait for, column after column: the factor, and its own rows.
+        column = tl.minimum(tl.arange(0, BLOCK), count - 1)
+        for quarter in tl.static_range(BLOCK // 32):
+            prefetch(factor + column * factor_stride + tl.minimum(32 * quarter, count - 1))
+        own = column * rows + tl.minimum(tl.program_id(0) * ROWS, rows - 1)
+        prefetch(running + own)
+        prefetch(weight + own)
     for first in range(0, count, SUB):
+        # All loads of a sub-block stand before its recursion, which then waits for arithmetic only.
         values = ()
+        kept = ()
+        scale = ()
+        inverse = ()
+        zero = ()
         for c in tl.static_range(SUB):
             values = values + (tl.load(running + (first + c) * rows + row, mask=there, other=0.0),)
+            kept = kept + (tl.load(weight + (first + c) * rows + row, mask=there, other=0.0),)
+            grid = tl.load(group_of + first + c) * rows + row
+            scale = scale + (tl.load(scales + grid, mask=there, other=1.0),)
+            inverse = inverse + (tl.load(inverse_scales + grid, mask=there, other=1.0),)
+            zero = zero + (tl.load(zeros + grid, mask=there, other=0.0),)
+        deviation = tl.load(running + row, mask=there, other=0.0)
+        line = load_line(factor, first, 0)
         for group in range(0, first, UNROLL):
             for step in tl.static_range(UNROLL):
-                before = group + step
-                deviation = tl.load(running + before * rows + row, mask=there, other=0.0)
-                line = factor + before * factor_stride + first
-                moved = ()
-                for c in tl.static_range(SUB):
-                    moved = moved + (tl.fma(deviation, tl.load(line + c), values[c]),)
-                values = moved
+                # What the next column needs is under way while this one is worked on; the last one loads in vain.
+                after = group + step + 1
+                next_deviation = tl.load(running + after * rows + row, mask=there, other=0.0)
+                next_line = load_line(factor, after * factor_stride + first, 0)
+                values = take_in(values, deviation, line, 0)
+                deviation = next_deviation
+                line = next_line
+        line = load_line(factor, first * factor_stride + first, 1)
         for c in tl.static_range(SUB):
+            following = line
+            if c + 1 < SUB:
+                following = load_line(factor, (first + c + 1) * factor_stride + first, c + 2)
             at = (first + c) * rows + row
-            grid = tl.load(group_of + first + c) * rows + row
-            kept = tl.load(weight + at, mask=there, other=0.0)
-            scale = tl.load(scales + grid, mask=there, other=1.0)
-            inverse = tl.load(inverse_scales + grid, mask=there, other=1.0)
-            zero = tl.load(zeros + grid, mask=there, other=0.0)
-            code, deviation = _column(values[c], kept, scale, inverse, zero, TOP)
+            code, deviation = _column(values[c], kept[c], scale[c], inverse[c], zero[c], TOP)
             tl.store(codes + at, code.to(tl.uint8), mask=there)
             tl.store(running + at, deviation, mask=there)
-            line = factor + (first + c) * factor_stride + first
-            moved = ()
-            for d in tl.static_range(SUB):
-                if d > c:
-                    moved = moved + (tl.fma(deviation, tl.load(line + d), values[d]),)
-                else:
-                    moved = moved + (values[d],)
-            values = moved
+            values = take_in(values, deviation, line, c + 1)
+            line = following
 
 
 def gptq_sweep(
@@ -118,7 +168,9 @@ def gptq_sweep(
     running = transposed.clone()
     swept = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     by_group = [tensor.T.contiguous() for tensor in (scales, 1.0 / scales, zeros)]
-    factor = unit_upper if unit_upper.stride(1) == 1 else unit_upper.contiguous()
+    # Two entries are read at a time.
+    paired = unit_upper.stride(1) == 1 and unit_upper.stride(0) % 2 == 0 and unit_upper.data_ptr() % 8 == 0
+    factor = unit_upper if paired else unit_upper.clone(memory_format=torch.contiguous_format)
     group_of = group_of.to(torch.int32).contiguous()
     # The interpreter's cost is by operation, not by element: all rows at once.
     per_program = triton.next_power_of_2(rows) if interpreted() else ROWS_PER_PROGRAM
@@ -143,6 +195,8 @@ def gptq_sweep(
                     factor.stride(0),
                     TOP=float(2**bits - 1),
                     ROWS=per_program,
+                    BLOCK=triton.next_power_of_2(block),
+                    PREFETCH=not interpreted(),
                     num_warps=1,
                     enable_fp_fusion=False,
                 )

@@ -125,10 +125,13 @@ def test_nothing_to_do_gives_nothing(device: torch.device) -> None:
 
 
 def test_strided_factor_and_weight(device: torch.device) -> None:
-    weight, upper, scales, zeros, groups = sweep_problem(6, 40, 16, 4, True)
-    wide = torch.cat([upper, seeded(40, 9)], 1)
-    for factor in (upper.T.contiguous().T, wide[:, :40]):
-        check_sweep(form(16, 32), (weight.T.contiguous().T, factor, scales, zeros, groups), 4)
+    """Also rows of an odd length and from an odd column on, which cannot be read two entries at a time."""
+    for columns in (40, 48):
+        weight, upper, scales, zeros, groups = sweep_problem(6, columns, 16, 4, True)
+        odd = torch.cat([upper, seeded(columns, 9)], 1)[:, :columns]
+        shifted = torch.cat([seeded(columns, 1), upper, seeded(columns, 1)], 1)[:, 1:-1]
+        for factor in (upper.T.contiguous().T, odd, shifted):
+            check_sweep(form(16, 32), (weight.T.contiguous().T, factor, scales, zeros, groups), 4)
 
 
 def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(

@@ -533,7 +533,8 @@ def warp_barrier(i: Instruction) -> Step:
 
 HANDLERS: dict[str, Callable[[Instruction], Step]] = {
     "mov": move, "setp": compare, "cvt": convert, "cvta": address, "ld": load, "st": store, "cp": copy,
-    "atom": atomic, "red": atomic, "shfl": shuffle, "fence": nothing, "membar": nothing, "griddepcontrol": nothing,
+    "atom": atomic, "red": atomic, "shfl": shuffle, "fence": nothing, "membar": nothing,
+    "griddepcontrol": nothing, "prefetch": nothing,
     "ldmatrix": fragments.load_matrices, "stmatrix": fragments.store_matrices, "mma": fragments.warp_product,
     "wmma": fragments.wmma, "wgmma": fragments.wgmma,
 }  # fmt: skip
