@@ -68,6 +68,45 @@ for work in (product, moments):
 sys.exit(f"not missed: {unseen}" if len(unseen) > 4 or any("bar.sync" not in line for line in unseen) else 0)
 """
 
+# What the loops read and write goes through memory with as few passes and sectors as its bytes need.
+TRAFFIC = """
+import sys
+import torch
+from ptx import driver
+from ptx.machine import Watch
+from ptx.traffic import Traffic
+
+traffic = Traffic()
+driver.use(ARCH, Watch(traffic=traffic))
+from epmq.kernels import gptq_block, gram, int4_matmul, tune
+from test_int4_matmul import problem
+from test_ops import sweep_problem
+
+def seen(name):
+    for (_, space), cost in traffic.costs.items():
+        if cost.taken > cost.least:
+            print(f"{name}: {cost.text}: {space}, {cost.taken} in place of {cost.least}")
+            found.append((name, cost))
+    traffic.costs.clear()
+
+found = []
+for dtype in (torch.float16, torch.bfloat16):
+    for group in (32, 128, -1):
+        for shape in tune.shapes(ARCH):
+            rows = shape.block_n
+            x, _, weight, _ = problem(rows, 1024, group, False, dtype, shape.block_m, torch.device("cpu"))
+            int4_matmul.run(x, weight.words, weight.scale_words, None, rows, weight.group_size, shape)
+            seen(f"int4 {dtype} g{group} {shape.block_m}x{rows}")
+    for plan in [gram.Plan(128, 8192)] + [gram.Plan(256, 8192)] * (ARCH >= 90):
+        x, target = torch.randn(256, 512).to(dtype), torch.randn(256, 256).to(dtype)
+        gram.accumulate(x, torch.zeros(512, 512), torch.zeros(512), target, torch.zeros(256, 512), torch.zeros(256),
+                        chosen=plan)
+        seen(f"gram {dtype} {plan}")
+gptq_block.gptq_sweep(*sweep_problem(64, 256, 128, 4, False), 4)
+seen("gptq")
+sys.exit(1 if found else 0)
+"""
+
 
 def environment(arch: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPMQ_BACKEND")}
@@ -93,3 +132,11 @@ def test_kernels_without_their_barriers_and_waits_are_found_out(arch: int) -> No
     done = subprocess.run([sys.executable, "-c", script], env=environment(arch), capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_bank_conflicts_and_whole_sectors(arch: int) -> None:
+    script = TRAFFIC.replace("ARCH", str(arch))
+    done = subprocess.run([sys.executable, "-c", script], env=environment(arch), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
