@@ -1,4 +1,4 @@
-"""``make cuda-check``: compile every .cu for sm_80 and sm_90 against torch's headers; refuse register spills.
+"""``make cuda-check``: compile every .cu for sm_80 and sm_90 as an extension of torch; refuse register spills.
 
 Needs nvcc, no GPU. Prints registers, spills and shared memory of every kernel as ptxas reports them.
 """
@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
 ARCHS = ("80", "90")
 HERE = Path(__file__).parent
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
@@ -23,6 +25,7 @@ def report(source: Path, nvcc: str, include: list[str]) -> bool:
     """Compile one file; True when nothing spills."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-c", "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", str(source), "-o", f"{folder}/out.o"]
+        command += COMMON_NVCC_FLAGS
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         command += [part for path in include for part in ("-isystem", path)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -48,8 +51,6 @@ def report(source: Path, nvcc: str, include: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvcc", default="nvcc")
-    from torch.utils.cpp_extension import include_paths
-
     options = parser.parse_args()
     results = [report(source, options.nvcc, include_paths()) for source in sorted(HERE.glob("*.cu"))]
     sys.exit(0 if all(results) else "A kernel spills registers, or a file does not compile.")

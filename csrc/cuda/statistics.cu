@@ -45,10 +45,10 @@ struct Arguments {
   int h_tiles;
 };
 
-template <typename T>
-__device__ float to_float(T value) {
-  return static_cast<float>(value);
-}
+// By name: extensions of torch are compiled without the implicit conversions of 16-bit floats.
+__device__ float to_float(float value) { return value; }
+__device__ float to_float(__half value) { return __half2float(value); }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Depth x 128 elements of `operand` from row m and column c, zero outside; rows of weight 0 are zero whatever they hold.
 template <typename T, int Depth>
@@ -64,7 +64,7 @@ __device__ void load_tile(const Operand& operand, const float* weights, int64_t 
       *reinterpret_cast<int4*>(values) = *reinterpret_cast<const int4*>(source + c + column);
     } else {
       for (int e = 0; e < kWide; e++)
-        values[e] = there && c + column + e < operand.columns ? source[(c + column + e) * operand.column_stride] : T(0.0f);
+        values[e] = there && c + column + e < operand.columns ? source[(c + column + e) * operand.column_stride] : T{};
     }
     *reinterpret_cast<int4*>(tile + row * ld + column) = *reinterpret_cast<int4*>(values);
   }

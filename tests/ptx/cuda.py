@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 from ptx.machine import Program
 from ptx.source import kernels
@@ -15,6 +15,7 @@ def programs(source: Path, arch: str, folder: Path) -> dict[str, Program]:
     """Every kernel of a file by name and template arguments, such as ``fp32_kernel<float>``; arch: 80, 90a."""
     out = folder / f"{source.stem}-{arch}.ptx"
     command = ["nvcc", "--ptx", "-O3", "-std=c++20", "-DUSE_CUDA", f"-arch=compute_{arch}", str(source), "-o", str(out)]
+    command += COMMON_NVCC_FLAGS
     command += [part for path in include_paths() for part in ("-isystem", path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
