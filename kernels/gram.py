@@ -28,8 +28,8 @@ MOST_ROWS = 8192
 NARROW = {"DEPTH": 64, "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}  # fp16 and bf16, on the tensor cores
 # fp32 multiply-adds. Left alone, ptxas takes 128 registers at times, and spills.
 WIDE = {"DEPTH": 16, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": 168}
-# Reckoned, not measured. What it costs to add a tile to the result, in rows of products; and a tile of 256 columns
-# against one of 128: twice the products from 3/4 of the bytes, which are the limit.
+# Reckoned, not measured. What it costs to add a square tile to the result, in rows of products; and a tile of 256
+# columns against one of 128: twice the products from 3/4 of the bytes, which are the limit.
 ADDING = 512
 TWICE = 1.6
 
@@ -56,10 +56,11 @@ def plan(arch: int, processors: int, rows: int, columns: int, targets: int, exac
     shapes = [TILE, 2 * TILE] if has_wgmma(arch) and not exact and tiles > 1 else [TILE]
 
     def cost(choice: Plan) -> float:
-        ratio = choice.across // TILE
-        programs = tile_count(tiles, crossed, ratio) * -(-rows // choice.rows)
-        waves = -(-programs // processors)
-        return waves * (min(choice.rows, rows) + ADDING) * (TWICE if ratio == 2 else 1.0)
+        ratio, parts = choice.across // TILE, -(-rows // choice.rows)
+        length = min(choice.rows, rows) * (TWICE if ratio == 2 else 1.0)
+        waves = -(-tile_count(tiles, crossed, ratio) * parts // processors)
+        # Parts of a tile are added one after the other.
+        return max(waves * (length + ADDING * ratio), length + parts * ADDING * ratio)
 
     return min((Plan(across, MOST_ROWS >> cut) for across in shapes for cut in range(5)), key=cost)
 

@@ -87,11 +87,13 @@ def products(
 
 
 @triton.jit
-def add_sums(out, sums, of_left, of_right, left_columns, columns):
-    """out [left_columns, columns] += sums [TILE, TILE] at these rows and columns."""
-    place = of_left[:, None] * columns + of_right[None, :]
-    inside = (of_left < left_columns)[:, None] & (of_right < columns)[None, :]
-    tl.store(out + place, tl.load(out + place, mask=inside, other=0.0) + sums, mask=inside)
+def add_sums(out, sums, first_left, first_right, left_columns, columns, TILE: tl.constexpr):
+    """out [left_columns, columns] += sums [TILE, TILE] from this row and column on."""
+    row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    # A start of 64 bits, and places in the tile of 32: H has more than 2^31 entries from 46341 columns on.
+    places = out + first_left.to(tl.int64) * columns + first_right + (row * columns + column)
+    inside = (row < left_columns - first_left) & (column < columns - first_right)
+    tl.store(places, tl.load(places, mask=inside, other=0.0) + sums, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "h_tiles", "tiles", "rows_per_part"])
@@ -176,13 +178,13 @@ def gram_kernel(
         total = tl.load(places, mask=of_left < left_columns, other=0.0) + column_sums
         tl.store(places, total, mask=of_left < left_columns)
     if ACROSS == TILE:
-        add_sums(out, sums, of_left, of_right, left_columns, columns)
+        add_sums(out, sums, tile_row * TILE, tile_column * ACROSS, left_columns, columns, TILE)
     else:
         # In halves: the addresses of a whole wide tile and what lies there do not fit beside its sums in registers.
         low, high = tl.split(sums.reshape(TILE, 2, TILE).permute(0, 2, 1))
-        half = tile_column * ACROSS + tl.arange(0, TILE)
-        add_sums(out, low, of_left, half, left_columns, columns)
-        add_sums(out, high, of_left, half + TILE, left_columns, columns)
+        half = tile_column * ACROSS
+        add_sums(out, low, tile_row * TILE, half, left_columns, columns, TILE)
+        add_sums(out, high, tile_row * TILE, half + TILE, left_columns, columns, TILE)
     if ORDERED:
         tl.debug_barrier()
         tl.atomic_add(turns + tile, 1, sem="release")

@@ -23,7 +23,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from epmq.kernels.gram import Plan  # noqa: E402
-from epmq.kernels.gram_programs import tile_at  # noqa: E402
+from epmq.kernels.gram_programs import gram_kernel, tile_at  # noqa: E402
 
 
 @triton.jit
@@ -104,6 +104,26 @@ def test_any_plan_gives_the_moments(device: torch.device, shape: tuple[int, int,
     check_accumulate(Form(partial(gram.accumulate, chosen=chosen)), seeded(count, columns).bfloat16(), target, None)
 
 
+def test_the_last_tile_of_a_result_with_more_than_two_billion_entries(device: torch.device) -> None:
+    """One program, told to be the last one; the memory of the others is never touched."""
+    columns, count = 47104, 64
+    tiles = gram.tile_count(columns // 128, 0, 1)
+    turns = torch.zeros(tiles + 1, dtype=torch.int32, device=device)
+    turns[tiles] = tiles - 1
+    x = torch.zeros(count, columns, dtype=torch.float16, device=device)
+    x[:, -128:] = seeded(count, 128).half()
+    hessian, sum_x = torch.empty(columns, columns, device=device), torch.zeros(columns, device=device)
+    hessian[-128:, -128:] = 1.0
+    gram_kernel[(1,)](
+        x, x, sum_x, hessian, hessian, sum_x, sum_x, turns, count, columns, 0, columns, columns, columns, columns,
+        columns // 128, tiles, count, EXACT=False, WEIGHTED=False, ORDERED=True, INTERPRETED=gram.interpreted(),
+        TILE=128, ACROSS=128, **gram.NARROW,
+    )  # fmt: skip
+    wide = x[:, -128:].cpu().double()
+    exact, size = wide.T @ wide + 1, wide.abs().T @ wide.abs() + 1
+    assert_close(hessian[-128:, -128:].cpu(), exact, product_bound(size, count + 1), "H")
+
+
 @pytest.mark.parametrize("kind", ["ones", "weighted"])
 def test_parts_of_fp32_rows(device: torch.device, kind: str) -> None:
     form = Form(partial(gram.accumulate, chosen=Plan(128, 40)))
@@ -113,7 +133,7 @@ def test_parts_of_fp32_rows(device: torch.device, kind: str) -> None:
 def test_plans_keep_the_multiprocessors_busy() -> None:
     # Two waves and a tail of 16 tiles, or nine of parts: parts. Many tiles need none but the longest.
     assert gram.plan(90, 132, 32768, 14336, 0, False) == Plan(256, 8192)
-    assert gram.plan(90, 132, 32768, 384, 0, False).rows < 2048
+    assert gram.plan(90, 132, 32768, 384, 0, False) == Plan(128, 4096)  # 32 parts would wait for each other
     assert gram.plan(90, 132, 100, 384, 0, False).across == 128
     assert gram.plan(80, 108, 32768, 14336, 0, False).across == gram.plan(90, 132, 32768, 14336, 0, True).across == 128
     for rows, columns, targets in [(32768, 4096, 4096), (1, 1, 0), (8192, 768, 5), (10**6, 128, 0)]:

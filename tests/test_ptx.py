@@ -121,7 +121,12 @@ def test_bit_operations(a: int, b: int, c: int, table: int) -> None:
     assert int(evaluate(f"bfe.u32 $0, $1, {start}, {count}", *three)[0]) == part
     for operation, wanted in (("shl.b32", a << start), ("shr.u32", a >> start), ("shr.s32", signed(a) >> start)):
         assert int(evaluate(f"{operation} $0, $1, {start}", *three)[0]) == wanted & 2**32 - 1
-    assert int(evaluate("shl.b32 $0, $1, 32", *three)[0]) == 0
+    assert int(evaluate("shl.b32 $0, $1, 32", *three)[0]) == int(evaluate("bfe.u32 $0, $1, 32, 4", *three)[0]) == 0
+    field = (1 << count) - 1 << start
+    assert (
+        int(evaluate(f"bfi.b32 $0, $1, $2, {start}, {count}", *three)[0])
+        == (b & ~field | a << start & field) & 2**32 - 1
+    )
     assert signed(int(evaluate("shr.s32 $0, $1, 40", *three)[0])) == (-1 if a >> 31 else 0)
 
 
@@ -269,8 +274,47 @@ def test_writing_what_others_still_read_is_a_race() -> None:
     run(body.format(barrier="bar.sync 0;"), threads=64)
     with pytest.raises(PtxError, match="writes shared memory that another thread reads"):
         run(body.format(barrier=""), threads=64)
+    # Who reads once more together with others is still one of several; so is a warp that does.
+    both = "setp.eq.u32 %p1, %r0, 0; setp.lt.u32 %p2, %r0, 2; mov.u32 %r2, space; st.shared.b32 [%r2+64], %r0;"
+    with pytest.raises(PtxError, match="different values to one place"):
+        run(both)
+    reads = "ld.shared.b32 %r3, [%r2];"
+    start = "setp.eq.u32 %p1, %r0, 0; setp.lt.u32 %p2, %r0, 2; mov.u32 %r2, space;"
+    with pytest.raises(PtxError, match="writes shared memory that another thread reads"):
+        run(f"{start} @%p1 {reads} @%p2 {reads} @%p1 st.shared.b32 [%r2], %r0;")
+    start = "setp.ge.u32 %p1, %r0, 32; setp.eq.u32 %p2, %r0, 32; mov.u32 %r2, space;"
+    with pytest.raises(PtxError, match="writes shared memory that another thread reads"):
+        run(f"{start} @%p1 {reads} {reads} bar.warp.sync -1; @%p2 st.shared.b32 [%r2], %r0;", threads=64)
+
+
+def test_two_writes_without_a_barrier_are_a_race() -> None:
+    one = "mov.u32 %r2, space; setp.eq.u32 %p1, %r0, 31; setp.eq.u32 %p2, %r0, 5; @%p1 st.shared.b32 [%r2], %r0;"
     with pytest.raises(PtxError, match="writes shared memory that thread 31 writes"):
-        run("mov.u32 %r2, space; add.u32 %r2, %r2, 8; st.shared.b32 [%r2], %r0; st.shared.b16 [%r2], 0;")
+        run(f"{one} @%p2 st.shared.b16 [%r2], 0;")
+    # One instruction, in two turns of a loop.
+    loop = """
+      mov.u32 %r1, 0; mov.u32 %r2, space;
+      $LOOP: add.u32 %r3, %r0, %r1; and.b32 %r3, %r3, 31; shl.b32 %r3, %r3, 2; add.u32 %r3, %r3, %r2;
+      st.shared.b32 [%r3], %r0; {barrier}
+      add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, 2; @%p1 bra $LOOP;
+    """
+    run(loop.format(barrier="bar.sync 0;"))
+    with pytest.raises(PtxError, match="without a barrier"):
+        run(loop.format(barrier=""))
+    # The same value twice is what compilers write of what they hold twice.
+    run("mov.u32 %r2, space; st.shared.b32 [%r2], 7;")
+
+
+def test_a_release_speaks_for_others_after_a_barrier() -> None:
+    found, turn = torch.zeros(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    body = """
+      add.u64 %rd3, %rd1, %rd0; st.global.b32 [%rd3], %r0; {barrier}
+      setp.eq.u32 %p1, %r0, 0; @%p1 red.release.gpu.global.add.u32 [%rd2], 1;
+    """
+    run(body.format(barrier="bar.sync 0;"), found, turn, threads=64)
+    assert turn.item() == 1
+    with pytest.raises(PtxError, match="since its last barrier"):
+        run(body.format(barrier=""), found, turn, threads=64)
 
 
 COPY = """
@@ -299,19 +343,40 @@ def test_accesses_outside_and_unaligned_are_refused() -> None:
         run("add.u64 %rd2, %rd1, %rd0; st.global.b32 [%rd2], %r0;", found)
     with pytest.raises(PtxError, match="unaligned"):
         run("ld.global.b32 %r1, [%rd1+2];", found)
+    for place in ("1024", "-4"):
+        with pytest.raises(PtxError, match="shared address"):
+            run(f"mov.u32 %r2, space; ld.shared.b32 %r1, [%r2+{place}];", found)
+    start = f"mov.u32 %r2, space; add.u64 %rd1, %rd1, {-found.data_ptr() % 16};"
+    run(f"{start} setp.eq.u32 %p1, %r0, 0; @%p1 cp.async.cg.shared.global [%r2], [%rd1], 16;", found)
+    with pytest.raises(PtxError, match="global address"):
+        run(f"{start} setp.eq.u32 %p1, %r0, 0; @%p1 cp.async.cg.shared.global [%r2], [%rd1+4], 16;", found)
     with pytest.raises(PtxError, match="shared address"):
-        run("mov.u32 %r2, space; ld.shared.b32 %r1, [%r2+1024];", found)
+        run("mov.u32 %r2, space; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r2+4];")
 
 
 def test_what_a_warp_must_do_together() -> None:
     with pytest.raises(PtxError, match="only a part of 32 lanes"):
         run("setp.lt.u32 %p1, %r0, 7; @%p1 shfl.sync.idx.b32 %r1, %r0, 0, 31, -1;")
-    with pytest.raises(PtxError, match="barrier that others never reach"):
-        run("setp.lt.u32 %p1, %r0, 7; @%p1 bra $A; bar.sync 0; bra $B; $A: bar.sync 0; bar.sync 0; $B: bar.sync 0;")
+    split = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $A; bar.sync 0; bra $B; $A: bar.sync 0; bar.sync 0; $B: mov.u32 %r1, 0;"
+    with pytest.raises(PtxError, match="only a part of 32 lanes"):
+        run(split.format(7))
+    run(split.format(32), threads=64)  # whole warps; those that are done are not waited for
+    with pytest.raises(PtxError, match="only barrier 0"):
+        run("bar.sync 1;")
     with pytest.raises(PtxError, match="read before it is written"):
         run("add.u32 %r1, %r7, 1;")
-    with pytest.raises(PtxError, match="not known"):
-        run("brev.b32 %r1, %r0;")
+    for text in (
+        "brev.b32 %r1, %r0",
+        "cvt.rz.f16.f32 %rs1, %r0",
+        "add.sat.f32 %r1, %r0, %r0",
+        "fma.rn.relu.f16 %rs1, 0, 0, 0",
+    ):
+        with pytest.raises(PtxError, match="not known"):
+            run(f"{text};")
+    # Lanes that have not written a register hold no friendly zero.
+    found = torch.zeros(32, dtype=torch.int32)
+    run("setp.lt.u32 %p1, %r0, 7; @%p1 mov.u32 %r1, 5; add.u64 %rd2, %rd1, %rd0; st.global.b32 [%rd2], %r1;", found)
+    assert found.tolist() == [5] * 7 + [-1] * 25
 
 
 def test_lanes_part_and_meet_again() -> None:

@@ -115,7 +115,8 @@ def extract(a: Bits, start: Bits, count: Bits, kind: str) -> Bits:
     wide = number(a, kind).astype(np.int64 if kind[0] == "s" else np.uint64)
     one = wide.dtype.type(1)
     start, count = (narrow(value, 32).astype(wide.dtype) & wide.dtype.type(255) for value in (start, count))
-    value = wide >> np.minimum(start, wide.dtype.type(width - 1)) & (one << count) - one
+    start = np.minimum(start, wide.dtype.type(width - 1 if kind[0] == "s" else width))
+    value = wide >> start & (one << count) - one
     if kind[0] == "s":
         value = np.where((count > 0) & (value >> np.maximum(count - 1, 0) & 1 == 1), value - (one << count), value)
     return value.astype(UNSIGNED[width])
@@ -124,9 +125,12 @@ def extract(a: Bits, start: Bits, count: Bits, kind: str) -> Bits:
 def insert(a: Bits, b: Bits, start: Bits, count: Bits, width: int) -> Bits:
     """bfi: the low ``count`` bits of a put into b at ``start``."""
     kind = UNSIGNED[width].type
-    start, count = (narrow(value, 32).astype(UNSIGNED[width]) for value in (start, count))
-    mask = ((kind(1) << count) - kind(1)) << start
-    return b & ~mask | a << start & mask
+    start, count = (
+        np.minimum(narrow(value, 32) & np.uint32(255), np.uint32(63)).astype(np.uint64) for value in (start, count)
+    )
+    wide, one = np.uint64((1 << width) - 1), np.uint64(1)
+    mask = (((one << count) - one) << start & wide).astype(kind)
+    return b & ~mask | (a.astype(np.uint64) << start).astype(kind) & mask
 
 
 def shifted(operation: str, a: Bits, by: Bits, kind: str) -> Bits:
@@ -174,18 +178,20 @@ COMPARISONS: dict[str, Callable[[Bits, Bits], Bits]] = {
 }
 
 
+WHOLE: dict[str, Callable[[Bits], Bits]] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 def convert(bits: Bits, source: str, target: str, modifiers: tuple[str, ...]) -> Bits:
     """cvt between one source and one target type."""
     value = number(bits, source)
+    rounding = next((WHOLE[name] for name in modifiers if name in WHOLE), None)
     if target in FLOATS:
-        if "sat" in modifiers or (source in FLOATS and "rzi" in modifiers):
-            raise NotImplementedError
-        if source not in FLOATS:
-            value = value.astype(np.float64)  # exact below 2^53; u64 and s64 do not occur
-        return pattern(value.astype(np.float64) if source != "f64" else value, target)
+        if source in FLOATS and rounding:
+            value = rounding(value)
+        return pattern(value.astype(np.float64), target)  # integers are exact below 2^53
     if source in FLOATS:
-        rounding = next((name for name in modifiers if name in ("rzi", "rni", "rmi", "rpi")), "")
-        whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding](value.astype(np.float64))
+        assert rounding is not None
+        whole = rounding(value.astype(np.float64))
         width, signed = width_of(target), target[0] == "s"
         low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if signed else (0, 2**width - 1)
         whole = np.where(np.isnan(whole), 0, np.clip(whole, low, high))

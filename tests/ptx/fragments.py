@@ -57,6 +57,7 @@ def load_matrices(i: Instruction) -> Step:
         for place, register in enumerate(registers):
             rows = lanes[:, 8 * place : 8 * place + 8].reshape(-1)
             starts = addresses[:, 8 * place : 8 * place + 8].reshape(-1)
+            s.refuse(np.flatnonzero(starts % 16), "shared", rows, starts, i)
             if s.traffic:
                 s.traffic.access(i, "shared", rows, starts, 16)
             words = np.stack([s.load("shared", rows, starts + 4 * word, 32, i) for word in range(4)], 1)
@@ -83,6 +84,7 @@ def store_matrices(i: Instruction) -> Step:
             words = np.ascontiguousarray(matrix.reshape(-1, 8)).view(np.uint32)
             rows = lanes[:, 8 * place : 8 * place + 8].reshape(-1)
             starts = addresses[:, 8 * place : 8 * place + 8].reshape(-1)
+            s.refuse(np.flatnonzero(starts % 16), "shared", rows, starts, i)
             if s.traffic:
                 s.traffic.access(i, "shared", rows, starts, 16)
             for word in range(4):
@@ -126,8 +128,8 @@ def warp_product(i: Instruction) -> Step:
 
 
 def wmma(i: Instruction) -> Step:
-    if "m16n16k16" not in i.modifiers:
-        raise i.fault("only m16n16k16 is known")
+    if "m16n16k16" not in i.modifiers or i.modifiers[:2] == ("load", "c"):
+        raise i.fault("only operands and products of m16n16k16 are known")
     if i.modifiers[0] == "load":
         return wmma_load(i)
     return wmma_store(i) if i.modifiers[0] == "store" else wmma_product(i)
@@ -264,6 +266,7 @@ def note_read(s: State, i: Instruction, lanes: Lanes, operand: tuple[int, bool],
         own = lanes[group * WARPGROUP : (group + 1) * WARPGROUP]
         addresses = element_addresses(int(descriptors[group * WARPGROUP]), *operand, i).reshape(-1)
         # Any lane of the group may be the one that reads.
+        s.hazards.read_by_proxy(own, addresses, i)
         for warp in range(0, WARPGROUP, WARP):
             s.hazards.read(np.full(addresses.size, own[warp]), addresses, 2, i)
 
@@ -312,6 +315,9 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
         return floats(found, kind)
 
     if left.ndim == 2:
+        now = np.stack([read(s, part, lanes.reshape(-1), i) for part in parts(i.operands[1])], 1)
+        if (now != left).any():
+            raise i.fault("registers of A are written before it is waited for")
         warps = np.ascontiguousarray(left.reshape(groups * 4, WARP, 4))
         a = floats(left_operand([np.ascontiguousarray(warps[:, :, place]) for place in range(4)]), kind)
         a = a.reshape(groups, 64, 16)
@@ -329,6 +335,8 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
     for place, register in enumerate(parts(i.operands[0])):
         assert isinstance(register, Register)
         old = s.registers.get(register.name)
+        if old is None and keeps.any():
+            raise i.fault(f"{register.name} is read before it is written")
         before = np.zeros(lanes.shape, np.uint32) if old is None else old[lanes]
         sums = np.where(keeps.reshape(lanes.shape), before.view(np.float32), np.float32(0)) + spread[:, :, place]
         s.write_lanes(register, lanes, sums.astype(np.float32).view(np.uint32), i)

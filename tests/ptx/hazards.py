@@ -26,6 +26,10 @@ class Hazards:
         self.instructions: list[Instruction] = []
         self.numbers: dict[int, int] = {}
         self.block_time = np.zeros(blocks, np.int32)
+        # wgmma sees what was written before a fence.proxy.async, of the writer or of its own lanes.
+        self.clock = 0
+        self.store_time = np.full(blocks * threads, -1, np.int32)  # of each lane's last store to global memory
+        self.write_clock, self.fence_clock = np.zeros(count, np.int64), np.zeros(blocks * threads, np.int64)
         self.warp_time = np.zeros(blocks * threads // 32, np.int32)
 
     def blocks_met(self, blocks: Lanes) -> None:
@@ -33,6 +37,35 @@ class Hazards:
 
     def warps_met(self, lanes: Lanes) -> None:
         self.warp_time[lanes // 32] += 1
+
+    def stored(self, lanes: Lanes) -> None:
+        self.store_time[lanes] = self.block_time[lanes // self.threads]
+
+    def release(self, lanes: Lanes, i: Instruction) -> None:
+        """A release speaks for other lanes' stores only if a barrier lies between."""
+        late = self.store_time.reshape(-1, self.threads) == self.block_time[:, None]
+        for lane in lanes:
+            late_others = late[lane // self.threads].copy()
+            late_others[lane % self.threads] = False
+            if late_others.any():
+                raise i.fault("other threads of the block have stored to global memory since its last barrier")
+
+    def fenced(self, lanes: Lanes) -> None:
+        self.clock += 1
+        self.fence_clock[lanes] = self.clock
+
+    def read_by_proxy(self, lanes: Lanes, addresses: Lanes, i: Instruction) -> None:
+        """Pairs of bytes that a warpgroup's wgmma reads.
+
+        What cp.async brought is left out: by the ISA it needs the fence as well, but Triton 3.6 sets none there (its
+        issue 9610, seen to matter on sm_100).
+        """
+        units, _ = self.places(lanes[:1], addresses, UNIT)
+        stored = [number for number, writer in enumerate(self.instructions) if writer.operation != "cp"]
+        writer = np.where(np.isin(self.by[units], stored), self.writer[units], NOBODY)
+        bad = (writer != NOBODY) & (self.write_clock[units] >= self.fence_clock[writer])
+        if (bad & (self.write_clock[units] >= self.fence_clock[lanes].min())).any():
+            raise i.fault("no fence.proxy.async between what was written to shared memory and the wgmma that reads it")
 
     def places(self, lanes: Lanes, addresses: Lanes, size: int) -> tuple[Lanes, Lanes]:
         """Unit and lane of every pair of bytes."""
@@ -61,18 +94,20 @@ class Hazards:
         warp = lanes // 32
         current = self.read_time[units] == self.block_time[lanes // self.threads]
         first = ~current | (self.reader[units] == NOBODY)
-        self.reader[units] = np.where(first | (self.reader[units] == lanes), lanes, MANY)
-        self.reader_warp[units] = np.where(first | (self.reader_warp[units] == warp), warp, MANY)
-        # Several lanes of one instruction may read the same place: the last one is not the only one.
-        shared = self.reader[units] != np.where(first, lanes, self.reader[units])
-        if shared.any():
-            self.reader[units[shared]] = MANY
-            other = self.reader_warp[units] != warp
-            self.reader_warp[units[other]] = MANY
+        more = ~first & (self.reader[units] != lanes)
+        wider = ~first & (self.reader_warp[units] != warp)
+        self.reader[units], self.reader_warp[units] = lanes, warp
+        self.reader[units[more]] = MANY
+        self.reader_warp[units[wider]] = MANY
+        # Several lanes of one instruction may use the same place: the last one is not the only one.
+        self.reader[units[self.reader[units] != lanes]] = MANY
+        self.reader_warp[units[self.reader_warp[units] != warp]] = MANY
         self.read_time[units] = self.block_time[lanes // self.threads]
         self.read_warp_time[units] = self.warp_time[warp]
 
-    def write(self, lanes: Lanes, addresses: Lanes, size: int, i: Instruction) -> None:
+    def write(self, lanes: Lanes, addresses: Lanes, size: int, i: Instruction, differs: Bits = False) -> None:
+        """differs: from what lies there, lane by lane."""
+        differs = np.repeat(np.broadcast_to(differs, lanes.shape), max(1, size // UNIT))
         units, lanes = self.places(lanes, addresses, size)
         number = self.numbers.setdefault(id(i), len(self.instructions))
         if number == len(self.instructions):
@@ -87,7 +122,7 @@ class Hazards:
             )
         writer = self.writer[units]
         # Lanes of one instruction may write the same value twice: compilers do that with what they hold twice.
-        bad = (writer != NOBODY) & (writer != lanes) & (self.by[units] != number)
+        bad = (writer != NOBODY) & (writer != lanes) & ((self.by[units] != number) | differs)
         bad &= self.between(lanes, writer // 32, self.write_time[units], self.write_warp_time[units])
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
@@ -95,6 +130,8 @@ class Hazards:
                 f"thread {lanes[at] % self.threads} writes shared memory that thread {writer[at] % self.threads} "
                 f"writes, without a barrier between them ({self.instructions[self.by[units[at]]].text})"
             )
+        self.clock += 1
+        self.write_clock[units] = self.clock
         self.writer[units] = lanes
         self.by[units] = number
         self.write_time[units] = self.block_time[lanes // self.threads]

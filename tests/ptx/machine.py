@@ -97,7 +97,7 @@ class State:
             value = np.broadcast_to(value, self.lanes.shape)
         if self.active is not None:
             old = self.registers.get(register.name)
-            value = np.where(self.active, value, value.dtype.type(0) if old is None else old)
+            value = np.where(self.active, value, unwritten(register.width) if old is None else old)
         self.registers[register.name] = value
 
     def write_lanes(self, register: Operand | None, lanes: Lanes, values: Bits, instruction: Instruction) -> None:
@@ -107,7 +107,7 @@ class State:
         if not isinstance(register, Register):
             raise instruction.fault("a register was expected")
         old = self.registers.get(register.name)
-        whole = np.zeros(self.lanes.shape, UNSIGNED[register.width]) if old is None else old.copy()
+        whole = np.full(self.lanes.shape, unwritten(register.width)) if old is None else old.copy()
         whole[lanes.reshape(-1)] = narrow(values.reshape(-1), register.width)
         self.registers[register.name] = whole
 
@@ -153,10 +153,15 @@ class State:
         if space == "shared":
             self.refuse(self.shared.bad(addresses, width // 8), "shared", lanes, addresses, instruction)
             if self.hazards:
-                self.hazards.write(lanes, addresses, width // 8, instruction)
+                before = self.shared.load(self.block[lanes], addresses, width)
+                self.hazards.write(lanes, addresses, width // 8, instruction, before != values)
             self.shared.store(self.block[lanes], addresses, values, width)
+            if self.hazards and (self.shared.load(self.block[lanes], addresses, width) != values).any():
+                raise instruction.fault("lanes write different values to one place")
             return
         self.refuse(self.memory.bad(addresses, width // 8), "global", lanes, addresses, instruction)
+        if self.hazards:
+            self.hazards.stored(lanes)
         self.memory.store(addresses, values, width)
 
     def refuse(self, bad: Lanes, space: str, lanes: Lanes, addresses: Lanes, instruction: Instruction) -> None:
@@ -169,6 +174,11 @@ class State:
 
 
 Step = Callable[[State], None]
+
+
+def unwritten(width: int) -> Bits:
+    """What lanes hold that have not written a register: as in shared memory not zero but NaN."""
+    return UNSIGNED[width].type(True if width == 1 else (1 << width) - 1)
 
 
 def vector(operand: Operand) -> tuple[Operand | None, ...]:
@@ -206,9 +216,16 @@ def source_widths(i: Instruction, kind: str, count: int) -> list[int]:
     return [width] * count
 
 
+# Modifiers that change a result and that no function here obeys; fp32 without .ftz keeps what is denormal.
+ROUNDINGS = {"ftz", "sat", "rz", "rm", "rp", "rna", "rs", "relu", "satfinite", "cc", "xorsign"}
+UNKNOWN = ROUNDINGS | {"f4e", "b4e", "rc8", "rc16", "ecl", "ecr"}  # the latter are modes of prmt
+
+
 def scalar(i: Instruction, kind: str) -> Callable[..., Bits]:
     """The function of an opcode on bit patterns of its sources."""
     operation, modifiers = i.operation, i.modifiers
+    if refused := UNKNOWN.intersection(modifiers) - ({"ftz"} if "approx" in modifiers else set()):
+        raise i.fault(f".{min(refused)} is not known")
     if kind.endswith("x2"):
         return halves(scalar(i, kind.removesuffix("x2")))
     floating = kind in arithmetic.FLOATS
@@ -336,6 +353,8 @@ def compare(i: Instruction) -> Step:
 
 def convert(i: Instruction) -> Step:
     to, of = i.modifiers[-2:]
+    if refused := UNKNOWN.intersection(i.modifiers):
+        raise i.fault(f".{min(refused)} is not known")
     target, *sources = i.operands
     if to.endswith("x2"):
         # The first source becomes the high half.
@@ -346,7 +365,10 @@ def convert(i: Instruction) -> Step:
         return pair
 
     def step(s: State) -> None:
-        s.write(target, arithmetic.convert(np.asarray(s.bits(sources[0], width_of(of), i)), of, to, i.modifiers), i)
+        value = arithmetic.convert(np.asarray(s.bits(sources[0], width_of(of), i)), of, to, i.modifiers)
+        if to[0] == "s" and isinstance(target, Register) and target.width > width_of(to):
+            value = number(value, to).astype(f"i{target.width // 8}").view(UNSIGNED[target.width])
+        s.write(target, value, i)
 
     return step
 
@@ -368,11 +390,12 @@ def parameter(i: Instruction) -> Step:
     width = width_of(i.modifiers[-1])
 
     def step(s: State) -> None:
-        addresses = s.addresses(source, i)
+        lanes = s.which()
+        addresses = s.addresses(source, i)[lanes]
         space = np.frombuffer(s.parameters, np.uint8)
         for place, piece in enumerate(vector(target)):
             where = (addresses + place * width // 8)[:, None] + np.arange(width // 8)
-            s.write(piece, np.ascontiguousarray(space[where]).view(UNSIGNED[width])[:, 0], i)
+            s.write_lanes(piece, lanes, np.ascontiguousarray(space[where]).view(UNSIGNED[width])[:, 0], i)
 
     return step
 
@@ -449,13 +472,19 @@ def copy(i: Instruction) -> Step:
 
         return wait
     target, source, size, *counts = i.operands
-    assert isinstance(size, Constant)
+    if (
+        not isinstance(size, Constant)
+        or len(counts) > 1
+        or any(isinstance(c, Register) and c.width != 32 for c in counts)
+    ):
+        raise i.fault("only copies with a size of their source are known")
 
     def step(s: State) -> None:
         lanes = s.which()
         to, start = (s.addresses(operand, i)[lanes] for operand in (target, source))
         s.refuse(np.flatnonzero(to % size.bits), "shared", lanes, to, i)
         count = np.broadcast_to(s.bits(counts[0], 32, i) if counts else np.uint32(size.bits), s.lanes.shape)[lanes]
+        s.refuse(np.flatnonzero((start % size.bits != 0) & (count > 0)), "global", lanes, start, i)
         if s.traffic:
             s.traffic.access(i, "shared", lanes, to, size.bits)
             s.traffic.access(i, "global", lanes[count > 0], start[count > 0], size.bits)
@@ -480,6 +509,8 @@ def atomic(i: Instruction) -> Step:
         lanes = s.which()
         addresses = s.addresses(source, i)[lanes]
         amounts = np.broadcast_to(s.bits(amount, 32, i), s.lanes.shape)[lanes]
+        if s.hazards and ("release" in i.modifiers or "acq_rel" in i.modifiers):
+            s.hazards.release(lanes, i)
         before = np.empty(lanes.size, np.uint32)
         for place in range(lanes.size):
             one, where = lanes[place : place + 1], addresses[place : place + 1]
@@ -505,9 +536,9 @@ def shuffle(i: Instruction) -> Step:
         last = (own & segment) | (limits & 31 & ~segment)
         other = {
             "idx": (own & segment) | (steps & 31 & ~segment),
-            "bfly": own ^ steps,
-            "up": own - steps,
-            "down": own + steps,
+            "bfly": own ^ steps & 31,
+            "up": own - (steps & 31),
+            "down": own + (steps & 31),
         }[mode]
         inside = other >= last if mode == "up" else other <= last
         other = np.where(inside, other, own)
@@ -522,6 +553,18 @@ def nothing(i: Instruction) -> Step:
     return lambda s: None
 
 
+def fence(i: Instruction) -> Step:
+    """Memory is always in order here; what wgmma may read is looked at with the hazards."""
+    if "proxy" not in i.modifiers:
+        return lambda s: None
+
+    def step(s: State) -> None:
+        if s.hazards:
+            s.hazards.fenced(s.which())
+
+    return step
+
+
 def warp_barrier(i: Instruction) -> Step:
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
@@ -533,7 +576,7 @@ def warp_barrier(i: Instruction) -> Step:
 
 HANDLERS: dict[str, Callable[[Instruction], Step]] = {
     "mov": move, "setp": compare, "cvt": convert, "cvta": address, "ld": load, "st": store, "cp": copy,
-    "atom": atomic, "red": atomic, "shfl": shuffle, "fence": nothing, "membar": nothing,
+    "atom": atomic, "red": atomic, "shfl": shuffle, "fence": fence, "membar": fence,
     "griddepcontrol": nothing, "prefetch": nothing,
     "ldmatrix": fragments.load_matrices, "stmatrix": fragments.store_matrices, "mma": fragments.warp_product,
     "wmma": fragments.wmma, "wgmma": fragments.wgmma,
@@ -602,7 +645,7 @@ class Program:
         memory = GlobalMemory(regions)
         size = self.kernel.shared_bytes + dynamic_shared
         # Blocks that may wait for each other run one after the other: an earlier one never needs a later one.
-        waits = any(i.operation == "atom" for i in self.kernel.instructions)
+        waits = any(i.operation == "atom" or "acquire" in i.modifiers for i in self.kernel.instructions)
         at_once = 1 if waits else max(1, LANES_AT_ONCE // threads)
         watch = watch or Watch()
         for first in range(0, len(blocks), at_once):
@@ -651,11 +694,14 @@ class Program:
         elif i.operation in ("ret", "exit"):
             place[lanes] = DONE
         else:
-            if len(i.operands) != 1 or not isinstance(i.operands[0], Constant):
-                raise i.fault("only barriers of a whole block are known")
+            if len(i.operands) != 1 or i.operands[0] != Constant(0):
+                raise i.fault("only barrier 0 of a whole block is known")
             waiting[lanes] = True
+            warps = (waiting & (place == at + 1) | (place == DONE)).reshape(-1, WARP)
+            if (warps.any(1) != warps.all(1))[np.unique(lanes // WARP)].any():
+                raise i.fault(f"only a part of {WARP} lanes executes it")
         held = waiting.reshape(-1, s.threads)
-        met = held.all(1)
+        met = (held | (place == DONE).reshape(held.shape)).all(1) & held.any(1)
         if met.any():
             held[met] = False
             if s.hazards:

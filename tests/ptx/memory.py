@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptx.arithmetic import UNSIGNED, Bits
+from ptx.source import SHARED_START
 
 SHARED_WINDOW = 1 << 56  # generic addresses from here on are shared memory; no process has memory there
 FIRST, ADDRESSES = 1 << 16, 1 << 47  # where a process may have memory
@@ -65,7 +66,7 @@ class SharedMemory:
         self.views = {width: self.bytes.view(UNSIGNED[width]) for width in (8, 16, 32, 64)}
 
     def bad(self, addresses: Lanes, size: int) -> Lanes:
-        return np.flatnonzero((addresses < 0) | (addresses + size > self.size) | (addresses % size != 0))
+        return np.flatnonzero((addresses < SHARED_START) | (addresses + size > self.size) | (addresses % size != 0))
 
     def load(self, blocks: Lanes, addresses: Lanes, width: int) -> Bits:
         return self.views[width][(blocks * self.size + addresses) // (width // 8)]
