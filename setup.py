@@ -116,6 +116,7 @@ def arguments() -> dict[str, Any]:
 
 
 setup(
+    license="Apache-2.0",
     packages=["epmq", "epmq.formats", "epmq.kernels", "epmq.page", "epmq.papers"],
     package_dir={"epmq.kernels": "kernels"},
     **arguments(),
