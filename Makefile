@@ -11,11 +11,13 @@ PEERS := .venv-peers
 LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
 GPU_MINUTES ?= 8
+GPU_PYTHON ?= 3.12
+WHEELS ?= build/wheels
 STRESS ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test kill-test test-levels test-ptx test-transformers4 sanitize lint format demo minilm8 memory processes \
-  statistics whole-job tables bench peers cuda-check gates stress gpu fuzz clean
+  statistics whole-job tables bench peers cuda-check gates stress gpu gpu-wheels fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -136,11 +138,17 @@ stress: $(READY)  ## STRESS random problems of every Triton kernel against float
 fuzz: $(READY)  ## 100,000 spoilt files over every reader; findings in tests/corpus/
 	$(BIN)/python tests/fuzz.py --inputs 100000
 
-# No network and no virtual environment: the machine's own Python, with its CUDA build of torch, Triton and pytest.
+# No network and no virtual environment: the machine's own Python, with its CUDA build of torch and Triton.
 gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped
-	EPMQ_CUDA=1 EPMQ_EXTENSION=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -p no:cacheprovider
-	PYTHONPATH=.:benchmarks $(PYTHON) -m gpu.suite --minutes $(GPU_MINUTES)
+	$(PYTHON) benchmarks/gpu/packages.py $(WHEELS) build/packages
+	PYTHONPATH=build/packages EPMQ_CUDA=1 EPMQ_EXTENSION=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:build/packages $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=.:benchmarks:build/packages $(PYTHON) -m gpu.suite --minutes $(GPU_MINUTES)
+
+gpu-wheels: $(READY)  ## wheels of what a GPU machine without network may lack, for its GPU_PYTHON, into build/wheels
+	$(BIN)/python -m pip download --quiet --dest $(WHEELS) --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  $$($(BIN)/python -c "import sys; sys.path.append('benchmarks'); from gpu import packages; print(*packages.NEEDED.values())")
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache

@@ -138,7 +138,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runs, Path]
     """All of them, two at a time: each is one thread."""
     folder = tmp_path_factory.mktemp("compiled")
     # Random problems compile a kernel each; make test-ptx runs them.
-    tests = ["-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={folder}/tests-ARCH.xml", "-k", "not random_problems"]
+    tests = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={folder}/tests-ARCH.xml",
+        "-k",
+        "not random_problems",
+    ]
     commands = {
         "tests": [*tests, *(f"tests/{name}" for name in KERNELS)],
         "broken": ["-c", BROKEN],

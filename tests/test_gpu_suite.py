@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gpu import parts, suite, tables
+from gpu import packages, parts, suite, tables
 
 from epmq import reference
 from epmq.kernels import timing
@@ -101,6 +102,25 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
         suite.main(["--tiny", "--out", str(tmp_path)])
+
+
+def test_what_a_machine_lacks_is_named_or_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.missing() == []
+    packages.main(tmp_path / "none", tmp_path / "target")  # nothing to do
+    monkeypatch.setattr(packages, "NEEDED", {"epmq_needs_this": "epmq-needs-this", "torch": "torch"})
+    with pytest.raises(SystemExit, match="epmq-needs-this cannot be imported here and .*none is not there; run make"):
+        packages.main(tmp_path / "none", tmp_path / "target")
+    with pytest.raises(SystemExit, match="epmq-needs-this could not be installed"):
+        packages.main(tmp_path, tmp_path / "target")
+    module = tmp_path / "epmq_needs_this-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(module, "w") as wheel:
+        wheel.writestr("epmq_needs_this.py", "")
+        about = "epmq_needs_this-1.0.dist-info"
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: epmq-needs-this\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    packages.main(tmp_path, tmp_path / "target")
+    assert (tmp_path / "target" / "epmq_needs_this.py").is_file()
 
 
 def test_rotating_data_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
