@@ -49,6 +49,14 @@ def cuda_wanted(torch_cuda: str | None, cuda_home: str | None) -> bool:
     return (torch_cuda is not None and cuda_home is not None) if wanted is None else wanted
 
 
+def toolkit(guessed: str | None) -> str | None:
+    """Where the CUDA toolkit is. torch guesses from where nvcc is found, which may be a script far from the libraries."""
+    for home in (guessed, "/usr/local/cuda"):
+        if home is not None and any(any(Path(home, folder).glob("libcudart.so*")) for folder in ("lib64", "lib")):
+            return home
+    return guessed
+
+
 def extension() -> dict[str, Any]:
     """Arguments of ``setup`` that build the extension; raises Missing."""
     try:
@@ -64,6 +72,7 @@ def extension() -> dict[str, Any]:
     if not cpp_extension.is_ninja_available():
         raise Missing("ninja is not installed")
 
+    cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
     cuda = cuda_wanted(torch.version.cuda, cpp_extension.CUDA_HOME)
     flags = CXX_FLAGS + (SANITIZE if switch("EPMQ_SANITIZE") else [])
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
