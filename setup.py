@@ -50,7 +50,7 @@ def cuda_wanted(torch_cuda: str | None, cuda_home: str | None) -> bool:
 
 
 def toolkit(guessed: str | None) -> str | None:
-    """Where the CUDA toolkit is. torch guesses from where nvcc is found, which may be a script far from the libraries."""
+    """Where the CUDA toolkit is. torch guesses it from where nvcc is, which may be a script far from the libraries."""
     for home in (guessed, "/usr/local/cuda"):
         if home is not None and any(any(Path(home, folder).glob("libcudart.so*")) for folder in ("lib64", "lib")):
             return home

@@ -1,4 +1,4 @@
-"""``python benchmarks/gpu/packages.py WHEELS TARGET``: install into TARGET what this Python lacks, from a folder of wheels.
+"""``python benchmarks/gpu/packages.py WHEELS TARGET``: what this Python lacks, from a folder of wheels into TARGET.
 
 A GPU machine's image has its own torch, Triton and much else, and often no network. What ``make gpu`` needs besides is
 brought along: ``make gpu-wheels`` fills the folder on a machine that has one. Nothing that is there is replaced.
@@ -50,8 +50,8 @@ def main(wheels: Path, target: Path) -> None:
         return
     if not wheels.is_dir():
         sys.exit(
-            f"make gpu: {', '.join(names)} cannot be imported here and {wheels} is not there; run make gpu-wheels where "
-            "there is a network and bring that folder along."
+            f"make gpu: {', '.join(names)} cannot be imported here and {wheels} is not there; run make gpu-wheels "
+            "where there is a network and bring that folder along."
         )
     command = [
         sys.executable,
