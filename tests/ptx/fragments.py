@@ -8,24 +8,13 @@ exact in fp32 and summed in fp32 in no stated order, as the ISA leaves it open.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx.arithmetic import Bits, number
 from ptx.memory import Lanes
-from ptx.source import Constant, Instruction, Memory, Operand, Register, Vector
-
-if TYPE_CHECKING:
-    from ptx.machine import State
-
-Step = Callable[["State"], None]
-WARP, WARPGROUP = 32, 128
-
-
-def parts(operand: Operand) -> tuple[Operand | None, ...]:
-    return operand.parts if isinstance(operand, Vector) else (operand,)
+from ptx.source import Constant, Instruction, Operand, Register, Vector
+from ptx.state import WARP, WARPGROUP, State, Step, locate, space_of, vector
 
 
 def read(s: State, operand: Operand | None, lanes: Lanes, i: Instruction) -> Bits:
@@ -49,7 +38,7 @@ def floats(bits: Bits, kind: str) -> Bits:
 def load_matrices(i: Instruction) -> Step:
     """ldmatrix: lane 8 m + r gives the address of row r of matrix m; lane l receives row l / 4, columns 2 (l % 4)."""
     target, source = i.operands
-    registers, turned = parts(target), "trans" in i.modifiers
+    registers, turned = vector(target), "trans" in i.modifiers
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
@@ -72,7 +61,7 @@ def load_matrices(i: Instruction) -> Step:
 def store_matrices(i: Instruction) -> Step:
     """stmatrix, the reverse of ldmatrix."""
     target, source = i.operands
-    registers, turned = parts(source), "trans" in i.modifiers
+    registers, turned = vector(source), "trans" in i.modifiers
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
@@ -113,12 +102,12 @@ def warp_product(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
-        left = floats(left_operand([read(s, part, lanes, i) for part in parts(a)]), kind)
-        right = floats(np.concatenate([eights(read(s, part, lanes, i)) for part in parts(b)], 2), kind)  # [W, 8, 16]
-        sums = np.stack([read(s, part, lanes, i) for part in parts(c)], 2).view(np.float32)  # [W, 32, 4]
+        left = floats(left_operand([read(s, part, lanes, i) for part in vector(a)]), kind)
+        right = floats(np.concatenate([eights(read(s, part, lanes, i)) for part in vector(b)], 2), kind)  # [W, 8, 16]
+        sums = np.stack([read(s, part, lanes, i) for part in vector(c)], 2).view(np.float32)  # [W, 32, 4]
         product = left @ right.transpose(0, 2, 1)  # [W, 16, 8]
         sums = sums + product.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, WARP, 4)
-        for place, part in enumerate(parts(target)):
+        for place, part in enumerate(vector(target)):
             s.write_lanes(part, lanes, np.ascontiguousarray(sums[:, :, place]).view(np.uint32), i)
 
     return step
@@ -139,8 +128,6 @@ def tile_addresses(
     s: State, memory: Operand, leading: Operand, by_rows: bool, size: int, i: Instruction
 ) -> tuple[Lanes, Lanes]:
     """Lanes [W, 32] and the addresses [W, 16, 16] of a tile's elements; every lane gives the same start."""
-    from ptx.machine import locate, space_of
-
     lanes = s.together(WARP, i)
     starts = s.addresses(memory, i)[lanes[:, 0]]
     where, starts = locate(s, space_of(i), lanes[:, 0], starts, i)
@@ -163,7 +150,7 @@ def wmma_load(i: Instruction) -> Step:
         owners = np.repeat(lanes, 8, 1).reshape(-1)
         tile = s.load("shared", owners, addresses.reshape(-1), 16, i).reshape(-1, WARP, 8)
         words = np.ascontiguousarray(tile).view(np.uint32)
-        for place, register in enumerate(parts(target)):
+        for place, register in enumerate(vector(target)):
             s.write_lanes(register, lanes, words[:, :, place % 4], i)
 
     return step
@@ -176,12 +163,12 @@ def wmma_product(i: Instruction) -> Step:
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
         left, right = (
-            floats(halves(np.stack([read(s, part, lanes, i) for part in parts(x)[:4]], 2)).reshape(-1, 16, 16), kind)
+            floats(halves(np.stack([read(s, part, lanes, i) for part in vector(x)[:4]], 2)).reshape(-1, 16, 16), kind)
             for x in (a, b)
         )
-        sums = np.stack([read(s, part, lanes, i) for part in parts(c)], 2).view(np.float32)
+        sums = np.stack([read(s, part, lanes, i) for part in vector(c)], 2).view(np.float32)
         sums = sums + (left @ right).reshape(-1, WARP, 8)
-        for place, part in enumerate(parts(target)):
+        for place, part in enumerate(vector(target)):
             s.write_lanes(part, lanes, np.ascontiguousarray(sums[:, :, place]).view(np.uint32), i)
 
     return step
@@ -192,7 +179,7 @@ def wmma_store(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes, addresses = tile_addresses(s, target, leading, "row" in i.modifiers, 4, i)
-        values = np.stack([read(s, part, lanes, i) for part in parts(source)], 2)
+        values = np.stack([read(s, part, lanes, i) for part in vector(source)], 2)
         owners = np.repeat(lanes, 8, 1).reshape(-1)
         s.store("shared", owners, addresses.reshape(-1), values.reshape(-1), 32, i)
 
@@ -315,7 +302,7 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
         return floats(found, kind)
 
     if left.ndim == 2:
-        now = np.stack([read(s, part, lanes.reshape(-1), i) for part in parts(i.operands[1])], 1)
+        now = np.stack([read(s, part, lanes.reshape(-1), i) for part in vector(i.operands[1])], 1)
         if (now != left).any():
             raise i.fault("registers of A are written before it is waited for")
         warps = np.ascontiguousarray(left.reshape(groups * 4, WARP, 4))
@@ -332,7 +319,7 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
     spread = (
         product.reshape(groups, 4, 2, 8, n // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(groups, WARPGROUP, n // 2)
     )
-    for place, register in enumerate(parts(i.operands[0])):
+    for place, register in enumerate(vector(i.operands[0])):
         assert isinstance(register, Register)
         old = s.registers.get(register.name)
         if old is None and keeps.any():
@@ -340,6 +327,3 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
         before = np.zeros(lanes.shape, np.uint32) if old is None else old[lanes]
         sums = np.where(keeps.reshape(lanes.shape), before.view(np.float32), np.float32(0)) + spread[:, :, place]
         s.write_lanes(register, lanes, sums.astype(np.float32).view(np.uint32), i)
-
-
-__all__ = ["Memory", "load_matrices", "store_matrices", "warp_product", "wgmma", "wmma"]
