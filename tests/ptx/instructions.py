@@ -202,8 +202,8 @@ def warp_barrier(i: Instruction) -> Step:
 
 HANDLERS: dict[str, Callable[[Instruction], Step]] = {
     "mov": scalar.move, "setp": scalar.compare, "cvt": scalar.convert, "cvta": address,
-    "ld": load, "st": store, "cp": copy, "atom": atomic, "red": atomic, "shfl": shuffle, "fence": fence, "membar": fence,
-    "griddepcontrol": nothing, "prefetch": nothing,
+    "ld": load, "st": store, "cp": copy, "atom": atomic, "red": atomic, "shfl": shuffle,
+    "fence": fence, "membar": fence, "griddepcontrol": nothing, "prefetch": nothing,
     "ldmatrix": fragments.load_matrices, "stmatrix": fragments.store_matrices, "mma": fragments.warp_product,
     "wmma": fragments.wmma, "wgmma": fragments.wgmma,
 }  # fmt: skip
