@@ -14,6 +14,7 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 PTX_ARCH = os.environ.get("EPMQ_PTX")  # such as 90: kernels are compiled for that GPU, and their PTX is run
 if PTX_ARCH:
+    os.environ.pop("TRITON_INTERPRET", None)  # a worker of pytest-xdist inherits what the driver sets below
     from ptx import driver
     from ptx.machine import Watch
 
