@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from epmq.kernels.gram_programs import gram_kernel
-from epmq.kernels.launch import interpreted, on_device, readable
+from epmq.kernels.launch import interpreted, on_device, readable, row_stride
 from epmq.kernels.tune import device_facts, has_wgmma
 from epmq.rows import kept_rows
 
@@ -115,8 +115,8 @@ def accumulate(
             count,
             rows.shape[1],
             targets.shape[1],
-            rows.stride(0),
-            targets.stride(0),
+            row_stride(rows),
+            row_stride(targets),
             h_tiles,
             tiles,
             how.rows,

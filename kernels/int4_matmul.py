@@ -18,7 +18,7 @@ from torch import Tensor
 from epmq.errors import NumericalError
 from epmq.kernels import tune
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
-from epmq.kernels.launch import interpreted, on_device, readable
+from epmq.kernels.launch import interpreted, on_device, readable, row_stride
 from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, pack_rows, pack_weight, packed_shapes
 from epmq.kernels.tune import Config
 from epmq.quantized import QuantizedTensor
@@ -186,7 +186,7 @@ def run(
     grid = (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts)
     product_tiles[grid](
         x, words, scale_words, bias, sums, tokens, out_features, scale_words.shape[1], blocks,
-        x.stride(0) if tokens > 1 else x.shape[1], per_part,
+        row_stride(x), per_part,
         BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=parts > 1,
         BIAS=bias is not None and parts == 1, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
         EARLY=early, ASM=not interpreted() if assembly is None else assembly,

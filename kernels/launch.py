@@ -24,6 +24,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def row_stride(rows: Tensor) -> int:
+    """Elements from a row to the next; a single row's own stride may be anything, and is not used."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
 def readable(rows: Tensor, multiple: int) -> Tensor:
     """``rows`` with a multiple of so many columns, each row 16-byte aligned: as they are, or copied before zeros.
 
