@@ -36,7 +36,7 @@ def readable(rows: Tensor, multiple: int) -> Tensor:
     small enough for 32-bit places inside a tile.
     """
     missing = -rows.shape[1] % multiple
-    stride = rows.stride(0) if rows.shape[0] > 1 else 0
+    stride = row_stride(rows)
     aligned = rows.data_ptr() % 16 == 0 and stride % 16 == 0 and stride < LARGEST_STRIDE
     if not missing and rows.stride(1) == 1 and aligned:
         return rows

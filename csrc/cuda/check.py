@@ -21,14 +21,23 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
-def report(source: Path, nvcc: str, include: list[str]) -> bool:
+def compile_source(source: Path, out: Path, nvcc: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Compile one file with the flags of an extension of torch."""
+    command = [nvcc, "-O3", "-std=c++20", "-DUSE_CUDA", *COMMON_NVCC_FLAGS, *more, str(source), "-o", str(out)]
+    command += [part for path in include_paths() for part in ("-isystem", path)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def plain_name(kernel: str) -> str:
+    """A mangled name without its arguments."""
+    return subprocess.run(["c++filt", kernel], capture_output=True, text=True).stdout.split("(epmq::")[0].strip()
+
+
+def report(source: Path, nvcc: str) -> bool:
     """Compile one file; True when nothing spills."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-c", "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", str(source), "-o", f"{folder}/out.o"]
-        command += COMMON_NVCC_FLAGS
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-        command += [part for path in include for part in ("-isystem", path)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        done = compile_source(source, Path(folder) / "out.o", nvcc, "-c", "-Xptxas", "-v", *archs)
     if done.returncode != 0:
         print(done.stderr)
         return False
@@ -39,10 +48,9 @@ def report(source: Path, nvcc: str, include: list[str]) -> bool:
         elif found := SPILLS.search(line):
             stack, spills = int(found[1]), int(found[2]) + int(found[3])
         elif (found := USED.search(line)) and kernel:
-            name = subprocess.run(["c++filt", kernel], capture_output=True, text=True).stdout.split("(epmq")[0].strip()
             print(
-                f"{source.name} {arch} {name}: {found[1]} registers, {spills} bytes spilled, {stack} bytes stack, "
-                f"{found[2] or 0} bytes shared"
+                f"{source.name} {arch} {plain_name(kernel)}: {found[1]} registers, {spills} bytes spilled, "
+                f"{stack} bytes stack, {found[2] or 0} bytes shared"
             )
             clean, kernel = clean and spills == 0, ""
     return clean
@@ -52,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvcc", default="nvcc")
     options = parser.parse_args()
-    results = [report(source, options.nvcc, include_paths()) for source in sorted(HERE.glob("*.cu"))]
+    results = [report(source, options.nvcc) for source in sorted(HERE.glob("*.cu"))]
     sys.exit(0 if all(results) else "A kernel spills registers, or a file does not compile.")
 
 

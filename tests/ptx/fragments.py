@@ -19,8 +19,7 @@ from ptx.state import WARP, WARPGROUP, State, Step, locate, space_of, vector
 
 def read(s: State, operand: Operand | None, lanes: Lanes, i: Instruction) -> Bits:
     """A 32-bit operand of these lanes, in their shape."""
-    assert operand is not None
-    return np.broadcast_to(s.bits(operand, 32, i), s.lanes.shape)[lanes]
+    return s.of_lanes(operand, lanes, 32, i)
 
 
 def halves(words: Bits) -> Bits:
@@ -35,6 +34,16 @@ def floats(bits: Bits, kind: str) -> Bits:
 # ---- 8 x 8 matrices --------------------------------------------------------------------------------------------------
 
 
+def matrix_rows(s: State, memory: Operand, lanes: Lanes, place: int, i: Instruction) -> tuple[Lanes, Lanes]:
+    """The lanes that give the addresses of a matrix's rows, 16 bytes each, and these addresses."""
+    rows = lanes[:, 8 * place : 8 * place + 8].reshape(-1)
+    starts = s.addresses(memory, i)[rows]
+    s.refuse(np.flatnonzero(starts % 16), "shared", rows, starts, i)
+    if s.traffic:
+        s.traffic.access(i, "shared", rows, starts, 16)
+    return rows, starts
+
+
 def load_matrices(i: Instruction) -> Step:
     """ldmatrix: lane 8 m + r gives the address of row r of matrix m; lane l receives row l / 4, columns 2 (l % 4)."""
     target, source = i.operands
@@ -42,13 +51,8 @@ def load_matrices(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
-        addresses = s.addresses(source, i)[lanes]
         for place, register in enumerate(registers):
-            rows = lanes[:, 8 * place : 8 * place + 8].reshape(-1)
-            starts = addresses[:, 8 * place : 8 * place + 8].reshape(-1)
-            s.refuse(np.flatnonzero(starts % 16), "shared", rows, starts, i)
-            if s.traffic:
-                s.traffic.access(i, "shared", rows, starts, 16)
+            rows, starts = matrix_rows(s, source, lanes, place, i)
             words = np.stack([s.load("shared", rows, starts + 4 * word, 32, i) for word in range(4)], 1)
             matrix = halves(words).reshape(-1, 8, 8)
             if turned:
@@ -65,17 +69,12 @@ def store_matrices(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
-        addresses = s.addresses(target, i)[lanes]
         for place, register in enumerate(registers):
-            matrix = halves(read(s, register, lanes, i)).reshape(-1, 8, 8)
+            matrix = eights(read(s, register, lanes, i))
             if turned:
                 matrix = matrix.transpose(0, 2, 1)
             words = np.ascontiguousarray(matrix.reshape(-1, 8)).view(np.uint32)
-            rows = lanes[:, 8 * place : 8 * place + 8].reshape(-1)
-            starts = addresses[:, 8 * place : 8 * place + 8].reshape(-1)
-            s.refuse(np.flatnonzero(starts % 16), "shared", rows, starts, i)
-            if s.traffic:
-                s.traffic.access(i, "shared", rows, starts, 16)
+            rows, starts = matrix_rows(s, target, lanes, place, i)
             for word in range(4):
                 s.store("shared", rows, starts + 4 * word, words[:, word], 32, i)
 
@@ -93,6 +92,13 @@ def left_operand(registers: list[Bits]) -> Bits:
     return np.block([[top, top_right], [bottom, bottom_right]])
 
 
+def add(s: State, target: Operand, sums: Operand, products: Bits, lanes: Lanes, i: Instruction) -> None:
+    """target = sums + products fp32 [W, 32, registers]."""
+    for place, (out, part) in enumerate(zip(vector(target), vector(sums), strict=True)):
+        total = read(s, part, lanes, i).view(np.float32) + products[:, :, place]
+        s.write_lanes(out, lanes, total.view(np.uint32), i)
+
+
 def warp_product(i: Instruction) -> Step:
     """mma.m16n8k16 with fp32 sums."""
     if "m16n8k16" not in i.modifiers or i.modifiers[-1] != "f32":
@@ -104,11 +110,9 @@ def warp_product(i: Instruction) -> Step:
         lanes = s.together(WARP, i)
         left = floats(left_operand([read(s, part, lanes, i) for part in vector(a)]), kind)
         right = floats(np.concatenate([eights(read(s, part, lanes, i)) for part in vector(b)], 2), kind)  # [W, 8, 16]
-        sums = np.stack([read(s, part, lanes, i) for part in vector(c)], 2).view(np.float32)  # [W, 32, 4]
         product = left @ right.transpose(0, 2, 1)  # [W, 16, 8]
-        sums = sums + product.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, WARP, 4)
-        for place, part in enumerate(vector(target)):
-            s.write_lanes(part, lanes, np.ascontiguousarray(sums[:, :, place]).view(np.uint32), i)
+        spread = product.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, WARP, 4)
+        add(s, target, c, spread, lanes, i)
 
     return step
 
@@ -166,10 +170,7 @@ def wmma_product(i: Instruction) -> Step:
             floats(halves(np.stack([read(s, part, lanes, i) for part in vector(x)[:4]], 2)).reshape(-1, 16, 16), kind)
             for x in (a, b)
         )
-        sums = np.stack([read(s, part, lanes, i) for part in vector(c)], 2).view(np.float32)
-        sums = sums + (left @ right).reshape(-1, WARP, 8)
-        for place, part in enumerate(vector(target)):
-            s.write_lanes(part, lanes, np.ascontiguousarray(sums[:, :, place]).view(np.uint32), i)
+        add(s, target, c, (left @ right).reshape(-1, WARP, 8), lanes, i)
 
     return step
 
@@ -216,11 +217,11 @@ def group_product(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes = s.together(WARPGROUP, i).reshape(-1)
-        keeps, right = (np.broadcast_to(s.bits(x, width, i), s.lanes.shape)[lanes] for x, width in ((keep, 1), (b, 64)))
+        keeps, right = s.of_lanes(keep, lanes, 1, i), s.of_lanes(b, lanes, 64, i)
         if isinstance(a, Vector):
             left = np.stack([read(s, part, lanes, i) for part in a.parts], 1)
         else:
-            left = np.broadcast_to(s.bits(a, 64, i), s.lanes.shape)[lanes]
+            left = s.of_lanes(a, lanes, 64, i)
         if s.hazards:
             for operand, bits in operands_in_shared(i, left, right):
                 note_read(s, i, lanes, operand, bits)

@@ -8,8 +8,8 @@ import numpy as np
 
 from ptx import fragments, scalar
 from ptx.arithmetic import UNSIGNED, width_of
-from ptx.memory import SHARED_WINDOW
-from ptx.source import Constant, Instruction, Register
+from ptx.memory import SHARED_WINDOW, Lanes
+from ptx.source import Constant, Instruction, Operand, Register
 from ptx.state import WARP, State, Step, locate, space_of, vector
 
 
@@ -40,19 +40,25 @@ def parameter(i: Instruction) -> Step:
     return step
 
 
+def accessed(s: State, memory: Operand, size: int, i: Instruction) -> tuple[Lanes, str, Lanes]:
+    """The active lanes, the memory that they use, and where: ``size`` bytes each."""
+    lanes = s.which()
+    where, addresses = locate(s, space_of(i), lanes, s.addresses(memory, i)[lanes], i)
+    if s.traffic:
+        s.traffic.access(i, where, lanes, addresses, size)
+    s.refuse(np.flatnonzero(addresses % size), f"{where} (vector)", lanes, addresses, i)
+    return lanes, where, addresses
+
+
 def load(i: Instruction) -> Step:
     if "param" in i.modifiers:
         return parameter(i)
     target, source = i.operands
-    kind, space, pieces = i.modifiers[-1], space_of(i), vector(target)
+    kind, pieces = i.modifiers[-1], vector(target)
     width = width_of(kind)
 
     def step(s: State) -> None:
-        lanes = s.which()
-        where, addresses = locate(s, space, lanes, s.addresses(source, i)[lanes], i)
-        if s.traffic:
-            s.traffic.access(i, where, lanes, addresses, len(pieces) * width // 8)
-        s.refuse(np.flatnonzero(addresses % (len(pieces) * width // 8)), f"{where} (vector)", lanes, addresses, i)
+        lanes, where, addresses = accessed(s, source, len(pieces) * width // 8, i)
         for place, piece in enumerate(pieces):
             value = s.load(where, lanes, addresses + place * width // 8, width, i)
             if kind[0] == "s" and isinstance(piece, Register) and piece.width > width:
@@ -64,18 +70,13 @@ def load(i: Instruction) -> Step:
 
 def store(i: Instruction) -> Step:
     target, source = i.operands
-    space, pieces = space_of(i), vector(source)
+    pieces = vector(source)
     width = width_of(i.modifiers[-1])
 
     def step(s: State) -> None:
-        lanes = s.which()
-        where, addresses = locate(s, space, lanes, s.addresses(target, i)[lanes], i)
-        if s.traffic:
-            s.traffic.access(i, where, lanes, addresses, len(pieces) * width // 8)
-        s.refuse(np.flatnonzero(addresses % (len(pieces) * width // 8)), f"{where} (vector)", lanes, addresses, i)
+        lanes, where, addresses = accessed(s, target, len(pieces) * width // 8, i)
         for place, piece in enumerate(pieces):
-            assert piece is not None
-            values = np.broadcast_to(s.bits(piece, width, i), s.lanes.shape)[lanes]
+            values = s.of_lanes(piece, lanes, width, i)
             s.store(where, lanes, addresses + place * width // 8, values, width, i)
 
     return step
@@ -109,7 +110,7 @@ def copy(i: Instruction) -> Step:
         lanes = s.which()
         to, start = (s.addresses(operand, i)[lanes] for operand in (target, source))
         s.refuse(np.flatnonzero(to % size.bits), "shared", lanes, to, i)
-        count = np.broadcast_to(s.bits(counts[0], 32, i) if counts else np.uint32(size.bits), s.lanes.shape)[lanes]
+        count = s.of_lanes(counts[0] if counts else size, lanes, 32, i)
         s.refuse(np.flatnonzero((start % size.bits != 0) & (count > 0)), "global", lanes, start, i)
         if s.traffic:
             s.traffic.access(i, "shared", lanes, to, size.bits)
@@ -134,7 +135,7 @@ def atomic(i: Instruction) -> Step:
     def step(s: State) -> None:
         lanes = s.which()
         addresses = s.addresses(source, i)[lanes]
-        amounts = np.broadcast_to(s.bits(amount, 32, i), s.lanes.shape)[lanes]
+        amounts = s.of_lanes(amount, lanes, 32, i)
         if s.hazards and ("release" in i.modifiers or "acq_rel" in i.modifiers):
             s.hazards.release(lanes, i)
         before = np.empty(lanes.size, np.uint32)
@@ -154,9 +155,7 @@ def shuffle(i: Instruction) -> Step:
 
     def step(s: State) -> None:
         lanes = s.together(WARP, i)
-        values, steps, limits = (
-            np.broadcast_to(s.bits(a, 32, i), s.lanes.shape)[lanes].astype(np.int64) for a in (source, by, clamp)
-        )
+        values, steps, limits = (s.of_lanes(a, lanes, 32, i).astype(np.int64) for a in (source, by, clamp))
         own = np.arange(WARP)[None]
         segment = limits >> 8 & 31
         last = (own & segment) | (limits & 31 & ~segment)

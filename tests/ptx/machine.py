@@ -50,6 +50,7 @@ class Program:
             if i.operation == "bra":
                 starts.add(kernel.labels[i.target])
         self.starts = sorted(starts)
+        self.waits = any(i.operation == "atom" or "acquire" in i.modifiers for i in kernel.instructions)
 
     def run(
         self,
@@ -72,8 +73,7 @@ class Program:
         memory = GlobalMemory(regions)
         size = self.kernel.shared_bytes + dynamic_shared
         # Blocks that may wait for each other run one after the other: an earlier one never needs a later one.
-        waits = any(i.operation == "atom" or "acquire" in i.modifiers for i in self.kernel.instructions)
-        at_once = 1 if waits else max(1, LANES_AT_ONCE // threads)
+        at_once = 1 if self.waits else max(1, LANES_AT_ONCE // threads)
         watch = watch or Watch()
         for first in range(0, len(blocks), at_once):
             some = blocks[first : first + at_once]

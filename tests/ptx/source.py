@@ -29,10 +29,9 @@ class Register:
 
 @dataclass(frozen=True)
 class Constant:
-    """A number as 64 bits: two's complement, or an IEEE pattern of ``width`` bits."""
+    """A number as 64 bits: two's complement, or an IEEE pattern."""
 
     bits: int
-    width: int = 64
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,9 @@ def operand(text: str, names: Names, statement: str) -> Operand:
     if text[0] == "%":
         return Special(text[1:])
     if found := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
-        return Constant(int(found[2], 16), 32 if found[1] in "fF" else 64)
+        return Constant(int(found[2], 16))
     if re.fullmatch(r"-?\d*\.\d+(e[+-]?\d+)?", text):
-        return Constant(struct.unpack("<I", struct.pack("<f", float(text)))[0], 32)
+        return Constant(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         return Constant(int(text.rstrip("U"), 0) & (1 << 64) - 1)
     raise PtxError(f"operand {text} not understood: {statement}")

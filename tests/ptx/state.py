@@ -67,6 +67,11 @@ class State:
             return narrow(self.special(operand.name, instruction), width)
         raise instruction.fault("an operand of another kind was expected")
 
+    def of_lanes(self, operand: Operand | None, lanes: Lanes, width: int, instruction: Instruction) -> Bits:
+        """An operand's bits for these lanes, in their shape."""
+        assert operand is not None
+        return np.broadcast_to(self.bits(operand, width, instruction), self.lanes.shape)[lanes]
+
     def write(self, register: Operand | None, value: Bits, instruction: Instruction) -> None:
         """Set a register of the active lanes; the value has all lanes, or is one for all."""
         if register is None:

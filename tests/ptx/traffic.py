@@ -18,7 +18,6 @@ class Cost:
 
     text: str
     space: str
-    warps: int = 0
     taken: int = 0
     least: int = 0
 
@@ -33,7 +32,6 @@ class Traffic:
             return
         cost = self.costs.setdefault((id(i), space), Cost(i.text, space))
         warp = lanes // 32
-        cost.warps += np.unique(warp).size
         if space == "global":
             # One request a warp: the sectors it touches.
             first = addresses // SECTOR
