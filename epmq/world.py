@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -94,6 +95,9 @@ class Processes(World):
         if torch.cuda.device_count() >= processes_here():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
+        # Its functions hold for ever the group there is when they are imported, and torch._dynamo imports it. A group
+        # that outlives close() ends with the interpreter, whose threads die by std::terminate giving back a tensor.
+        import_module("torch.distributed.nn.functional")
         # Long, because the main process may write for hours; that peers are alive is seen by their beats.
         dist.init_process_group(backend, timeout=timedelta(hours=24))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

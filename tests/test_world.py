@@ -91,9 +91,15 @@ def test_batches_are_shared_out_by_cost() -> None:
 
 
 EXCHANGE = """
+import os
 import torch
 from epmq.world import by_turns, world
+def threads():
+    return sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task"))
+alone = threads()
 w = world()
+assert threads() != alone
+import torch._dynamo
 assert w.size == 3
 # Sums in the order of ranks: in another order this one is rounded otherwise.
 big = torch.tensor([1.0, 2.0**-24, 2.0**-24])[w.rank].repeat(300000)
@@ -114,6 +120,7 @@ assert by_turns(4, w, lambda i: [i, w.rank]) == [[0, 0], [1, 1], [2, 2], [3, 0]]
 spoke = w.gather(w.speaks("x"))
 assert sum(spoke) == 1, spoke
 w.close()
+assert threads() == alone, threads()
 """
 
 
