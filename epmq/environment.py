@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from epmq import __version__, extension, ops
+from epmq import __version__, extension, onednn, ops
 from epmq.report import machine
 
 OPTIONAL = ("transformers", "triton", "scikit-learn", "matplotlib")
@@ -21,6 +21,7 @@ def describe() -> list[str]:
             lines.append(f"{package}: absent")
     built = extension.build_report()
     lines += [f"extension {key}: {value}" for key, value in built.items()] or ["extension: absent"]
+    lines.append(f"fp32 linears of forward passes: {'oneDNN' if onednn.preferred() else 'torch'}")
     lines.append(f"EPMQ_BACKEND: {ops.wanted_backend() or 'not set'}")
     for op in ops.operations():
         forms = [form.backend for form in ops.implementations(op)]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq import onednn
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -24,7 +26,9 @@ class Precision:
 
     def active(self) -> AbstractContextManager[Any]:
         """While active, models and blocks run so."""
-        return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
+        if self.dtype is None:
+            return onednn.Linears() if onednn.preferred() else nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
 
     def read(self, x: Tensor) -> Tensor:
         """What a linear reads of its input."""

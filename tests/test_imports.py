@@ -11,9 +11,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "console", "memory", "orientation", "rows", "precision"),
+    ("errors", "quantized", "ties", "console", "memory", "orientation", "rows"),
     ("trust", "patterns", "gradient", "page.markup", "page.numbers", "page.layout"),
-    ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "extension", "world"),
+    ("extension",),
+    ("onednn",),
+    ("precision",),
+    ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "world"),
     ("reference", "blocked"),
     ("triton_forms",),
     (

@@ -1,0 +1,46 @@
+"""fp32 linears of forward passes by oneDNN, where the library that torch gives them to is the slower one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from epmq import extension
+
+
+class Linears(TorchFunctionMode):
+    """While active, fp32 linears on the CPU that keep no gradient are oneDNN's: the same sums in another order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear and not types and _suits(*args, **kwargs):
+            return _linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def preferred() -> bool:
+    """Whether to use it: where MKL takes half of the processor and oneDNN all of it."""
+    return extension.beats_library() and torch.backends.mkldnn.is_available()
+
+
+def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    given = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in given)
+        and min(input.numel(), weight.numel()) > 0
+        and weight.dim() == 2
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # The operator reads a bias as if it had no gaps.
+    dense = None if bias is None else bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense, "none", [], "")
+    return y
