@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,11 @@ def fingerprint(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         "settings": _named(content),
         "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def digest(of: dict[str, Any]) -> str:
+    """SHA-256 of a fingerprint."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
 def describe(file: Path) -> dict[str, Any]:

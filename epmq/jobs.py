@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from epmq.devices import compute_device
 from epmq.errors import ConfigError, SourceError
 from epmq.estimate import estimate
 from epmq.evaluate import load_task, row, score
-from epmq.fingerprint import fingerprint
+from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import format_of, open_writer
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
@@ -116,16 +117,18 @@ def quantize_to_folder(
 
     The merged model is never written nor held: one block of one model at a time is read, computed and written. What is
     finished lies in a working folder beside ``out`` (:mod:`epmq.progress`), from which a run with ``resume`` goes on.
-    tell: gets the estimate of time, memory and disk. Several processes may call this together (:mod:`epmq.world`);
-    those that do not write get an empty report.
+    tell: gets the estimate of time, memory and disk, or that nothing is left to do. Several processes may call this
+    together (:mod:`epmq.world`); those that do not write get an empty report.
     """
     at = world()
     journal = Journal(out, at)
-    if at.main:
-        journal.check(resume)
-        if journal.already_done():
-            found: dict[str, Any] = whole_report(journal.out)
-            return found
+    depends_on = cache(lambda: fingerprint(recipe, device_of(recipe)))
+    if at.from_main(at.main and journal.done(resume, lambda: digest(depends_on()))):
+        if not at.main:
+            return {}
+        tell(f"{journal.out}: an earlier run of this job has finished it.")
+        earlier: dict[str, Any] = whole_report(journal.out)
+        return earlier
     started = time.perf_counter()
     job = _opened(recipe)
     around, lines = _surroundings(recipe, journal, job)
@@ -133,7 +136,7 @@ def quantize_to_folder(
         tell(lines)
     # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
     writer = planned_writer(recipe, journal.result, job.skeleton, job.sources)
-    with journal.kept(lambda: fingerprint(recipe, job.device)):
+    with journal.kept(depends_on):
         place = files.new_folder(out, journal.result) if at.main else nullcontext()
         with place as working, progress_bar("quantizing") as progress:
             found = run(
@@ -151,7 +154,8 @@ def quantize_to_folder(
             )
             if working is None:
                 return {}
-            report = finish(recipe, working, writer, job.skeleton, job.sources, found, started)
+            made = digest(depends_on())
+            report = finish(recipe, working, writer, job.skeleton, job.sources, found, started, made)
             journal.mark_finished()
     return report
 
@@ -174,9 +178,10 @@ def finish(
     sources: Sources,
     found: dict[str, Any],
     started: float,
+    made: str | None = None,
 ) -> dict[str, Any]:
     """Write what is not of the blocks, carried files, what the format adds, the report, which is returned, its page and
-    the model card."""
+    the model card. made: the digest of the fingerprint of a run that may be asked whether it is done."""
     written = set(writer.shards.names)
     blocks = tuple(f"{row['block']}." for row in found["blocks"])
     for key in sources.merged.keys():
@@ -189,7 +194,7 @@ def finish(
     writer.finish()
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
     report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
-    write_report(working, {**report, "processes": world().size})
+    write_report(working, {**report, "processes": world().size, **({"fingerprint": made} if made else {})})
     write_page(working)
     write_card(working, type(skeleton).__name__, recipe.format, writer.limits(), report, made_from(recipe))
     return report

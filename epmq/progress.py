@@ -26,7 +26,7 @@ from torch import Tensor
 from epmq import files, trust
 from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
-from epmq.report import BlockRow, LayerRow
+from epmq.report import BlockRow, LayerRow, fingerprint_of
 from epmq.shelf import altered, read_value, write_value
 from epmq.states import States
 from epmq.world import World
@@ -79,15 +79,24 @@ class Journal:
         """The latest state of a distillation."""
         return self.folder / "distill.safetensors"
 
-    def check(self, resume: bool) -> None:
-        """Raise OutputError for an output that is there already, or a run begun earlier unless it is to go on."""
-        if not (resume and self._renamed()):
-            files.check_free(self.out)
+    def done(self, resume: bool, digest: Callable[[], str]) -> bool:
+        """Whether an earlier run of the same job left nothing to do; what it had yet to remove is removed.
+
+        digest: of the fingerprint. Raises OutputError for any other output that is there already, and for a run begun
+        earlier unless it is to go on.
+        """
+        if resume and self._renamed():
+            self._clear()
+            return True
+        if resume and not self.folder.exists() and (earlier := fingerprint_of(self.out)) and earlier == digest():
+            return True
+        files.check_free(self.out)
         if self.folder.exists() and not resume:
             raise OutputError(
                 f"{self.folder}: a run that was to write {self.out.name} began and did not end; go on with --resume,"
                 " or remove that folder to begin anew."
             )
+        return False
 
     @contextmanager
     def kept(self, fingerprint: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -182,13 +191,6 @@ class Journal:
                 files.remove(path)
         files.remove(self._finished)
         self.folder.rmdir()
-
-    def already_done(self) -> bool:
-        """Clear up behind a run that had only that left to do; whether there was such a run."""
-        renamed = self._renamed()
-        if renamed:
-            self._clear()
-        return renamed
 
     def mark_finished(self) -> None:
         """Note that nothing is left but to give the result its name."""

@@ -21,7 +21,15 @@ REPORT_NAME = "report.json"
 RESULTS_NAME = "results.json"
 # What two runs of the same job do not share, so that report.json is the same bytes.
 RUN_NAME = "run.json"
-OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
+OF_THE_RUN = (
+    "seconds",
+    "peak_memory_bytes",
+    "peak_device_memory_bytes",
+    "machine",
+    "device",
+    "processes",
+    "fingerprint",
+)
 # A page computes with them.
 Whole = Annotated[int, Field(ge=0, le=trust.INT64_MAX)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -181,6 +189,15 @@ def whole_report(folder: str | Path) -> Any:
     except (TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path.with_name(RUN_NAME)}: not of the report beside it ({error}).") from None
     return told
+
+
+def fingerprint_of(folder: str | Path) -> str | None:
+    """The digest of what the output in a folder depends on, or None where its run left none."""
+    try:
+        found = whole_report(folder).get("fingerprint")
+    except (FormatError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_report(folder: str | Path) -> RunReport:

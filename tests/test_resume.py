@@ -135,15 +135,19 @@ def cut_off(recipe: Path, out: Path, blocks: int) -> Path:
     return kept
 
 
-def dying(name: str, when: Callable[[], bool]) -> Callable[..., Any]:
-    """In place of a function: kills this process, or does as the function does."""
+def dying(name: str, when: Callable[[], bool], after: bool = False) -> Callable[..., Any]:
+    """In place of a function: kills this process, before or after it does as the function does, or only does that."""
     owner, _, leaf = name.rpartition(".")
     original = getattr(pathlib.Path if owner == "pathlib.Path" else shutil, leaf)
 
     def act(*arguments: Any, **settings: Any) -> Any:
-        if when() and out_exists(arguments):
+        hit = when() and out_exists(arguments)
+        if hit and not after:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **settings)
+        result = original(*arguments, **settings)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
     return act
 
@@ -155,7 +159,7 @@ def out_exists(arguments: tuple[Any, ...]) -> bool:
     return kept is not None and (kept.parent / "out").exists()
 
 
-@pytest.mark.parametrize("point", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)])
+@pytest.mark.parametrize("point", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (4, 1)])
 def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_path: Path) -> None:
     recipe, whole, out = job.write(), tmp_path / "whole", tmp_path / "place" / "out"
     assert ended(in_child(lambda: quantize(recipe, whole))) == 0
@@ -179,7 +183,7 @@ def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_pat
             # While the working folder is removed: before the first of its folders, before its marks, at the very end.
             kept = out.with_name(".out.partial")
             pytest.MonkeyPatch().setattr(
-                die[which], dying(die[which], lambda: (kept / "finished").exists() or which == 4)
+                die[which], dying(die[which], lambda: (kept / "finished").exists() or which == 4, bool(after))
             )
         quantize(recipe, out)
 
@@ -187,6 +191,25 @@ def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_pat
     assert ended(in_child(lambda: quantize(recipe, out))) == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert content(out) == content(whole)
+
+
+def test_a_finished_folder_is_left_to_the_same_job_alone(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    first = in_process(capsys, "quantize", recipe, "--out", out)
+    made = content(out)
+    full = f"epmq: {out}: the output folder is not empty; choose another or remove it.\n"
+    again = in_process(capsys, "quantize", recipe, "--out", out, "--resume")
+    assert (again.code, again.out) == (0, first.out)
+    assert in_process(capsys, "quantize", recipe, "--out", out)[::2] == (2, full)
+    job.recipe["quantization"]["damp"] = 0.02
+    assert in_process(capsys, "quantize", job.write(), "--out", out, "--resume")[::2] == (2, full)
+    assert content(out) == made
+    # What another tool left there is no run of ours.
+    job.recipe["quantization"].pop("damp")
+    (out / RUN_NAME).write_text("[]")
+    assert in_process(capsys, "quantize", job.write(), "--out", out, "--resume")[::2] == (2, full)
 
 
 def test_a_half_finished_folder_is_not_overwritten(

@@ -174,6 +174,8 @@ def test_two_processes_give_what_one_gives(job: Job, tmp_path: Path, capsys: pyt
     for ours, theirs in zip(one["layers"], two["layers"], strict=True):
         assert list(ours["tasks"]) == list(theirs["tasks"])
         assert ours["lambda"] == theirs["lambda"]
+    code, _, err = together(2, "-m", "epmq", "quantize", recipe, "--out", tmp_path / "two", "--resume")
+    assert code == 0, err
     scored = tmp_path / "scored.json"
     code, out, err = together(2, "-m", "epmq", "eval", tmp_path / "two", "--recipe", recipe, "--json", scored)
     assert code == 0, err
