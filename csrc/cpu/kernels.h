@@ -163,7 +163,7 @@ struct SubtractArgs {
   uint16_t* right;  // packed b
 };
 
-struct TileKernels {
+struct RoundedProduct {
   int64_t (*subtract_words)(const SubtractArgs&, int64_t count);  // size of `left` or `right`, by rows or columns
   void (*pack_left)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
   void (*pack_right)(const SubtractArgs&, int64_t tile_begin, int64_t tile_end);
@@ -206,8 +206,8 @@ struct Kernels {
 
   // Null without instructions that multiply bf16 numbers.
   const PairStatistics* pairs;
-  const WordMatmul* words;
-  const TileKernels* tile;  // null without matrix tiles
+  const WordMatmul* word_matmul;
+  const RoundedProduct* rounded;  // null without matrix tiles
 };
 
 const Kernels& plain_kernels();

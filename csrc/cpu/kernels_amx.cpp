@@ -10,9 +10,9 @@
 namespace epmq {
 
 const Kernels& amx_kernels() {
-  static const TileKernels tile = {TileProduct::words, TileProduct::pack_left, TileProduct::pack_right,
-                                   TileProduct::run};
-  static const Kernels table = word_kernels<TileStatistics, TileMatmul>("amx", 3, &tile);
+  static const RoundedProduct rounded = {TileProduct::words, TileProduct::pack_left, TileProduct::pack_right,
+                                         TileProduct::run};
+  static const Kernels table = word_kernels<TileStatistics, TileMatmul>("amx", 3, &rounded);
   return table;
 }
 

@@ -108,7 +108,7 @@ Tensor by_vectors(const Kernels& kernel, MatmulArgs args, const Tensor& x) {
 
 // [M, N] in x's type through bf16 words; rows that are not for them through the vector kernels.
 Tensor by_words(const Kernels& kernel, const MatmulArgs& common, const Tensor& x) {
-  const WordMatmul& form = *kernel.words;
+  const WordMatmul& form = *kernel.word_matmul;
   WordMatmulArgs args{};
   static_cast<MatmulArgs&>(args) = common;
   form.shape(args);
@@ -179,7 +179,7 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& s
   args.group_size = group_size == -1 ? k : group_size;
   args.bits = static_cast<int>(bits);
   const Kernels& kernel = kernels();
-  if (kernel.words != nullptr && kernel.words->takes(args)) return by_words(kernel, args, x);
+  if (kernel.word_matmul != nullptr && kernel.word_matmul->takes(args)) return by_words(kernel, args, x);
   return by_vectors(kernel, args, x).to(x.scalar_type());
 }
 

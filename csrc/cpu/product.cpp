@@ -92,7 +92,7 @@ void by_vectors(const Kernels& kernel, Tensor& out, const Tensor& a, const Tenso
   });
 }
 
-void by_tiles(const TileKernels& tile, Tensor& out, const Tensor& a, const Tensor& b) {
+void by_tiles(const RoundedProduct& rounded, Tensor& out, const Tensor& a, const Tensor& b) {
   SubtractArgs args{};
   args.rows = a.size(0);
   args.depth = a.size(1);
@@ -106,15 +106,16 @@ void by_tiles(const TileKernels& tile, Tensor& out, const Tensor& a, const Tenso
   args.out = out.mutable_data_ptr<float>();
   args.out_stride = out.stride(0);
   const auto words = at::TensorOptions(at::kBFloat16);
-  const Tensor left = at::empty({tile.subtract_words(args, args.rows)}, words);
-  const Tensor right = at::empty({tile.subtract_words(args, args.columns)}, words);
+  const Tensor left = at::empty({rounded.subtract_words(args, args.rows)}, words);
+  const Tensor right = at::empty({rounded.subtract_words(args, args.columns)}, words);
   args.left = static_cast<uint16_t*>(left.mutable_data_ptr());
   args.right = static_cast<uint16_t*>(right.mutable_data_ptr());
   const auto pairs = [](int64_t count) { return (count + 31) / 32; };  // of tiles of 16 rows or columns
-  at::parallel_for(0, 2 * pairs(args.rows), 4, [&](int64_t begin, int64_t end) { tile.pack_left(args, begin, end); });
+  at::parallel_for(0, 2 * pairs(args.rows), 4,
+                   [&](int64_t begin, int64_t end) { rounded.pack_left(args, begin, end); });
   at::parallel_for(0, 2 * pairs(args.columns), 4,
-                   [&](int64_t begin, int64_t end) { tile.pack_right(args, begin, end); });
-  at::parallel_for(0, pairs(args.rows), 1, [&](int64_t begin, int64_t end) { tile.subtract(args, begin, end); });
+                   [&](int64_t begin, int64_t end) { rounded.pack_right(args, begin, end); });
+  at::parallel_for(0, pairs(args.rows), 1, [&](int64_t begin, int64_t end) { rounded.subtract(args, begin, end); });
 }
 
 }  // namespace
@@ -127,7 +128,7 @@ void subtract_product(Tensor& out, const Tensor& a, const Tensor& b) {
   check_out(out, a.size(0), b.size(1));
   if (out.numel() == 0 || a.size(1) == 0) return;
   const Kernels& kernel = kernels();
-  if (kernel.tile != nullptr) return by_tiles(*kernel.tile, out, a, b);
+  if (kernel.rounded != nullptr) return by_tiles(*kernel.rounded, out, a, b);
   by_vectors(kernel, out, a, b, false);
 }
 

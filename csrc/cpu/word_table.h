@@ -6,17 +6,18 @@
 
 namespace {
 
-// most_parts: bf16 parts of an operand that Statistics takes. tile: null without matrix tiles.
+// most_parts: bf16 parts of an operand that Statistics takes. rounded: null without matrix tiles.
 template <class Statistics, class Matmul>
-epmq::Kernels word_kernels(const char* name, int most_parts, const epmq::TileKernels* tile) {
+epmq::Kernels word_kernels(const char* name, int most_parts, const epmq::RoundedProduct* rounded) {
   static const epmq::PairStatistics pairs = {most_parts, parts_of, Statistics::pack, Statistics::product};
-  static const epmq::WordMatmul words = {Matmul::takes,   Matmul::shape,   Matmul::column_words, Matmul::panel_rows,
-                                         Matmul::scratch, Matmul::prepare, Matmul::run};
+  static const epmq::WordMatmul word_matmul = {
+      Matmul::takes,   Matmul::shape,   Matmul::column_words, Matmul::panel_rows,
+      Matmul::scratch, Matmul::prepare, Matmul::run};
   epmq::Kernels all = epmq::avx512_kernels();
   all.name = name;
   all.pairs = &pairs;
-  all.words = &words;
-  all.tile = tile;
+  all.word_matmul = &word_matmul;
+  all.rounded = rounded;
   return all;
 }
 
