@@ -301,8 +301,17 @@ def main() -> None:
     # Of several processes that do the same, one tells.
     level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    with _orderly_end():
-        _run()
+    try:
+        with _orderly_end():
+            _run()
+    except SystemExit as end:
+        if "RANK" in os.environ:
+            # The others may wait for what will not come, so their group stays open, and its threads would abort the end
+            # of the interpreter where one of them just then gives back a tensor.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+        raise
 
 
 def _run() -> None:

@@ -202,6 +202,17 @@ def test_sums_have_a_fixed_order(job: Job, tmp_path: Path, capsys: pytest.Captur
     assert one["pairs"] == two["pairs"]
 
 
+def test_a_refusal_is_told_once_and_ends_all(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/there").touch()
+    code, out, err = together(2, "-m", "epmq", "quantize", job.write(), "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert re.findall(r"^epmq: .*$", err, re.MULTILINE) == [
+        f"epmq: {tmp_path / 'out'}: the output folder is not empty; choose another or remove it."
+    ]
+    assert re.search(r"failed \(exitcode: 2\) local_rank: 0 ", err), err
+
+
 def test_a_dead_process_is_named_and_the_rest_goes_on(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
