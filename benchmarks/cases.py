@@ -8,12 +8,12 @@ import pytest
 from registry import makers
 
 RIVALS = {
-    "accumulate": ("two torch.addmm",),
+    "accumulate": ("two torch.addmm", "two oneDNN products"),
     "gptq_sweep": ("PyTorch reference",),
-    "subtract_product": ("torch.addmm",),
+    "subtract_product": ("torch.addmm", "oneDNN product"),
     "subtract_gram": ("PyTorch reference",),
     "gptq_settings": ("clip: mse", "clip: hessian", "E-PMQ target too"),
-    "dequant_matmul": ("dense fp32 F.linear", "dense bf16 F.linear", "aten int4pack bf16"),
+    "dequant_matmul": ("dense fp32 F.linear", "dense fp32 oneDNN", "dense bf16 F.linear", "aten int4pack bf16"),
 }
 
 

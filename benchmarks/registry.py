@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cache import rotating
 from torch import Tensor
 
-from epmq import QuantConfig, ops
+from epmq import QuantConfig, onednn, ops
 from epmq.group import GroupOutcome, quantize_group
 from epmq.quantized import column_groups, pack
 from epmq.statistics import Expert, Folded
@@ -32,6 +32,12 @@ class Case:
     absent: tuple[str, ...] = field(default=())
 
 
+def by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """``x · weightᵀ`` by oneDNN: a rival in fp32 where torch gives products to a library that is the slower one."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
 def accumulate_case(rows: int, columns: int, targets: int, dtype: torch.dtype = torch.float32) -> Case:
     """H and C of one batch, against two calls of addmm (after conversion to fp32, which they need)."""
     x, target = torch.randn(rows, columns).to(dtype), torch.randn(rows, targets).to(dtype)
@@ -44,11 +50,16 @@ def accumulate_case(rows: int, columns: int, targets: int, dtype: torch.dtype = 
         other_hessian.addmm_(wide.T, wide)
         other_cross.addmm_(wide_target.T, wide)
 
+    def two_onednn() -> None:
+        turned = x.float().T
+        other_hessian.add_(by_onednn(turned, turned))
+        other_cross.add_(by_onednn(target.float().T, turned))
+
     return Case(
         "accumulate",
         f"M={rows} K={columns} P={targets} {str(dtype).removeprefix('torch.')}",
         lambda: ops.accumulate(x, hessian, sum_x, target, cross, sum_target),
-        {"two torch.addmm": two_addmm},
+        {"two torch.addmm": two_addmm, **({"two oneDNN products": two_onednn} if onednn.preferred() else {})},
         flops=rows * columns * (columns + 2 * targets),
     )
 
@@ -73,11 +84,14 @@ def product_case(rows: int, depth: int, columns: int) -> Case:
     """What one block of columns of the target's solve takes out of the others."""
     a, b = torch.randn(rows, depth), torch.randn(depth, columns)
     out, other = torch.zeros(rows, columns), torch.zeros(rows, columns)
+    rivals: dict[str, Call] = {"torch.addmm": lambda: other.addmm_(a, b, alpha=-1.0)}
+    if onednn.preferred():
+        rivals["oneDNN product"] = lambda: other.sub_(by_onednn(a, b.T))
     return Case(
         "subtract_product",
         f"N={rows} k={depth} n={columns}",
         lambda: ops.subtract_product(out, a, b),
-        {"torch.addmm": lambda: other.addmm_(a, b, alpha=-1.0)},
+        rivals,
         flops=2 * rows * depth * columns,
     )
 
@@ -148,6 +162,8 @@ def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Cas
     absent: tuple[str, ...] = ()
     if dtype == torch.float32:
         rivals["dense fp32 F.linear"] = lambda: F.linear(x, *forms["dense fp32"]())
+        if onednn.preferred():
+            rivals["dense fp32 oneDNN"] = lambda: by_onednn(x, *forms["dense fp32"]())
     else:
         rivals["dense bf16 F.linear"] = lambda: F.linear(x, *forms["dense bf16"]())
         if "aten int4pack" in forms:

@@ -24,7 +24,8 @@ class Linears(TorchFunctionMode):
 
 def preferred() -> bool:
     """Whether to use it: where MKL takes half of the processor and oneDNN all of it."""
-    return extension.beats_library() and torch.backends.mkldnn.is_available()
+    usable: bool = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return usable and extension.beats_library()
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
