@@ -24,7 +24,7 @@ class Linears(TorchFunctionMode):
 
 def preferred() -> bool:
     """Whether to use it: where MKL takes half of the processor and oneDNN all of it."""
-    usable: bool = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return usable and extension.beats_library()
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epmq
-from epmq import QuantConfig, onednn
+from epmq import QuantConfig, extension, onednn
 from epmq.linear import QuantLinear
 from epmq.precision import AS_IT_IS, Precision
 from epmq.quantized import unpack
@@ -101,6 +101,13 @@ def test_autocast_comes_first() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, calls = by_onednn(torch.ones(3, 4), torch.ones(2, 4))
     assert calls == 0 and y.dtype == torch.bfloat16
+
+
+def test_it_is_not_used_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "beats_library", lambda: True)
+    assert onednn.preferred()
+    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        assert not onednn.preferred()
 
 
 @pytest.mark.parametrize("preferred", [False, True])
