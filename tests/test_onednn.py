@@ -106,7 +106,7 @@ def test_autocast_comes_first() -> None:
 def test_it_is_not_used_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "beats_library", lambda: True)
     assert onednn.preferred()
-    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+    with torch.backends.mkldnn.flags(enabled=False):
         assert not onednn.preferred()
 
 
