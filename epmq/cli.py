@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -305,12 +305,7 @@ def main() -> None:
         with _orderly_end():
             _run()
     except SystemExit as end:
-        if "RANK" in os.environ:
-            # The others may wait for what will not come, so their group stays open, and its threads would abort the end
-            # of the interpreter where one of them just then gives back a tensor.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(int(end.code or 0))
+        _leave_at_once(end)
         raise
 
 
@@ -356,6 +351,23 @@ def _leave_the_others() -> None:
         from epmq.world import world
 
         world().close()
+
+
+def _leave_at_once(end: SystemExit) -> None:
+    """Of several processes one that was refused leaves past the interpreter's end.
+
+    The others may wait for what will not come, so the group stays open; were one of its threads to give back a tensor
+    just then, the interpreter's end would abort the process.
+    """
+    if "RANK" not in os.environ or not isinstance(end.code, int):
+        return
+    from epmq.world import several
+
+    if several() and threading.current_thread() is threading.main_thread():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":

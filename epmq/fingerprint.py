@@ -45,16 +45,16 @@ def describe(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file; of one above 1 GiB that of its start, end and 64 pieces, and its time of change."""
     try:
         status = file.stat()
-        digest = hashlib.sha256()
+        content = hashlib.sha256()
         with open(file, "rb") as handle:
             if status.st_size <= WHOLE_BYTES:
                 while piece := handle.read(2**20):
-                    digest.update(piece)
-                return {"size": status.st_size, "sha256": digest.hexdigest()}
+                    content.update(piece)
+                return {"size": status.st_size, "sha256": content.hexdigest()}
             for number in range(SAMPLES):
                 handle.seek((status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                digest.update(handle.read(SAMPLE_BYTES))
-        return {"size": status.st_size, "sha256 of samples": digest.hexdigest(), "changed": status.st_mtime_ns}
+                content.update(handle.read(SAMPLE_BYTES))
+        return {"size": status.st_size, "sha256 of samples": content.hexdigest(), "changed": status.st_mtime_ns}
     except OSError as error:
         raise SourceError(f"{file}: the file cannot be read ({error.strerror}).") from error
 

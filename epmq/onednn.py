@@ -34,8 +34,12 @@ def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in given)
+        and all(tensor.layout == torch.strided for tensor in given)
         and min(input.numel(), weight.numel()) > 0
+        # All else that torch takes, and what it refuses, is its own to take or refuse.
         and weight.dim() == 2
+        and input.shape[-1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
     )
 

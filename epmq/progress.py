@@ -26,8 +26,9 @@ from torch import Tensor
 from epmq import files, trust
 from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
-from epmq.report import BlockRow, LayerRow, fingerprint_of
+from epmq.report import BlockRow, LayerRow, fingerprint_of, read_report
 from epmq.shelf import altered, read_value, write_value
+from epmq.sources import FileSource
 from epmq.states import States
 from epmq.world import World
 
@@ -85,10 +86,10 @@ class Journal:
         digest: of the fingerprint. Raises OutputError for any other output that is there already, and for a run begun
         earlier unless it is to go on.
         """
-        if resume and self._renamed():
-            self._clear()
-            return True
-        if resume and not self.folder.exists() and (earlier := fingerprint_of(self.out)) and earlier == digest():
+        nothing_left = self._renamed() or not self.folder.exists()
+        if resume and nothing_left and self._whole() and fingerprint_of(self.out) == digest():
+            if self.folder.exists():
+                self._clear()
             return True
         files.check_free(self.out)
         if self.folder.exists() and not resume:
@@ -183,6 +184,15 @@ class Journal:
             return False
         left = {path.name for path in self.folder.iterdir()}
         return not left or (self._finished.name in left and self.result.name not in left)
+
+    def _whole(self) -> bool:
+        """Whether the output has its weights and its report."""
+        try:
+            FileSource(self.out)
+            read_report(self.out)
+        except (SourceError, FormatError):
+            return False
+        return True
 
     def _clear(self) -> None:
         """Remove the folder, and last the file that says that the output is whole."""

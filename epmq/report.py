@@ -21,15 +21,7 @@ REPORT_NAME = "report.json"
 RESULTS_NAME = "results.json"
 # What two runs of the same job do not share, so that report.json is the same bytes.
 RUN_NAME = "run.json"
-OF_THE_RUN = (
-    "seconds",
-    "peak_memory_bytes",
-    "peak_device_memory_bytes",
-    "machine",
-    "device",
-    "processes",
-    "fingerprint",
-)
+OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
 # A page computes with them.
 Whole = Annotated[int, Field(ge=0, le=trust.INT64_MAX)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -192,11 +184,11 @@ def whole_report(folder: str | Path) -> Any:
 
 
 def fingerprint_of(folder: str | Path) -> str | None:
-    """The digest of what the output in a folder depends on, or None where its run left none."""
-    try:
-        found = whole_report(folder).get("fingerprint")
-    except (FormatError, AttributeError):
-        return None
+    """The digest of what the output in a folder depends on, or None where its report tells of none.
+
+    Raises FormatError as :func:`whole_report` does.
+    """
+    found = whole_report(folder).get("fingerprint")
     return found if isinstance(found, str) else None
 
 

@@ -96,7 +96,7 @@ class Processes(World):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         # Its functions hold for ever the group there is when they are imported, and torch._dynamo imports it. A group
-        # that outlives close() ends with the interpreter, whose threads die by std::terminate giving back a tensor.
+        # that outlives close() has threads at the interpreter's end, which aborts one that then gives back a tensor.
         import_module("torch.distributed.nn.functional")
         # Long, because the main process may write for hours; that peers are alive is seen by their beats.
         dist.init_process_group(backend, timeout=timedelta(hours=24))
@@ -251,8 +251,12 @@ def processes_here() -> int:
 @cache
 def world() -> World:
     """The processes this one was started with: by torchrun several, else it is alone."""
-    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
-    return Processes() if several else World()
+    return Processes() if several() else World()
+
+
+def several() -> bool:
+    """Whether this process was started with others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 def shares(costs: Mapping[str, Sequence[float]], size: int) -> dict[str, list[int]]:

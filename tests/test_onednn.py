@@ -90,6 +90,22 @@ def test_empty_ones_are_left_to_torch(rows: int, columns: int) -> None:
     assert calls == 0 and torch.equal(y, torch.ones(rows, 2))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 2), (3, 2)])
+def test_biases_of_other_shapes_are_left_to_torch(shape: tuple[int, ...]) -> None:
+    y, calls = by_onednn(torch.ones(3, 4), torch.ones(2, 4), torch.full(shape, 3.0))
+    assert calls == 0 and torch.equal(y, torch.full((3, 2), 7.0))
+
+
+def test_what_torch_refuses_is_refused_in_its_words() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        by_onednn(torch.ones(3, 4), torch.ones(2, 5))
+
+
+def test_sparse_weights_are_left_to_torch() -> None:
+    y, calls = by_onednn(torch.ones(3, 4), torch.ones(2, 4).to_sparse_csr())
+    assert calls == 0 and torch.equal(y, torch.full((3, 2), 4.0))
+
+
 def test_gradients_are_left_to_torch() -> None:
     weight = torch.ones(2, 4, requires_grad=True)
     with Called() as called, onednn.Linears():

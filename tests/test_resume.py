@@ -206,10 +206,29 @@ def test_a_finished_folder_is_left_to_the_same_job_alone(
     job.recipe["quantization"]["damp"] = 0.02
     assert in_process(capsys, "quantize", job.write(), "--out", out, "--resume")[::2] == (2, full)
     assert content(out) == made
-    # What another tool left there is no run of ours.
-    job.recipe["quantization"].pop("damp")
-    (out / RUN_NAME).write_text("[]")
+    # Nor when an earlier run had yet to clear up.
+    kept = out.with_name(".out.partial")
+    kept.mkdir()
+    (kept / "finished").touch()
     assert in_process(capsys, "quantize", job.write(), "--out", out, "--resume")[::2] == (2, full)
+    assert (kept / "finished").exists()
+    job.recipe["quantization"].pop("damp")
+    assert in_process(capsys, "quantize", job.write(), "--out", out, "--resume").code == 0
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "report.json", RUN_NAME])
+def test_a_finished_folder_without_all_its_files_is_refused(
+    lost: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    assert in_process(capsys, "quantize", recipe, "--out", out).code == 0
+    (out / lost).unlink()
+    again = in_process(capsys, "quantize", recipe, "--out", out, "--resume")
+    assert (again.code, again.err) == (
+        2,
+        f"epmq: {out}: the output folder is not empty; choose another or remove it.\n",
+    )
 
 
 def test_a_half_finished_folder_is_not_overwritten(

@@ -174,8 +174,9 @@ def test_two_processes_give_what_one_gives(job: Job, tmp_path: Path, capsys: pyt
     for ours, theirs in zip(one["layers"], two["layers"], strict=True):
         assert list(ours["tasks"]) == list(theirs["tasks"])
         assert ours["lambda"] == theirs["lambda"]
-    code, _, err = together(2, "-m", "epmq", "quantize", recipe, "--out", tmp_path / "two", "--resume")
+    code, out, err = together(2, "-m", "epmq", "quantize", recipe, "--out", tmp_path / "two", "--resume")
     assert code == 0, err
+    assert out.count("quantized model, report.json and report.html in") == 1
     scored = tmp_path / "scored.json"
     code, out, err = together(2, "-m", "epmq", "eval", tmp_path / "two", "--recipe", recipe, "--json", scored)
     assert code == 0, err
@@ -205,7 +206,11 @@ def test_sums_have_a_fixed_order(job: Job, tmp_path: Path, capsys: pytest.Captur
 def test_a_refusal_is_told_once_and_ends_all(job: Job, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/there").touch()
-    code, out, err = together(2, "-m", "epmq", "quantize", job.write(), "--out", tmp_path / "out")
+    script = tmp_path / "refused.py"
+    script.write_text(
+        "import atexit\nfrom epmq.cli import main\natexit.register(print, 'the interpreter ended')\nmain()\n"
+    )
+    code, out, err = together(2, script, "quantize", job.write(), "--out", tmp_path / "out")
     assert (code, out) == (1, "")
     assert re.findall(r"^epmq: .*$", err, re.MULTILINE) == [
         f"epmq: {tmp_path / 'out'}: the output folder is not empty; choose another or remove it."
