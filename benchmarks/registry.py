@@ -32,14 +32,8 @@ class Case:
     absent: tuple[str, ...] = field(default=())
 
 
-def by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """``x · weightᵀ`` by oneDNN: a rival in fp32 where torch gives products to a library that is the slower one."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
 def accumulate_case(rows: int, columns: int, targets: int, dtype: torch.dtype = torch.float32) -> Case:
-    """H and C of one batch, against two calls of addmm (after conversion to fp32, which they need)."""
+    """H and C of one batch, against two products of a library (after conversion to fp32, which they need)."""
     x, target = torch.randn(rows, columns).to(dtype), torch.randn(rows, targets).to(dtype)
     sums = [torch.zeros(columns, columns), torch.zeros(columns), torch.zeros(targets, columns), torch.zeros(targets)]
     hessian, sum_x, cross, sum_target = sums
@@ -52,14 +46,17 @@ def accumulate_case(rows: int, columns: int, targets: int, dtype: torch.dtype = 
 
     def two_onednn() -> None:
         turned = x.float().T
-        other_hessian.add_(by_onednn(turned, turned))
-        other_cross.add_(by_onednn(target.float().T, turned))
+        other_hessian.add_(onednn.linear(turned, turned))
+        other_cross.add_(onednn.linear(target.float().T, turned))
 
+    rivals: dict[str, Call] = {"two torch.addmm": two_addmm}
+    if onednn.preferred():
+        rivals["two oneDNN products"] = two_onednn
     return Case(
         "accumulate",
         f"M={rows} K={columns} P={targets} {str(dtype).removeprefix('torch.')}",
         lambda: ops.accumulate(x, hessian, sum_x, target, cross, sum_target),
-        {"two torch.addmm": two_addmm, **({"two oneDNN products": two_onednn} if onednn.preferred() else {})},
+        rivals,
         flops=rows * columns * (columns + 2 * targets),
     )
 
@@ -86,7 +83,7 @@ def product_case(rows: int, depth: int, columns: int) -> Case:
     out, other = torch.zeros(rows, columns), torch.zeros(rows, columns)
     rivals: dict[str, Call] = {"torch.addmm": lambda: other.addmm_(a, b, alpha=-1.0)}
     if onednn.preferred():
-        rivals["oneDNN product"] = lambda: other.sub_(by_onednn(a, b.T))
+        rivals["oneDNN product"] = lambda: other.sub_(onednn.linear(a, b.T))
     return Case(
         "subtract_product",
         f"N={rows} k={depth} n={columns}",
@@ -163,7 +160,7 @@ def matmul_case(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Cas
     if dtype == torch.float32:
         rivals["dense fp32 F.linear"] = lambda: F.linear(x, *forms["dense fp32"]())
         if onednn.preferred():
-            rivals["dense fp32 oneDNN"] = lambda: by_onednn(x, *forms["dense fp32"]())
+            rivals["dense fp32 oneDNN"] = lambda: onednn.linear(x, *forms["dense fp32"]())
     else:
         rivals["dense bf16 F.linear"] = lambda: F.linear(x, *forms["dense bf16"]())
         if "aten int4pack" in forms:

@@ -18,7 +18,7 @@ class Linears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.linear and not types and _suits(*args, **kwargs):
-            return _linear(*args, **kwargs)
+            return linear(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -26,6 +26,14 @@ def preferred() -> bool:
     """Whether to use it: where MKL takes half of the processor and oneDNN all of it."""
     usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return usable and extension.beats_library()
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input · weightᵀ + bias`` by oneDNN: fp32 ``[..., K]``, ``[N, K]`` and ``[N]`` on the CPU, none empty."""
+    # The operator reads a bias as if it had no gaps.
+    dense = None if bias is None else bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense, "none", [], "")
+    return y
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -42,10 +50,3 @@ def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and (bias is None or bias.shape == weight.shape[:1])
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
     )
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # The operator reads a bias as if it had no gaps.
-    dense = None if bias is None else bias.contiguous()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense, "none", [], "")
-    return y

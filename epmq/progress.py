@@ -26,7 +26,7 @@ from torch import Tensor
 from epmq import files, trust
 from epmq.errors import CalibrationError, ChangedError, ConfigError, FormatError, ModelError, OutputError, SourceError
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
-from epmq.report import BlockRow, LayerRow, fingerprint_of, read_report
+from epmq.report import BlockRow, LayerRow, read_report
 from epmq.shelf import altered, read_value, write_value
 from epmq.sources import FileSource
 from epmq.states import States
@@ -87,7 +87,7 @@ class Journal:
         earlier unless it is to go on.
         """
         nothing_left = self._renamed() or not self.folder.exists()
-        if resume and nothing_left and self._whole() and fingerprint_of(self.out) == digest():
+        if resume and nothing_left and (made := self._made_by()) is not None and made == digest():
             if self.folder.exists():
                 self._clear()
             return True
@@ -185,14 +185,13 @@ class Journal:
         left = {path.name for path in self.folder.iterdir()}
         return not left or (self._finished.name in left and self.result.name not in left)
 
-    def _whole(self) -> bool:
-        """Whether the output has its weights and its report."""
+    def _made_by(self) -> str | None:
+        """The digest in the report of an output that is whole: it has its weights and its report."""
         try:
             FileSource(self.out)
-            read_report(self.out)
+            return read_report(self.out).fingerprint
         except (SourceError, FormatError):
-            return False
-        return True
+            return None
 
     def _clear(self) -> None:
         """Remove the folder, and last the file that says that the output is whole."""

@@ -91,6 +91,7 @@ class RunReport(_Read):
     blocks: list[BlockRow]
     notes: list[str]
     stages: Stages = Stages()
+    fingerprint: str | None = None
 
 
 class ResultRow(_Read):
@@ -181,15 +182,6 @@ def whole_report(folder: str | Path) -> Any:
     except (TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path.with_name(RUN_NAME)}: not of the report beside it ({error}).") from None
     return told
-
-
-def fingerprint_of(folder: str | Path) -> str | None:
-    """The digest of what the output in a folder depends on, or None where its report tells of none.
-
-    Raises FormatError as :func:`whole_report` does.
-    """
-    found = whole_report(folder).get("fingerprint")
-    return found if isinstance(found, str) else None
 
 
 def read_report(folder: str | Path) -> RunReport:

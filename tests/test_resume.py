@@ -135,13 +135,11 @@ def cut_off(recipe: Path, out: Path, blocks: int) -> Path:
     return kept
 
 
-def dying(name: str, when: Callable[[], bool], after: bool = False) -> Callable[..., Any]:
-    """In place of a function: kills this process, before or after it does as the function does, or only does that."""
-    owner, _, leaf = name.rpartition(".")
-    original = getattr(pathlib.Path if owner == "pathlib.Path" else shutil, leaf)
+def killing(original: Callable[..., Any], when: Callable[..., bool], after: bool) -> Callable[..., Any]:
+    """Does as the function does, and when it is called so kills this process before or after."""
 
     def act(*arguments: Any, **settings: Any) -> Any:
-        hit = when() and out_exists(arguments)
+        hit = when(*arguments)
         if hit and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*arguments, **settings)
@@ -150,6 +148,13 @@ def dying(name: str, when: Callable[[], bool], after: bool = False) -> Callable[
         return result
 
     return act
+
+
+def dying(name: str, when: Callable[[], bool], after: bool) -> Callable[..., Any]:
+    """As :func:`killing`, for what removes parts of a working folder whose output has its name."""
+    owner, _, leaf = name.rpartition(".")
+    original = getattr(pathlib.Path if owner == "pathlib.Path" else shutil, leaf)
+    return killing(original, lambda *arguments: when() and out_exists(arguments), after)
 
 
 def out_exists(arguments: tuple[Any, ...]) -> bool:
@@ -166,18 +171,9 @@ def test_killed_around_the_last_rename(point: tuple[int, int], job: Job, tmp_pat
     which, after = point
 
     def work() -> None:
-        original = os.rename
         last = {0: "finished", 1: "out"}
-
-        def rename(old: Any, new: Any) -> None:
-            hit = which in last and Path(new).name == last[which]
-            if hit and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(old, new)
-            if hit:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(os, "rename", rename)  # noqa: B010
+        renamed = killing(os.rename, lambda old, new: Path(new).name == last.get(which), bool(after))
+        setattr(os, "rename", renamed)  # noqa: B010
         die = {2: "shutil.rmtree", 3: "pathlib.Path.unlink", 4: "pathlib.Path.rmdir"}
         if which in die:
             # While the working folder is removed: before the first of its folders, before its marks, at the very end.
