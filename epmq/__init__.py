@@ -3,7 +3,7 @@
 from epmq.api import QuantResult, load, quantize, save
 from epmq.config import PRESETS, QuantConfig, preset
 from epmq.errors import EpmqError
-from epmq.linear import QuantLinear, replace_linear, restore_linear
+from epmq.linear import QuantLinear, pack_for_gpu, replace_linear, restore_linear
 from epmq.merge import merge
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "QuantResult",
     "load",
     "merge",
+    "pack_for_gpu",
     "preset",
     "quantize",
     "replace_linear",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
 from epmq.pipeline import ModuleSink, run
+from epmq.placement import place
 from epmq.report import build_report, write_report
 from epmq.skeleton import meta_copy
-from epmq.sources import WeightSource, open_source, total_bytes
+from epmq.sources import main_dtype, open_source, total_bytes
 
 
 @dataclass
@@ -125,21 +125,19 @@ def write_result(
         write_report(folder, report)
 
 
-def main_dtype(source: WeightSource) -> torch.dtype:
-    """The floating-point dtype of most of a source's entries; float32 when it has none."""
-    sizes: dict[torch.dtype, int] = {torch.float32: 0}
-    for key in source.keys():
-        if (dtype := source.dtype(key)).is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(source.shape(key))
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> nn.Module:
     """The quantized model of a folder, its weights packed; bit-identical to the one saved (docs/formats.md).
 
     Reads what :func:`save` writes, and compressed-tensors and GPTQ folders of other packages. model: an instance of the
     original class (its weights are replaced; it may live on the meta device). May be left out for transformers models,
-    which are rebuilt from ``config.json``. Raises FormatError naming the file or tensor at fault.
+    which are rebuilt from ``config.json``. device, dtype: where and in what it will run
+    (:func:`epmq.placement.place`); None is the CPU, and the dtypes of the file. Raises FormatError naming the file or
+    tensor at fault, ConfigError for a device that is not there.
     """
     reader = open_reader(folder)
     if model is None:
@@ -151,4 +149,4 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         from epmq.huggingface import skeleton_from_folder
 
         model = skeleton_from_folder(folder, set(reader.names()))
-    return reader.into(model).eval()
+    return place(reader.into(model).eval(), device, dtype)

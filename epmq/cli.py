@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path)
 RECIPE_HELP = "RECIPE is a YAML file, see docs/recipes.md."
+FLOATS = ("float32", "float16", "bfloat16")
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is a GPU where there is one."
+)
+DTYPE = click.option("--dtype", type=click.Choice(FLOATS), help="What the model runs in.  [default: the checkpoint's]")
 
 
 @click.group(help="Merge fine-tuned experts and quantize towards them.")
@@ -124,6 +129,8 @@ def _recipe(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, 
 @click.option("--include", type=FOLDER, help="Folder with lm-eval tasks of your own.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many examples per task of lm-eval.")
 @click.option("--json", "json_file", type=FOLDER, help="Also write the result to this file.")
+@DEVICE
+@DTYPE
 def evaluate(
     model: Path,
     recipe: Path | None,
@@ -134,6 +141,8 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     json_file: Path | None,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """Score MODEL, a quantized or plain checkpoint folder, by one of --recipe, --text and --lm-eval."""
     from epmq.files import write_text
@@ -150,18 +159,25 @@ def evaluate(
         from epmq.jobs import evaluate_folder
         from epmq.recipe import read_recipe
 
-        result = evaluate_folder(read_recipe(recipe), model)
+        result = evaluate_folder(read_recipe(recipe), model, device, dtype)
         told = [markdown_table([result])]
     elif text is not None:
         from epmq.language import text_perplexity
 
-        result = text_perplexity(model, text, window, stride)
+        result = text_perplexity(model, text, window, stride, device, dtype)
         line = "perplexity {perplexity:.4f} ({scored} of {tokens} tokens scored, window {window}, stride {stride})"
         told = [line.format(**result)]
     else:
         from epmq.harness import lines, run_tasks
 
-        result = run_tasks(model, [name.strip() for name in str(tasks).split(",")], include, limit)
+        result = run_tasks(
+            model,
+            [name.strip() for name in str(tasks).split(",")],
+            include,
+            limit,
+            device=device,
+            dtype=dtype,
+        )
         told = lines(result)
     if not world().main:
         return
@@ -195,13 +211,17 @@ def report(folder: Path) -> None:
 @click.option("--max-new-tokens", default=128, show_default=True, help="At most so many.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token, above draws.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the drawing.")
-def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+@DEVICE
+@DTYPE
+def generate(
+    folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str, dtype: str | None
+) -> None:
     from epmq.language import generate_text
 
     def write(piece: str) -> None:
         click.echo(piece, nl=False)
 
-    speed = generate_text(folder, prompt, write, max_new_tokens, temperature, seed)
+    speed = generate_text(folder, prompt, write, max_new_tokens, temperature, seed, device, dtype)
     click.echo("\n".join(speed.lines()), err=True)
 
 
@@ -210,7 +230,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float,
 @click.option("--tokens", default="1,16,256", show_default=True, help="Rows of the input, with commas.")
 @click.option("--bits", default=4, show_default=True)
 @click.option("--group-size", default=128, show_default=True)
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(FLOATS))
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Time for each line.")
 def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, device: str, seconds: float) -> None:

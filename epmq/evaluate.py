@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.data import padded_batches, read_jsonl, texts_of, tokenize
+from epmq.devices import home_of, moved
 from epmq.errors import CalibrationError, SourceError
 from epmq.sources import FileSource, read_finite
 
@@ -60,7 +61,9 @@ def load_task(
 def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_size: int = 64, pad: int = 0) -> Tensor:
     """fp32 ``[texts, D]``: mean of the last hidden states over unpadded tokens, or the first token's."""
     found: dict[int, Tensor] = {}
+    device = home_of(model)
     for places, inputs in padded_batches(ids, batch_size, pad):
+        inputs = moved(inputs, device)
         output = model(**inputs)
         hidden = (output if isinstance(output, Tensor) else output[0]).float()
         if pooling == "mean":
@@ -68,7 +71,7 @@ def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_siz
             pooled = (hidden * mask).sum(1) / mask.sum(1)
         else:
             pooled = hidden[:, 0]
-        found.update(zip(places, pooled, strict=True))
+        found.update(zip(places, pooled.cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(ids))])
 
 

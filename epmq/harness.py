@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from epmq.errors import ConfigError, ModelError
 from epmq.language import open_language_model
 
@@ -15,6 +17,8 @@ def run_tasks(
     include: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Results per task: {task: {metric: value}}, as lm-eval names and computes them.
 
@@ -32,7 +36,7 @@ def run_tasks(
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ConfigError(f"lm-eval knows no task {unknown[0]!r}; lm-eval ls tasks lists them.")
-    model, tokenizer = open_language_model(folder)
+    model, tokenizer = open_language_model(folder, device, dtype)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, limit=limit)
     results: dict[str, Any] = found["results"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from epmq import files
 from epmq.adapters import AdapterSource, open_model
-from epmq.api import load, main_dtype
+from epmq.api import load
 from epmq.blocks import find_blocks
 from epmq.card import write_card
 from epmq.config import QuantConfig
@@ -38,13 +38,14 @@ from epmq.merge_config import MergeConfig
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
+from epmq.placement import place
 from epmq.progress import Discard, Journal
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, whole_report, write_report
 from epmq.shelf import Shelf
 from epmq.skeleton import fill
-from epmq.sources import FileSource, WeightSource, iterate, total_bytes
+from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
 from epmq.world import by_turns, processes_here, world
@@ -305,17 +306,21 @@ def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
     }
 
 
-def load_any(folder: str | Path) -> nn.Module:
-    """A quantized folder with its weights packed, or a plain checkpoint as a transformers model."""
+def load_any(
+    folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> nn.Module:
+    """A quantized folder with its weights packed, or a plain checkpoint as a transformers model, where it will run."""
     if format_of(folder) is not None:
-        return load(folder)
+        return load(folder, device=device, dtype=dtype)
     source = FileSource(folder)
     model = skeleton_from_folder(folder, set(source.keys()))
     fill(model, "", NamedForModel(source, model), None)
-    return model
+    return place(model, device, dtype)
 
 
-def evaluate_folder(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
+def evaluate_folder(
+    recipe: Recipe, folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> dict[str, Any]:
     """Score a model folder on the recipe's evaluation tasks: a row of {merge, method, bits, average, tasks}."""
     settings = recipe.evaluation
     if settings is None:
@@ -325,7 +330,7 @@ def evaluate_folder(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
         name: load_task(tokenizer, entry.data, entry.head, settings.max_length, settings.text_key)
         for name, entry in settings.tasks.items()
     }
-    model = load_any(folder)
+    model = load_any(folder, device, dtype)
     names = list(tasks)
     scores = by_turns(
         len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epmq import trust
 from epmq.console import progress_bar
+from epmq.devices import home_of, moved
 from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.huggingface import stop_tokens, tokenizer_from_folder
 from epmq.jobs import load_any
@@ -41,10 +42,12 @@ def _rate(name: str, count: int, seconds: float) -> str:
     return f"{name}: {count} tokens in {seconds:.3f} s, {rate}"
 
 
-def open_language_model(folder: str | Path) -> tuple[Any, Any]:
+def open_language_model(
+    folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Any]:
     """A folder's causal language model, ready to run, and its tokenizer. Raises ModelError for any other model."""
     tokenizer = tokenizer_from_folder(folder)
-    model: Any = load_any(folder)
+    model: Any = load_any(folder, device, dtype)
     config = getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", None)
     if config is None or can_generate is None or not can_generate() or getattr(config, "is_encoder_decoder", False):
@@ -53,7 +56,12 @@ def open_language_model(folder: str | Path) -> tuple[Any, Any]:
 
 
 def text_perplexity(
-    folder: str | Path, text_file: str | Path, window: int | None = None, stride: int | None = None
+    folder: str | Path,
+    text_file: str | Path,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model folder on a text file, tokenised whole with what the tokenizer adds (see perplexity.py).
 
@@ -64,7 +72,7 @@ def text_perplexity(
             text = handle.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{text_file}: not a text in UTF-8 ({error.reason} at byte {error.start}).") from error
-    model, tokenizer = open_language_model(folder)
+    model, tokenizer = open_language_model(folder, device, dtype)
     limit = longest_input(model)
     if window is not None and limit is not None and window > limit:
         raise ConfigError(f"window={window}: the model reads at most {limit} tokens.")
@@ -89,6 +97,8 @@ def generate_text(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Speed:
     """Continue a prompt; whole words go to ``write`` as they come.
 
@@ -99,8 +109,8 @@ def generate_text(
         raise ConfigError(f"max_new_tokens={max_new_tokens}: use at least 1.")
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"temperature={temperature}: use 0 or a positive number.")
-    model, tokenizer = open_language_model(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    model, tokenizer = open_language_model(folder, device, dtype)
+    inputs = moved(dict(tokenizer(prompt, return_tensors="pt")), home_of(model))
     count = inputs["input_ids"].shape[1]
     if count == 0:
         raise ConfigError("the prompt is empty after tokenisation; give some text.")

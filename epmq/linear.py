@@ -45,10 +45,12 @@ class QuantLinear(nn.Module):
     Gradients reach the input and the bias, never the codes.
 
     On an NVIDIA GPU 16-bit inputs are multiplied by :mod:`epmq.kernels.int4_matmul`, whose layout of the codes is made
-    at the first call and kept beside the buffers; the state dict does not know of it.
+    at the first call and kept beside the buffers; the state dict does not know of it. After :meth:`pack_for_gpu` that
+    layout is the one form of the codes: the buffer words takes the place of packed, which is None.
     """
 
-    packed: Tensor
+    packed: Any  # a Tensor, or None after pack_for_gpu
+    words: Tensor | None
     scales: Tensor
     zeros: Tensor | None
     columns: Tensor | None
@@ -80,6 +82,7 @@ class QuantLinear(nn.Module):
         self.register_buffer(
             "packed", torch.zeros(out_features, packed_words(in_features, bits), dtype=torch.int32, device=device)
         )
+        self.register_buffer("words", None, persistent=False)
         self.register_buffer("scales", torch.ones(out_features, groups, dtype=dtype, device=device))
         zeros = None if sym else torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
         self.register_buffer("zeros", zeros)
@@ -112,8 +115,17 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as unpacked codes, scales and zeros."""
-        codes = unpack(self.packed, self.bits, self.in_features)
+        codes = unpack(self._rows(), self.bits, self.in_features)
         return QuantizedTensor(codes, self.scales, self.zeros, self.bits, self.group_size, self.columns)
+
+    def _rows(self) -> Tensor:
+        """The codes as the state dict has them: packed, made anew where it was given up."""
+        rows: Tensor = self.packed
+        if self.words is not None:
+            from epmq.kernels.layout import rows_of_words
+
+            rows = rows_of_words(self.words, self.out_features, self.in_features)
+        return rows
 
     @property
     def weight(self) -> Tensor:
@@ -131,36 +143,77 @@ class QuantLinear(nn.Module):
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
-        call = (rows, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+        y = self._multiply_tiles(rows) if self._fits_words(rows) else self._multiply(rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _fits_words(self, x: Tensor) -> bool:
+        """Whether codes were given up for the kernels' layout, and the kernel takes this input."""
+        if self.words is None or x.dtype not in (torch.float16, torch.bfloat16) or x.device != self.words.device:
+            return False
+        return ops.wanted_backend() in (None, "triton")
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        call = (x, self._rows(), self.scales, self.zeros, self.bias, self.bits, self.group_size)
         chosen = ops.choose("dequant_matmul", *call)
         y: Tensor
         if chosen.backend == "triton":
-            y = self._multiply_tiles(rows)
+            y = self._multiply_tiles(x)
         elif chosen.backend == "cpp":
             y = chosen.function(*call)  # an operator with a gradient of its own
         else:
             y = quant_linear(*call)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
     def _multiply_tiles(self, x: Tensor) -> Tensor:
         """The fused kernel's product, with the codes in its layout: packed at the first call and after a change."""
-        from epmq.kernels.int4_matmul import pack_tiles, product
+        from epmq.kernels.int4_matmul import product
         from epmq.kernels.layout import kernel_group
 
         made_for = (x.dtype, x.device, self._versions())
         tiles = self._tiles
         if tiles is None or self._tiles_for != made_for:
-            tiles = pack_tiles(self.packed, self.scales, self.zeros, self.group_size, self.in_features, x.dtype)
+            tiles = self._lay_out(x.dtype)
             self._tiles, self._tiles_for = tiles, made_for
         group = kernel_group(self.group_size, self.in_features)
         y: Tensor = product(x, *tiles, self.bias, self.out_features, group, False)
         return y
 
+    def _lay_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Codes and grid as the kernel reads them; dtype: of the inputs."""
+        from epmq.kernels.int4_matmul import pack_grid, pack_tiles
+
+        grid = (self.scales, self.zeros, self.group_size, self.in_features, dtype)
+        tiles: tuple[Tensor, Tensor]
+        tiles = pack_tiles(self.packed, *grid) if self.words is None else (self.words, pack_grid(*grid))
+        return tiles
+
+    def pack_for_gpu(self, dtype: torch.dtype | None = None) -> bool:
+        """Keep the codes in the GPU kernel's layout alone: half a byte a weight instead of a whole one.
+
+        dtype: fp16 or bf16, of the inputs to come; None is the scales' own. Returns False, and changes nothing, where
+        the kernel does not take the layer (another device, other bits or groups, fp32). State dicts and saving make
+        packed anew from words, and so does each call with fp32 inputs, slowly; moving the layer to a device without the
+        kernel brings it back.
+        """
+        dtype = dtype or self.scales.dtype
+        if self.words is None:
+            probe = torch.empty(0, self.in_features, dtype=dtype, device=self.scales.device)
+            call = (probe, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+            if ops.choose("dequant_matmul", *call).backend != "triton":
+                return False
+            self.words, _ = self._lay_out(dtype)
+            self.packed = None
+        return True
+
+    def _take_codes_back(self) -> None:
+        if self.words is not None:
+            self.packed = self._rows()
+
     def _versions(self) -> tuple[int, ...]:
         """How often codes and grid were written in place; inference tensors and compiled calls do not count that."""
         if torch.compiler.is_compiling():
             return self._tiles_for[2] if self._tiles_for else ()
-        weight = (self.packed, self.scales, self.zeros)
+        weight = (self.packed, self.words, self.scales, self.zeros)
         return tuple(0 if t is None or t.is_inference() else t._version for t in weight)
 
     def _forget_tiles(self) -> None:
@@ -169,8 +222,10 @@ class QuantLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in ("packed", "scales", "zeros"):
+        if name in ("packed", "words", "scales", "zeros"):
             self._forget_tiles()
+        if name == "packed" and value is not None:
+            self.words = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack anew."""
@@ -180,10 +235,24 @@ class QuantLinear(nn.Module):
         before = self.scales
         self._forget_tiles()
         super()._apply(fn, recurse)
+        if self.scales.device.type != before.device.type:
+            self._take_codes_back()
         if self.scales.dtype != before.dtype:
             # Codes were made for these exact scales: .half() and .to(dtype) must not round them again.
             self.scales = before.to(self.scales.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.words is not None:
+            destination[prefix + "packed"] = self._rows()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        given_up = self.words is not None
+        self._take_codes_back()
+        super()._load_from_state_dict(*args)
+        if given_up:
+            self.pack_for_gpu()
 
     def extra_repr(self) -> str:
         return (
@@ -223,6 +292,12 @@ def replace_linear(
         set_submodule(model, name, QuantLinear.from_linear(module, bits, group_size, sym, clip).train(module.training))
         replaced.append(name)
     return replaced
+
+
+def pack_for_gpu(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """:meth:`QuantLinear.pack_for_gpu` of every layer that the GPU's kernel takes; returns their names."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    return [name for name, layer in layers if layer.pack_for_gpu(dtype)]
 
 
 def restore_linear(model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from epmq.devices import home_of
 from epmq.errors import CalibrationError, ConfigError, NumericalError
 
 # Rows of logits that are turned into fp32 log-probabilities at once: vocabularies are large.
@@ -55,7 +56,7 @@ def perplexity(
     if len(ids) < 2:
         raise CalibrationError("perplexity needs a text of at least two tokens.")
     tokens = torch.tensor(ids, dtype=torch.int64)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = home_of(model)
     total, scored, reached = 0.0, 0, 0
     for start in range(0, len(ids), stride):
         end = min(start + window, len(ids))

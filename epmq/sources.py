@@ -281,3 +281,12 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def main_dtype(source: WeightSource) -> torch.dtype:
+    """The floating-point dtype of most of a source's entries; float32 when it has none."""
+    sizes: dict[torch.dtype, int] = {torch.float32: 0}
+    for key in source.keys():
+        if (dtype := source.dtype(key)).is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(source.shape(key))
+    return max(sizes, key=lambda dtype: sizes[dtype])

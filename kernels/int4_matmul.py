@@ -19,7 +19,7 @@ from epmq.errors import NumericalError
 from epmq.kernels import tune
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
 from epmq.kernels.launch import interpreted, on_device, readable, row_stride
-from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, pack_rows, pack_weight, packed_shapes
+from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, grid_words, pack_rows, pack_weight, packed_shapes
 from epmq.kernels.tune import Config
 from epmq.quantized import QuantizedTensor
 
@@ -132,6 +132,18 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     words, grid = packed_shapes(packed.shape[0], in_features, group_size)
     return packed.new_empty(words, dtype=torch.int16), packed.new_empty(grid, dtype=torch.int32)
+
+
+@torch.library.custom_op("epmq::int4_grid", mutates_args=())
+def pack_grid(scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """scale_words alone, for codes that are in the kernels' layout already."""
+    words: Tensor = grid_words(scales, zeros, packed_shapes(scales.shape[0], in_features, group_size)[1], dtype)
+    return words
+
+
+@pack_grid.register_fake
+def _(scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    return scales.new_empty(packed_shapes(scales.shape[0], in_features, group_size)[1], dtype=torch.int32)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from epmq.errors import ConfigError, FormatError
-from epmq.quantized import QuantizedTensor, group_count, pack, unpack
+from epmq.quantized import QuantizedTensor, group_count, pack, packed_words, unpack
 
 BITS = 4
 TILE_ROWS, TILE_COLUMNS, TILE_WORDS = 64, 128, 32
@@ -145,14 +145,30 @@ def grid_words(scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], dty
     return words.view(padded_rows, steps, together).transpose(0, 1).contiguous()
 
 
-def unpack_weight(weight: PackedWeight) -> QuantizedTensor:
-    """What was packed, with scales in the kernels' dtype; symmetric grids come back with their zeros of 8."""
-    tiles = weight.words.to(torch.int32)
+def codes_of_words(words: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Inverse of :func:`tile_words`: uint8 codes ``[N, K]`` without the padding."""
+    tiles = words.to(torch.int32)
     planes = torch.stack([tiles >> shift & 0xF for shift in (0, 4, 8, 12)], 3)
     codes = planes.transpose(1, 2).reshape(tiles.shape[0] * TILE_ROWS, tiles.shape[1] * TILE_COLUMNS).to(torch.uint8)
+    return codes[:out_features, :in_features].contiguous()
+
+
+def rows_of_words(words: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The checkpoint's codes that :func:`pack_rows` was given: packed int32 ``[N, ceil(K/8)]``."""
+    packed = torch.empty(out_features, packed_words(in_features, BITS), dtype=torch.int32, device=words.device)
+    for start in range(0, out_features, ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, out_features)
+        part = words[start // TILE_ROWS : padded(end, TILE_ROWS) // TILE_ROWS]
+        packed[start:end] = pack(codes_of_words(part, end - start, in_features), BITS)
+    return packed
+
+
+def unpack_weight(weight: PackedWeight) -> QuantizedTensor:
+    """What was packed, with scales in the kernels' dtype; symmetric grids come back with their zeros of 8."""
+    codes = codes_of_words(weight.words, weight.out_features, weight.in_features)
     group_size = weight.group_size or -1
-    count, rows = group_count(weight.in_features, group_size), weight.out_features
-    words = weight.scale_words.transpose(0, 1).flatten(1)[:rows, :count]
+    count = group_count(weight.in_features, group_size)
+    words = weight.scale_words.transpose(0, 1).flatten(1)[: weight.out_features, :count]
     scales, origins = ((words >> shift).to(torch.int16).view(weight.dtype).contiguous() for shift in (0, 16))
     zeros = (origins.float() - MAGIC[weight.dtype]).to(torch.uint8)
-    return QuantizedTensor(codes[:rows, : weight.in_features].contiguous(), scales, zeros, BITS, group_size)
+    return QuantizedTensor(codes, scales, zeros, BITS, group_size)

@@ -15,7 +15,9 @@ import epmq
 from epmq import onednn
 from epmq.devices import compute_device, home_of, moved
 from epmq.errors import ConfigError
+from epmq.evaluate import features
 from epmq.linear import QuantLinear
+from epmq.perplexity import perplexity
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -61,6 +63,18 @@ def test_a_model_is_computed_where_it_lives_and_stays_there() -> None:
         result = epmq.quantize(job.merged, dict(zip(job.experts, states, strict=True)), job.calibration)
     assert result.report["device"] == str(DEVICE)
     assert {tensor.device for tensor in result.model.state_dict().values()} == {DEVICE}
+
+
+def test_models_are_scored_where_they_live() -> None:
+    model, ids = make_toy_job(1, 16, 1).merged, [[1, 2, 3], [4, 0], [2, 2, 1, 3]]
+    wanted = features(model, ids, "mean"), perplexity(model, ids[2], 3, 2).perplexity
+    with elsewhere() as device:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        found = features(model, ids, "mean"), perplexity(model, ids[2], 3, 2).perplexity
+    assert torch.equal(found[0], wanted[0]) and found[0].device.type == "cpu"
+    assert found[1] == wanted[1]
 
 
 def test_tensors_of_two_devices_do_not_meet_in_these_tests() -> None:

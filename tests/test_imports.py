@@ -40,7 +40,7 @@ ORDER: list[tuple[str, ...]] = [
     ("page.document",),
     ("sweep",),
     ("group", "linear"),
-    ("stacks", "diagnose", "bench", "surroundings"),
+    ("stacks", "diagnose", "bench", "surroundings", "placement"),
     ("walk",),
     ("visit",),
     ("gather",),

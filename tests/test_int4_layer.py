@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_toy_job
 from test_int4_matmul import BF16, FP16, check, problem
 from torch import Tensor, nn
 
-from epmq import QuantLinear, ops, reference
-from epmq.errors import NumericalError
+import epmq
+from epmq import QuantLinear, ops, placement, reference
+from epmq.errors import ConfigError, NumericalError
 from epmq.kernels import int4_matmul as kernels
 from epmq.kernels.tune import Config
 from epmq.quantized import QuantizedTensor, pack
@@ -136,6 +141,148 @@ def test_quant_linear_in_inference_mode(device: torch.device) -> None:
     with torch.inference_mode():
         layer = quantized_layer(device)
         check_layer(layer, torch.randn(3, 70, device=device).half())
+
+
+# ---- the kernel's layout as the one form of the codes ----------------------------------------------------------------
+
+
+def bytes_of(layer: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize(("rows", "columns", "group", "sym"), [(20, 70, 32, False), (130, 256, 128, True)])
+def test_a_layer_packed_for_the_gpu_is_the_same_layer(
+    rows: int, columns: int, group: int, sym: bool, device: torch.device
+) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(columns, rows).bfloat16(), group_size=group, sym=sym).to(device)
+    x = torch.randn(3, columns, device=device).bfloat16()
+    before, state, weight = layer(x), layer.state_dict(), layer.weight
+    assert layer.pack_for_gpu() and layer.packed is None
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.weight, weight)
+    found = layer.state_dict()
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), before)
+    assert torch.equal(QuantLinear.from_quantized(layer.quantized(), layer.bias)(x), before)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_packed_layer_holds_its_codes_once(device: torch.device) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(1024, 128, bias=False).half(), sym=True).to(device)
+    held = bytes_of(layer)
+    layer.pack_for_gpu()
+    assert bytes_of(layer) == held
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_packed_layer_takes_new_weights_and_scales(device: torch.device) -> None:
+    layer, other = quantized_layer(device), QuantLinear.from_linear(nn.Linear(70, 20).half(), group_size=32).to(device)
+    x = torch.randn(3, 70, device=device).half()
+    layer.pack_for_gpu()
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert layer.packed is None
+    assert torch.equal(layer(x), other(x))
+    for module in (layer, other):
+        module.scales.mul_(2)
+    assert torch.equal(layer(x), other(x))
+    layer.packed = torch.zeros_like(other.packed)
+    assert layer.words is None
+    with torch.no_grad():
+        check_layer(layer, x)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_packed_layer_runs_in_other_dtypes(device: torch.device) -> None:
+    layer, x = quantized_layer(device), torch.randn(3, 70, device=device)
+    wide = layer.quantized().dequantize()
+    layer.pack_for_gpu()
+    layer(x.half())
+    layer.bfloat16()
+    assert layer.packed is None
+    check(layer(x.bfloat16()), x.bfloat16(), QuantizedTensor(*unrounded(layer)), layer.bias)
+    layer.float().requires_grad_(False)
+    assert layer.bias is not None
+    wanted = torch.nn.functional.linear(x, wide, layer.bias)
+    # Two fp32 sums of 70 products.
+    size = torch.nn.functional.linear(x.abs(), wide.abs(), layer.bias.abs())
+    assert bool(((layer(x) - wanted).abs() <= 2 * 71 * torch.finfo(torch.float32).eps * size).all())
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_packed_layer_gets_its_codes_back_on_a_device_without_the_kernel(device: torch.device) -> None:
+    layer = quantized_layer(device)
+    codes = layer.packed.clone()
+    layer.pack_for_gpu()
+    layer.to("cpu" if device.type == "cuda" else "meta")
+    assert layer.words is None and layer.packed.shape == codes.shape
+    assert layer.packed.is_meta or torch.equal(layer.packed, codes.cpu())
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_packed_layer_compiles(warm: bool, device: torch.device) -> None:
+    layer = quantized_layer(device)
+    x = torch.randn(3, 70, device=device).half().requires_grad_()
+    wanted = layer(x)
+    layer.pack_for_gpu()
+    if warm:
+        layer(x)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), wanted) and torch.equal(compiled(x), wanted)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_layers_that_the_kernel_does_not_take_are_left_alone(device: torch.device) -> None:
+    settings: list[dict[str, Any]] = [{}, {"bits": 8}, {"group_size": 48}, {"dtype": torch.float32}]
+    model = nn.Sequential(*(QuantLinear(96, 8, **{"dtype": FP16, "group_size": 32, **s}) for s in settings)).to(device)
+    assert epmq.pack_for_gpu(model) == ["0"]
+    assert [layer.packed is None for layer in model.children()] == [True, False, False, False]
+    assert epmq.pack_for_gpu(model, BF16) == ["0", "3"]
+
+
+def test_on_a_cpu_nothing_is_packed_for_the_gpu() -> None:
+    layer = QuantLinear(64, 8, group_size=32, dtype=FP16)
+    assert not layer.pack_for_gpu() and layer.packed is not None
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_model_placed_on_a_gpu_keeps_one_form_of_its_codes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    monkeypatch.setattr(placement, "home_of", lambda model: torch.device("cuda"))
+    model = nn.Sequential(nn.Linear(96, 64), QuantLinear(64, 96, group_size=32), QuantLinear(96, 8, bits=3))
+    placement.place(model, device, "bfloat16")
+    assert model[0].weight.dtype == BF16
+    assert [layer.packed is None for layer in list(model)[1:]] == [True, False]
+    assert "1 of 2 quantized layers, such as 2, do not fit the GPU's int4 kernel" in caplog.text
+    with pytest.raises(ConfigError, match="dtype: 'int8' is none of float32, float16, bfloat16"):
+        placement.place(model, None, "int8")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_loaded_onto_a_gpu(tmp_path: Path, dtype: str) -> None:
+    job = make_toy_job(1, 64, 1)
+    result = epmq.quantize(job.merged, job.experts, job.calibration, epmq.QuantConfig(group_size=32), device="cpu")
+    epmq.save(result, tmp_path / "out")
+    model = epmq.load(tmp_path / "out", copy.deepcopy(job.merged), "cuda", dtype)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert layers and all(layer.packed is None for layer in layers)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        logits, wanted = model(ids.cuda()).float().cpu(), result.model(ids)
+    # Two blocks of a dozen 16-bit roundings each.
+    assert float((logits - wanted).norm() / wanted.norm()) < 24 * torch.finfo(getattr(torch, dtype)).eps
+    assert all(
+        torch.equal(t.cpu(), result.model.state_dict()[n]) for n, t in model.state_dict().items() if "packed" in n
+    )
 
 
 # ---- the check before first use --------------------------------------------------------------------------------------

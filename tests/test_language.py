@@ -193,12 +193,23 @@ def test_drawing_follows_the_seed(packed: Path) -> None:
         (["--prompt", "a", "--max-new-tokens", "64"], "more than the 64 that the model reads"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
+        (["--prompt", "a", "--device", "gpu"], "'gpu' is not a device"),
+        (["--prompt", "a", "--dtype", "int8"], "'int8' is not one of"),
         ([], "Missing option '--prompt'"),
     ],
 )
 def test_generate_refuses(packed: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     done = in_process(capsys, "generate", packed, *arguments)
     assert done.code == 2 and told in done.err and done.out == ""
+
+
+def test_a_model_runs_in_the_dtype_asked_for(packed: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = open_language_model(packed)[0].dtype
+    other = torch.bfloat16 if own == torch.float32 else torch.float32
+    assert open_language_model(packed, "cpu", other)[0].dtype == other
+    for dtype in (own, other):
+        wide = in_process(capsys, "eval", packed, "--text", text, "--device", "cpu", "--dtype", str(dtype)[6:]).out
+        assert (wide == in_process(capsys, "eval", packed, "--text", text, "--device", "cpu").out) == (dtype == own)
 
 
 def test_an_encoder_is_no_language_model(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
