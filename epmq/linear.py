@@ -16,6 +16,7 @@ from epmq.gradient import gradient, keep
 from epmq.orientation import is_transposed, weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
 from epmq.sweep import quantize_to_nearest
+from epmq.unread import UnreadTensor
 
 
 @torch.library.custom_op("epmq::quant_linear", mutates_args=())
@@ -54,6 +55,7 @@ class QuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     columns: Tensor | None
+    _converted_to: torch.dtype | None
     _tiles: tuple[Tensor, Tensor] | None
     _tiles_for: tuple[torch.dtype, torch.device, tuple[int, ...]] | None
 
@@ -71,6 +73,7 @@ class QuantLinear(nn.Module):
     ):
         super().__init__()
         self._forget_tiles()
+        self._converted_to = None
         if bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits={bits}: use one of {', '.join(map(str, SUPPORTED_BITS))}.")
         if group_size != -1 and group_size < 1:
@@ -129,13 +132,27 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight ``[N, K]`` in the scales' dtype, made anew at each access."""
-        return self.quantized().dequantize(self.scales.dtype)
+        """The dequantized weight ``[N, K]``, computed when its values are read, anew for each access.
+
+        Its dtype is the scales', or that of the last ``.to(dtype)``; T5 asks for no more than that, at every call.
+        ``nn.Parameter`` takes it as ``weight.detach()``.
+        """
+        if torch.compiler.is_compiling():
+            return self._dequantize()
+        return UnreadTensor(
+            self._dequantize, (self.out_features, self.in_features), self._weight_dtype(), self.scales.device
+        )
+
+    def _dequantize(self) -> Tensor:
+        return self.quantized().dequantize(self._weight_dtype())
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self._converted_to or self.scales.dtype
 
     def to_linear(self) -> nn.Linear:
         """An nn.Linear with the dequantized weight."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight)
+        linear.weight = nn.Parameter(self._dequantize())
         linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
         return linear
 
@@ -234,6 +251,8 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         before = self.scales
         self._forget_tiles()
+        dtype = fn(torch.empty(0, dtype=self._weight_dtype(), device=before.device)).dtype
+        self._converted_to = dtype if dtype != self._weight_dtype() else self._converted_to
         super()._apply(fn, recurse)
         if self.scales.device.type != before.device.type:
             self._take_codes_back()

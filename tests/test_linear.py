@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -304,3 +306,65 @@ def test_device_and_dtype_of_the_constructor() -> None:
     layer = QuantLinear(64, 8, device="meta", dtype=torch.bfloat16)
     assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
     assert (layer.scales.dtype, layer.bias is not None and layer.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_what_a_weight_is_like_can_be_asked_without_computing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = layer_and_linear(dtype=torch.float16)
+    wanted = layer.quantized().dequantize(torch.float16)
+    computed: list[int] = []
+
+    def dequantize() -> Tensor:
+        computed.append(1)
+        return wanted
+
+    monkeypatch.setattr(layer, "_dequantize", dequantize)
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float16, torch.device("cpu"), (20, 70))
+    assert (weight.size(1), weight.dim(), weight.ndim, weight.numel(), len(weight)) == (70, 2, 2, 1400, 20)
+    assert weight.is_floating_point() and not weight.requires_grad and not weight.is_cuda and not computed
+    assert torch.equal(weight, wanted) and torch.equal(weight + 1, wanted + 1) and len(computed) == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: w.numpy(),
+        lambda w: w.tolist(),
+        lambda w: w[2:5, ::3],
+        lambda w: w.T.contiguous(),
+        lambda w: list(w),
+        lambda w: w.data,
+        lambda w: w.detach().float().numpy(),
+        lambda w: float(w.abs().max()),
+        lambda w: repr(w),
+        lambda w: nn.Parameter(w.detach()).data,
+        lambda w: copy.deepcopy(w),
+        lambda w: pickle.loads(pickle.dumps(w)),
+        lambda w: torch.cat([w, w]),
+        lambda w: torch.empty(20, 70).copy_(w),
+        lambda w: torch.nn.functional.linear(torch.ones(1, 70), w),
+        lambda w: torch.ops.aten.mul.Tensor(w, w),
+        lambda w: torch.utils.dlpack.from_dlpack(w),
+        lambda w: w.stride(),
+        lambda w: w.is_contiguous(),
+        lambda w: w.untyped_storage().nbytes(),
+        lambda w: w == w,
+    ],
+)
+def test_a_weight_is_a_tensor_like_any_other(use: Callable[[Any], Any]) -> None:
+    layer, _ = layer_and_linear()
+    found, wanted = use(layer.weight), use(layer.quantized().dequantize())
+    if isinstance(wanted, torch.Tensor):
+        assert type(found) is torch.Tensor and torch.equal(found, wanted)
+    else:
+        assert str(found) == str(wanted)
+
+
+def test_a_converted_layer_has_the_weight_of_a_converted_linear() -> None:
+    layer, _ = layer_and_linear()
+    weight, x = layer.weight.bfloat16(), torch.randn(3, 70).bfloat16()
+    layer.bfloat16()
+    assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight, weight)
+    assert torch.equal(layer.to_linear()(x), torch.nn.functional.linear(x, weight, layer.bias))
+    assert layer.float().weight.dtype == torch.float32
