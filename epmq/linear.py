@@ -13,7 +13,7 @@ from epmq import ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError
 from epmq.gradient import gradient, keep
-from epmq.orientation import is_transposed, weight_of
+from epmq.orientation import is_linear, weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
 from epmq.sweep import quantize_to_nearest
 from epmq.unread import UnreadTensor
@@ -304,7 +304,7 @@ def replace_linear(
     replaced = []
     for name, module in list(model.named_modules()):
         wanted = not include or any(re.search(pattern, name) for pattern in include)
-        if not (type(module) is nn.Linear or is_transposed(module)) or not name or not wanted:
+        if not is_linear(module) or not name or not wanted:
             continue
         if any(re.search(pattern, name) for pattern in exclude):
             continue

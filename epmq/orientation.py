@@ -5,6 +5,7 @@ Everything else in this package sees ``[N, K]``. Checkpoints keep what the modul
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +13,30 @@ from torch import Tensor, nn
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes ``W x + b`` from a weight of its own."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether a call of this module computes ``W x + b`` from a weight of its own, and nothing else."""
+    if is_transposed(module):
+        return True
+    # Attention of torch.nn reads the weight of such a one and never calls it.
+    unread = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear) and not unread and "forward" not in vars(module) and _is_plain(type(module))
+
+
+@cache
+def _is_plain(kind: Any) -> bool:
+    """Whether a class of linears computes what nn.Linear does: it inherits the forward, or its own gives the same."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    probe = nn.Linear(3, 2, device="meta")
+    probe.weight = nn.Parameter(torch.tensor([[1.0, -2.0, 3.0], [5.0, 7.0, -11.0]]), requires_grad=False)
+    probe.bias = nn.Parameter(torch.tensor([13.0, -17.0]), requires_grad=False)
+    x = torch.tensor([[[1.0, 2.0, -4.0], [8.0, -16.0, 32.0]]])
+    wanted = probe(x)
+    try:
+        probe.__class__ = kind
+        found = probe(x)
+    except Exception:  # whatever a class of somebody else does with what it lacks: it is not plain
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, wanted)
 
 
 def is_transposed(module: nn.Module) -> bool:

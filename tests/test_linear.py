@@ -285,15 +285,40 @@ def test_replace_obeys_include_and_exclude() -> None:
     assert names == ["blocks.0.query", "blocks.0.key"]
 
 
-def test_replace_leaves_subclasses_and_training_mode_alone() -> None:
-    class Special(nn.Linear):
-        pass
+class Renamed(nn.Linear):
+    """As Falcon's: an nn.Linear that computes the same in other words."""
 
-    model = nn.ModuleDict({"special": Special(8, 8), "plain": nn.Linear(8, 8)}).eval()
-    assert replace_linear(model, group_size=8) == ["plain"]
-    assert not model["plain"].training
-    restore_linear(model)
-    assert not model["plain"].training
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) * 0.1
+        return y
+
+
+class Told(nn.Linear):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        y: Tensor = super().forward(x) * scale
+        return y
+
+
+def test_linears_that_compute_something_else_are_left_alone() -> None:
+    model = nn.ModuleDict({kind.__name__: kind(8, 8) for kind in (nn.Linear, Renamed, Scaled, Told)})
+    model["patched"] = patched = nn.Linear(8, 8)
+    patched.forward = lambda x: 2.0 * nn.functional.linear(x, patched.weight)  # type: ignore[method-assign]
+    model["attention"] = nn.MultiheadAttention(8, 2)
+    before = torch.random.get_rng_state()
+    assert replace_linear(model, group_size=8) == ["Linear", "Renamed"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_replace_and_restore_keep_the_training_mode() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8)}).eval()
+    for change in (replace_linear, restore_linear):
+        change(model)
+        assert not model["plain"].training
 
 
 def test_layer_text_names_its_facts() -> None:
