@@ -307,7 +307,7 @@ class Told(nn.Linear):
 def test_linears_that_compute_something_else_are_left_alone() -> None:
     model = nn.ModuleDict({kind.__name__: kind(8, 8) for kind in (nn.Linear, Renamed, Scaled, Told)})
     model["patched"] = patched = nn.Linear(8, 8)
-    patched.forward = lambda x: 2.0 * nn.functional.linear(x, patched.weight)  # type: ignore[method-assign]
+    patched.forward = lambda x: 2.0 * nn.functional.linear(x, patched.weight)  # type: ignore[method-assign, assignment]
     model["attention"] = nn.MultiheadAttention(8, 2)
     before = torch.random.get_rng_state()
     assert replace_linear(model, group_size=8) == ["Linear", "Renamed"]
