@@ -18,7 +18,8 @@ def is_linear(module: nn.Module) -> bool:
         return True
     # Attention of torch.nn reads the weight of such a one and never calls it.
     unread = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, nn.Linear) and not unread and "forward" not in vars(module) and _is_plain(type(module))
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and not unread and "forward" not in vars(module) and _is_plain(kind)
 
 
 @cache

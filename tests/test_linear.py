@@ -299,7 +299,7 @@ class Scaled(nn.Linear):
 
 
 class Told(nn.Linear):
-    def forward(self, x: Tensor, scale: float) -> Tensor:
+    def forward(self, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         y: Tensor = super().forward(x) * scale
         return y
 
