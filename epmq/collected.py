@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
 from epmq.memory import give_back_free_memory
 from epmq.orientation import features_of, is_linear
 from epmq.progress import Sink
-from epmq.skeleton import fill
+from epmq.skeleton import fill, without_cache
 from epmq.sources import WeightSource, all_finite
 from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Moments, TaskStatistics
@@ -59,7 +60,9 @@ def collect(
     """
     place_buffers(skeleton, device)
     runner = BlockRunner(skeleton)
-    try:
+    with ExitStack() as at_end:
+        at_end.enter_context(without_cache(skeleton))
+        at_end.callback(runner.restore)
         fill(runner.model, "", expert, torch.float32, device)
         runner.follow(batches[0].inputs)
         states = [StreamState() for _ in batches]
@@ -89,8 +92,6 @@ def collect(
                 names = tuple(f"{address.name}.{name}" for name in group.linears)
                 writer.group(names, found[group.first], read_stack(expert, address, group, linears[group], device))
             give_back_free_memory()
-    finally:
-        runner.restore()
 
 
 def _adding(

@@ -17,6 +17,7 @@ from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.memory import give_back_free_memory
 from epmq.norms import correct
+from epmq.orientation import is_linear
 from epmq.progress import Sink
 from epmq.sources import WeightSource, all_finite, require_same_layout
 from epmq.stacks import Deployed, deploy, hand_out, parted, stacked, stored_scale_dtype
@@ -133,6 +134,10 @@ class Engine:
             if name not in outcomes:
                 where = visit.name_of(name)
                 self.notes.append(f"{where}: not reached on the calibration inputs; left unquantized.")
+        for name, module in visit.block.named_modules():
+            where = visit.name_of(name)
+            if isinstance(module, nn.Linear) and not is_linear(module) and self.config.selects(where):
+                self.notes.append(f"{where}: a {type(module).__name__} is more than a linear layer; left unquantized.")
         hand_out(self.sink, self.merged, address, visit.block, outcomes)
         self.block_rows.append(
             {

@@ -105,8 +105,13 @@ class QuantLinear(nn.Module):
         return cls.from_quantized(tensor, None if bias is None else bias.detach())
 
     @classmethod
-    def from_quantized(cls, tensor: QuantizedTensor, bias: Tensor | None) -> QuantLinear:
-        """A layer that owns the packed form of ``tensor``; bias ``[N]`` or None is copied."""
+    def from_quantized(
+        cls, tensor: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """A layer that owns the packed form of ``tensor``; bias ``[N]`` or None is copied.
+
+        dtype: of ``weight``, and of the linear that :meth:`to_linear` gives; None: that of the scales.
+        """
         rows, columns = tensor.shape
         layer = cls(columns, rows, bias is not None, tensor.bits, tensor.group_size, tensor.symmetric, device="meta")
         layer.packed = pack(tensor.codes, tensor.bits)
@@ -114,6 +119,7 @@ class QuantLinear(nn.Module):
         layer.zeros = None if tensor.zeros is None else tensor.zeros.clone()
         layer.columns = None if tensor.columns is None else tensor.columns.clone()
         layer.bias = None if bias is None else nn.Parameter(bias.clone())
+        layer._converted_to = dtype
         return layer
 
     def quantized(self) -> QuantizedTensor:

@@ -18,7 +18,7 @@ from epmq.engine import Engine
 from epmq.linear import QuantLinear, set_submodule
 from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
-from epmq.skeleton import fill
+from epmq.skeleton import fill, without_cache
 from epmq.sources import DictSource, WeightSource
 from epmq.streams import make_streams
 from epmq.surroundings import Surroundings
@@ -51,7 +51,7 @@ class ModuleSink:
             if isinstance(value, Tensor):
                 tensors[name] = value
             else:
-                quantized[name] = QuantLinear.from_quantized(value, bias)
+                quantized[name] = QuantLinear.from_quantized(value, bias, source.dtype(f"{name}.weight"))
         for name in quantized:
             set_submodule(model, name, nn.Identity())
         fill(model, "", _Overlay(tensors, source), None, self.home)
@@ -105,16 +105,22 @@ def run(
     and one expert are held in fp32. journal: keeps what is finished; ``sink`` gets all tensors of a walk over the
     blocks at its end, from the CPU.
     """
-    device = device or torch.device("cpu")
+    device, around = device or torch.device("cpu"), around or Surroundings()
     place_buffers(skeleton, device)
-    found = _stages(
-        skeleton, merged, base, experts, calibration, config, sink, progress, device, around or Surroundings(), journal
-    )
+    # Tensors of inference mode do not tell whether they have been written into.
+    with torch.inference_mode(False), without_cache(skeleton):
+        calibration = {task: [_tracked(batch) for batch in batches] for task, batches in calibration.items()}
+        found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device, around, journal)
     found["device"] = str(device)
     if device.type == "cuda":
         found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
         found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+def _tracked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors tell whether they have been written into."""
+    return {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
 
 
 def _stages(

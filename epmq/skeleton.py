@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ def meta_copy(module: nn.Module) -> nn.Module:
             memo[id(buffer)] = buffer.detach().to("meta")
     duplicate: nn.Module = copy.deepcopy(module, memo)
     return duplicate.eval()
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """While active, a transformers model keeps no keys and values for later tokens, which calibration does not need."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    kept = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in kept:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
 
 
 def stored_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

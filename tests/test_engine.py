@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import ToyJob, make_toy_job, relative_error, state_of
+from conftest import ToyJob, ToyModel, make_toy_job, relative_error, state_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from epmq import QuantConfig, QuantLinear, QuantResult, quantize
+from epmq import QuantConfig, QuantLinear, QuantResult, quantize, restore_linear
 from epmq.blocks import BlockRunner
 from epmq.errors import CalibrationError, ConfigError
 from epmq.norms import RIDGE, NormStatistics
+from epmq.skeleton import without_cache
 from epmq.solve import ANCHOR_GRID
 
 LINEARS = [f"blocks.{b}.{name}" for b in (0, 1) for name in ("query", "key", "out", "up", "down")]
@@ -440,3 +442,72 @@ def test_an_anchor_past_the_merge_needs_the_base(toy_job: ToyJob) -> None:
 def test_experts_are_needed_for_their_outputs(toy_job: ToyJob) -> None:
     with pytest.raises(CalibrationError, match="method 'epmq' needs experts"):
         quantize(toy_job.merged, None, toy_job.calibration, QuantConfig())
+
+
+def test_quantizing_in_inference_mode_is_no_different(toy_job: ToyJob) -> None:
+    def run() -> dict[str, Tensor]:
+        calibration = {t: [{k: v.clone() for k, v in b.items()} for b in bs] for t, bs in toy_job.calibration.items()}
+        result = quantize(toy_job.merged, toy_job.experts, calibration, QuantConfig(), toy_job.base)
+        return result.model.state_dict()
+
+    wanted = run()
+    with torch.inference_mode():
+        found = run()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_restored_linears_have_the_merges_dtype_whatever_the_scales_have(toy_job: ToyJob) -> None:
+    merged = toy_job.merged.bfloat16()
+    config = QuantConfig(scale_dtype="float32", group_size=8)
+    model = quantize(merged, toy_job.experts, toy_job.calibration, config).model
+    assert model.get_submodule("blocks.0.up").scales.dtype == torch.float32
+    restore_linear(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model(torch.zeros(1, 4).long())
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) * 0.1
+        return y
+
+
+def test_a_linear_that_does_more_is_left_as_merged() -> None:
+    job = make_toy_job(1, 16, 2)
+    for model in (job.merged, *job.experts.values()):
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.up.__class__ = Scaled
+    result = quantize(job.merged, job.experts, job.calibration, QuantConfig(group_size=16))
+    for place in (0, 1):
+        up = result.model.get_submodule(f"blocks.{place}.up")
+        assert isinstance(up, Scaled)
+        assert torch.equal(up.weight, job.merged.get_parameter(f"blocks.{place}.up.weight"))
+        assert f"blocks.{place}.up: a Scaled is more than a linear layer; left unquantized." in result.report["notes"]
+
+
+class Caching(ToyModel):
+    """Would keep keys for later tokens if its configuration said so, as transformers models do."""
+
+    asked: ClassVar[list[bool]] = []
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.config = SimpleNamespace(use_cache=True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.asked.append(self.config.use_cache)
+        return super().forward(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("settings", [{}, {"distill": {"steps": 1, "copies": 1, "examples": 2}}])
+def test_no_keys_are_kept_for_later_tokens(settings: dict[str, Any]) -> None:
+    job, merged = make_toy_job(1, 16, 2), Caching(16)
+    merged.load_state_dict(job.merged.state_dict())
+    Caching.asked.clear()
+    result = quantize(merged, job.experts, job.calibration, QuantConfig(group_size=16, **settings))
+    assert set(Caching.asked) == {False}
+    assert merged.config.use_cache and result.model.config.use_cache  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="on the way"), without_cache(merged):
+        assert not merged.config.use_cache
+        raise ValueError("on the way")
+    assert merged.config.use_cache
