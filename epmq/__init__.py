@@ -3,8 +3,9 @@
 from epmq.api import QuantResult, load, quantize, save
 from epmq.config import PRESETS, QuantConfig, preset
 from epmq.errors import EpmqError
-from epmq.linear import QuantLinear, pack_for_gpu, replace_linear, restore_linear
+from epmq.linear import QuantLinear
 from epmq.merge import merge
+from epmq.swap import pack_for_gpu, replace_linear, restore_linear
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,9 +1,8 @@
-"""QuantLinear: a drop-in for nn.Linear whose weight stays packed, and its swap in and out of a model."""
+"""QuantLinear: a drop-in for nn.Linear whose weight stays packed."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from epmq import ops
 from epmq.config import ClipSearch, QuantConfig
-from epmq.errors import ConfigError
+from epmq.errors import ConfigError, NumericalError
 from epmq.gradient import gradient, keep
-from epmq.orientation import is_linear, weight_of
+from epmq.orientation import weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
+from epmq.sources import all_finite
 from epmq.sweep import quantize_to_nearest
 from epmq.unread import UnreadTensor
 
@@ -43,15 +43,16 @@ class QuantLinear(nn.Module):
     Buffers: packed int32 ``[N, ceil(K*bits/32)]``, scales ``[N, G]`` (keep their dtype through ``.to(dtype)``), zeros
     uint8 ``[N, G]`` or None when symmetric, columns int32 ``[K]`` or None (see :class:`epmq.quantized.QuantizedTensor`;
     inputs are put into that order first). Inputs ``[..., K]`` in fp32, fp16 or bf16; outputs in the same dtype.
-    Gradients reach the input and the bias, never the codes.
+    Under autocast the input takes its dtype. Gradients reach the input and the bias, never the codes. Raises
+    RuntimeError, as nn.Linear does, for an input of another width or without floats.
 
     On an NVIDIA GPU 16-bit inputs are multiplied by :mod:`epmq.kernels.int4_matmul`, whose layout of the codes is made
     at the first call and kept beside the buffers; the state dict does not know of it. After :meth:`pack_for_gpu` that
     layout is the one form of the codes: the buffer words takes the place of packed, which is None.
     """
 
-    packed: Any  # a Tensor, or None after pack_for_gpu
-    words: Tensor | None
+    packed: Any  # a Tensor, or None while there is words
+    words: Tensor
     scales: Tensor
     zeros: Tensor | None
     columns: Tensor | None
@@ -85,7 +86,6 @@ class QuantLinear(nn.Module):
         self.register_buffer(
             "packed", torch.zeros(out_features, packed_words(in_features, bits), dtype=torch.int32, device=device)
         )
-        self.register_buffer("words", None, persistent=False)
         self.register_buffer("scales", torch.ones(out_features, groups, dtype=dtype, device=device))
         zeros = None if sym else torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
         self.register_buffer("zeros", zeros)
@@ -97,9 +97,13 @@ class QuantLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, bits: int = 4, group_size: int = 128, sym: bool = False, clip: ClipSearch = "none"
     ) -> QuantLinear:
-        """Round to nearest the weight of an nn.Linear, or of transformers' Conv1D."""
+        """Round to nearest the weight of an nn.Linear, or of transformers' Conv1D.
+
+        Raises NumericalError for a weight with NaN or Inf, ConfigError for one without memory.
+        """
         config = QuantConfig(method="rtn", bits=bits, group_size=group_size, sym=sym, clip=clip)
         weight = weight_of(linear)
+        require_quantizable(weight, "the weight")
         bias: Any = linear.bias
         tensor = quantize_to_nearest(weight.float(), config, weight.dtype)
         return cls.from_quantized(tensor, None if bias is None else bias.detach())
@@ -130,7 +134,7 @@ class QuantLinear(nn.Module):
     def _rows(self) -> Tensor:
         """The codes as the state dict has them: packed, made anew where it was given up."""
         rows: Tensor = self.packed
-        if self.words is not None:
+        if self.packed is None:
             from epmq.kernels.layout import rows_of_words
 
             rows = rows_of_words(self.words, self.out_features, self.in_features)
@@ -163,6 +167,13 @@ class QuantLinear(nn.Module):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise RuntimeError(
+                f"x: {x.dtype} of shape {tuple(x.shape)}; this layer takes floats whose last dimension is"
+                f" {self.in_features}."
+            )
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
@@ -171,7 +182,7 @@ class QuantLinear(nn.Module):
 
     def _fits_words(self, x: Tensor) -> bool:
         """Whether codes were given up for the kernels' layout, and the kernel takes this input."""
-        if self.words is None or x.dtype not in (torch.float16, torch.bfloat16) or x.device != self.words.device:
+        if self.packed is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.device != self.words.device:
             return False
         return ops.wanted_backend() in (None, "triton")
 
@@ -207,7 +218,7 @@ class QuantLinear(nn.Module):
 
         grid = (self.scales, self.zeros, self.group_size, self.in_features, dtype)
         tiles: tuple[Tensor, Tensor]
-        tiles = pack_tiles(self.packed, *grid) if self.words is None else (self.words, pack_grid(*grid))
+        tiles = (self.words, pack_grid(*grid)) if self.packed is None else pack_tiles(self.packed, *grid)
         return tiles
 
     def pack_for_gpu(self, dtype: torch.dtype | None = None) -> bool:
@@ -219,24 +230,24 @@ class QuantLinear(nn.Module):
         kernel brings it back.
         """
         dtype = dtype or self.scales.dtype
-        if self.words is None:
+        if self.packed is not None:
             probe = torch.empty(0, self.in_features, dtype=dtype, device=self.scales.device)
             call = (probe, self.packed, self.scales, self.zeros, self.bias, self.bits, self.group_size)
             if ops.choose("dequant_matmul", *call).backend != "triton":
                 return False
-            self.words, _ = self._lay_out(dtype)
+            self.register_buffer("words", self._lay_out(dtype)[0], persistent=False)
             self.packed = None
         return True
 
     def _take_codes_back(self) -> None:
-        if self.words is not None:
+        if self.packed is None:
             self.packed = self._rows()
 
     def _versions(self) -> tuple[int, ...]:
         """How often codes and grid were written in place; inference tensors and compiled calls do not count that."""
         if torch.compiler.is_compiling():
             return self._tiles_for[2] if self._tiles_for else ()
-        weight = (self.packed, self.words, self.scales, self.zeros)
+        weight = (self.words if self.packed is None else self.packed, self.scales, self.zeros)
         return tuple(0 if t is None or t.is_inference() else t._version for t in weight)
 
     def _forget_tiles(self) -> None:
@@ -245,35 +256,37 @@ class QuantLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in ("packed", "words", "scales", "zeros"):
+        if name in ("packed", "scales", "zeros"):
             self._forget_tiles()
-        if name == "packed" and value is not None:
-            self.words = None
+        if name == "packed" and value is not None and "words" in self._buffers:
+            del self.words
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack anew."""
         return {**self.__dict__, "_tiles": None, "_tiles_for": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        before = self.scales
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self._forget_tiles()
-        dtype = fn(torch.empty(0, dtype=self._weight_dtype(), device=before.device)).dtype
+        dtype = fn(torch.empty(0, dtype=self._weight_dtype(), device=self.scales.device)).dtype
         self._converted_to = dtype if dtype != self._weight_dtype() else self._converted_to
         super()._apply(fn, recurse)
-        if self.scales.device.type != before.device.type:
+        for name, buffer in before.items():
+            # Codes were made for these exact scales: no conversion of a model may round or widen them.
+            moved: Any = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        if self.scales.device.type != before["scales"].device.type:
             self._take_codes_back()
-        if self.scales.dtype != before.dtype:
-            # Codes were made for these exact scales: .half() and .to(dtype) must not round them again.
-            self.scales = before.to(self.scales.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.words is not None:
+        if self.packed is None:
             destination[prefix + "packed"] = self._rows()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        given_up = self.words is not None
+        given_up = self.packed is None
         self._take_codes_back()
         super()._load_from_state_dict(*args)
         if given_up:
@@ -286,50 +299,9 @@ class QuantLinear(nn.Module):
         )
 
 
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of that dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def replace_linear(
-    model: nn.Module,
-    bits: int = 4,
-    group_size: int = 128,
-    sym: bool = False,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = ("lm_head",),
-    clip: ClipSearch = "none",
-) -> list[str]:
-    """Swap every nn.Linear or Conv1D of a model for a QuantLinear rounded to nearest, in place; returns their names.
-
-    include / exclude are regular expressions searched in the names; exclude wins. A model that is itself an nn.Linear
-    has no name to swap and is left alone.
-    """
-    include, exclude = tuple(include), tuple(exclude)
-    replaced = []
-    for name, module in list(model.named_modules()):
-        wanted = not include or any(re.search(pattern, name) for pattern in include)
-        if not is_linear(module) or not name or not wanted:
-            continue
-        if any(re.search(pattern, name) for pattern in exclude):
-            continue
-        set_submodule(model, name, QuantLinear.from_linear(module, bits, group_size, sym, clip).train(module.training))
-        replaced.append(name)
-    return replaced
-
-
-def pack_for_gpu(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
-    """:meth:`QuantLinear.pack_for_gpu` of every layer that the GPU's kernel takes; returns their names."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    return [name for name, layer in layers if layer.pack_for_gpu(dtype)]
-
-
-def restore_linear(model: nn.Module) -> list[str]:
-    """Swap every QuantLinear back for an nn.Linear with the dequantized weight, in place; returns their names."""
-    restored = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear) and name:
-            set_submodule(model, name, module.to_linear().train(module.training))
-            restored.append(name)
-    return restored
+def require_quantizable(weight: Tensor, name: str) -> None:
+    """Raise ConfigError for a weight without memory, NumericalError for one with NaN or Inf."""
+    if weight.is_meta:
+        raise ConfigError(f"{name} is on the meta device; load it before it is quantized.")
+    if not all_finite(weight):
+        raise NumericalError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized.")

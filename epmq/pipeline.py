@@ -15,13 +15,14 @@ from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.distill import distill
 from epmq.engine import Engine
-from epmq.linear import QuantLinear, set_submodule
+from epmq.linear import QuantLinear
 from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill, without_cache
 from epmq.sources import DictSource, WeightSource
 from epmq.streams import make_streams
 from epmq.surroundings import Surroundings
+from epmq.swap import set_submodule
 
 Progress = Callable[[str, int, int], None]
 Calibration = Mapping[str, Sequence[Mapping[str, Any]]]

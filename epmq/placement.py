@@ -9,8 +9,9 @@ from torch import nn
 
 from epmq.devices import compute_device, home_of
 from epmq.errors import ConfigError
-from epmq.linear import QuantLinear, pack_for_gpu
+from epmq.linear import QuantLinear
 from epmq.sources import main_dtype, open_source
+from epmq.swap import pack_for_gpu
 
 log = logging.getLogger("epmq")
 

@@ -19,11 +19,11 @@ import epmq
 from epmq import QuantConfig, QuantLinear
 from epmq.blocks import BlockRunner, StreamState, is_norm
 from epmq.distill import take
-from epmq.linear import replace_linear, restore_linear
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
 from epmq.quantized import column_groups
 from epmq.streams import make_streams
+from epmq.swap import replace_linear, restore_linear
 from epmq.sweep import quantize_to_nearest
 
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from conftest import ToyModel
 from torch import Tensor, nn
 
 from epmq import QuantLinear, replace_linear, restore_linear
-from epmq.errors import ConfigError
+from epmq.errors import ConfigError, NumericalError
 from epmq.linear import quant_linear
 from epmq.quantized import pack, packed_words, unpack
 
@@ -393,3 +393,58 @@ def test_a_converted_layer_has_the_weight_of_a_converted_linear() -> None:
     assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight, weight)
     assert torch.equal(layer.to_linear()(x), torch.nn.functional.linear(x, weight, layer.bias))
     assert layer.float().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(1, 70, dtype=torch.long), torch.ones(2, 71), torch.ones(0, 71), torch.ones(1, 70) > 0, torch.ones(())],
+)
+def test_inputs_that_are_no_floats_of_the_right_width_are_refused(x: Tensor) -> None:
+    layer, _ = layer_and_linear()
+    with pytest.raises(RuntimeError, match=r"takes floats whose last dimension is 70"):
+        layer(x)
+    with pytest.raises(RuntimeError, match=r"complex64"):
+        layer(torch.ones(1, 70, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_autocast_rules_over_the_inputs_dtype(dtype: torch.dtype) -> None:
+    layer, linear = layer_and_linear()
+    x = torch.randn(3, 70, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, wanted = layer(x), linear(x)
+        assert layer(x.double()).dtype == torch.float64
+    assert y.dtype == wanted.dtype == dtype
+    assert torch.equal(y, layer(x.to(dtype)))
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    assert gradient.dtype == torch.float32
+
+
+def test_no_conversion_touches_the_codes() -> None:
+    layer, _ = layer_and_linear()
+    weight = layer.quantized().dequantize()
+    layer.type(torch.bfloat16)
+    assert torch.equal(layer.quantized().dequantize(), weight)
+    assert layer.weight.dtype == torch.bfloat16
+
+
+def test_a_weight_that_cannot_be_quantized_is_named_and_nothing_is_swapped() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.constant_(model[1].weight, float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(NumericalError, match=r"^1: the weight holds NaN or Inf"):
+        replace_linear(model, group_size=8)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ConfigError, match=r"^0: the weight is on the meta device"):
+        replace_linear(nn.Sequential(nn.Linear(8, 8, device="meta")), group_size=8)
+    with pytest.raises(ValueError, match=r"not a regular expression"):
+        replace_linear(model, include="(")
+
+
+def test_what_replace_linear_leaves_alone_and_swaps_twice() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(8, 8), "head": nn.Linear(8, 8), "lora_A": nn.Linear(8, 2)})
+    model["head"].weight = model["embedding"].weight
+    model["up"] = model["again"] = nn.Linear(8, 8)
+    assert replace_linear(model, group_size=8, exclude="nothing", include="head|up|again") == ["up", "again"]
+    assert model["up"] is model["again"] and isinstance(model["up"], QuantLinear)
+    assert restore_linear(model) == ["up", "again"] and model["up"] is model["again"]
+    assert replace_linear(model, group_size=8, exclude=["again", "up"]) == ["lora_A"]

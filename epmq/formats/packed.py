@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from epmq import files, trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
-from epmq.linear import QuantLinear, set_submodule
+from epmq.linear import QuantLinear
 from epmq.orientation import features_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, column_groups, group_count
 from epmq.sources import FileSource
+from epmq.swap import set_submodule
 
 CONFIG_NAME = "config.json"
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
