@@ -28,11 +28,11 @@ def run_inside(
 
 @contextmanager
 def outputs(block: nn.Module, names: list[str], seen: Seen, precision: Precision) -> Iterator[None]:
-    """While active, copies of the outputs of named submodules are kept in ``seen``."""
+    """While active, copies of the outputs of named submodules are kept in ``seen``, each of its first run."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            _keep_copy(seen, precision, name, output)
+            _keep_first(seen, precision, name, output)
 
         return hook
 
@@ -45,11 +45,7 @@ def outputs(block: nn.Module, names: list[str], seen: Seen, precision: Precision
 
 
 def _keep_first(seen: Seen, precision: Precision, name: str, tensor: Tensor) -> None:
-    """As :func:`_keep_copy`, but a module that runs again is seen as it ran first, as in the deployed block."""
+    """Keep what a tensor holds now, as the block may write into it later; a module that runs again is seen as it ran
+    first, inside the expert and as deployed."""
     if name not in seen:
-        _keep_copy(seen, precision, name, tensor)
-
-
-def _keep_copy(seen: Seen, precision: Precision, name: str, tensor: Tensor) -> None:
-    """Keep what a tensor holds now: the block may write into it later."""
-    seen[name] = precision.copied(tensor)
+        seen[name] = precision.copied(tensor)

@@ -365,6 +365,29 @@ def test_towards_itself_and_unrounded_a_model_stays_what_it_was(architecture: st
         assert torch.equal(result.model(**batches[0])[0], merged(**batches[0])[0])
 
 
+class Twice(nn.Module):
+    """Runs a linear that narrows twice, and a norm: what counts of both is their first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.gate = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden)
+        hidden = hidden + self.down(torch.relu(self.up(x))) + 0.5 * self.down(3.0 * torch.tanh(self.gate(x)))
+        return hidden + 0.1 * self.norm(2.0 + hidden.square())
+
+
+def test_modules_that_run_twice_are_seen_alike_inside_the_expert_and_as_deployed() -> None:
+    model = nn.Sequential(Twice(), Twice())
+    # Without bits and towards itself nothing has a reason to change, but for what a solve rounds in fp32.
+    config = QuantConfig(bits=None, bias_refit=False, norm_refit=True)
+    result = quantize(model, {"a": model}, {"a": [{"input": torch.randn(4, 6, 8)} for _ in range(2)]}, config)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(result.model.state_dict()[name], tensor, atol=1e-5), name
+
+
 @pytest.mark.parametrize("norm_refit", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_streams_are_what_the_finished_model_computes(architecture: str, norm_refit: bool) -> None:
