@@ -57,13 +57,18 @@ class OutputStore:
     def active(self, batch: object) -> Iterator[None]:
         """While active, one run of the block on this batch takes from the store what it can, and fills it."""
         run = _Run(self, batch)
+        # A module may have a forward of its own, which is put back.
+        own = [module.__dict__.get("forward") for _, module in self._modules]
         for name, module in self._modules:
             module.forward = run.forward_of(name, module.forward)
         try:
             yield
         finally:
-            for _, module in self._modules:
-                del module.forward
+            for (_, module), forward in zip(self._modules, own, strict=True):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
 
     def find(self, key: _Key) -> _Kept | None:
         """What was kept of a call, if it still holds."""

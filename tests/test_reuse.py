@@ -113,6 +113,16 @@ def test_a_module_that_is_handed_a_cache_is_not_answered_but_its_linears_are() -
     assert calls.count(2) == 2
 
 
+def test_a_forward_of_a_modules_own_is_put_back() -> None:
+    block = Block()
+    block.inner.forward = own = lambda x, cache: (3.0 * x, None)  # type: ignore[assignment]
+    store = OutputStore(block, ["last"])
+    for _ in range(2):
+        again(block, store)
+        assert block.inner.__dict__["forward"] is own
+    assert "forward" not in block.last.__dict__
+
+
 @pytest.mark.parametrize(("room", "left"), [(0, [2, 1, 1]), (1, [1, 0, 1]), (2, [0, 0, 1])])
 def test_no_more_is_kept_than_there_is_room_for(room: int, left: list[int]) -> None:
     block = Block()
