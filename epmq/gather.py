@@ -91,9 +91,10 @@ def _of_task(
     fitted = TaskStatistics(columns, targets, of_outputs, device=walk.device, exact=True)
     held = TaskStatistics(columns, targets, of_outputs, device=walk.device, exact=True) if automatic else None
     sample = max(1, SAMPLE_ROWS // walk.counts[task])
+    sequence = walk.sequence if group.sequence is None else None
     for batch in walk.streams[task]:
         x = visit.input_of(task, batch, group.first)
-        rows, weights, matched = rows_of(x, batch.weights_of(walk.sequence if group.sequence is None else None))
+        rows, weights, matched = rows_of(x, batch.weights_of(sequence))
         if not matched:
             visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
         target = None
@@ -103,7 +104,7 @@ def _of_task(
         if held is None:
             fitted.add(rows, target, weights, sample)
         else:
-            fit_weights, held_weights = split_held(rows, weights, x, batch)
+            fit_weights, held_weights = split_held(rows, weights, x, batch, sequence)
             fitted.add(rows, target, fit_weights, sample)
             held.add(rows, target, held_weights)
     for statistics in (fitted, held):

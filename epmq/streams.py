@@ -20,6 +20,8 @@ HELD_OUT_EVERY = 5
 DECODER_SEQUENCES = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 TEXT_SEQUENCES = ("input_ids", "inputs_embeds")
 SEQUENCES = (*DECODER_SEQUENCES, *TEXT_SEQUENCES, "pixel_values")
+# Ends the name of an input whose positions the hidden states have in front of the examples, as [S, B, K].
+TIME_FIRST = ".T"
 IGNORED_LABEL = -100
 
 
@@ -44,7 +46,11 @@ class Batch:
         return max(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
 
     def weights_of(self, sequence: str | None) -> Tensor | None:
-        """Weights of the positions of the input ``sequence`` (None: of the batch's main one)."""
+        """Weights of the positions of the input ``sequence`` (None: of the batch's main one), as its name says in the
+        order of the hidden states: ``[B, S]``, or ``[S, B]`` (:func:`sequence_of`)."""
+        if sequence is not None and sequence.endswith(TIME_FIRST):
+            weights = self.weights_of(sequence.removesuffix(TIME_FIRST))
+            return None if weights is None else weights.T
         if sequence in DECODER_SEQUENCES:
             return self.decoder_weights
         if sequence not in (None, *TEXT_SEQUENCES) and any(key in self.inputs for key in TEXT_SEQUENCES):
@@ -124,11 +130,33 @@ def sequence_of(
     runner: BlockRunner, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState
 ) -> str | None:
     """The input whose positions a list's blocks, of which ``address`` is the first, work on; None where it is no usual
-    one."""
+    one. ``input_ids.T`` is ``input_ids`` where the hidden states are ``[S, B, K]``."""
     given = [key for key in SEQUENCES if isinstance(inputs.get(key), Tensor)]
-    if len(given) < 2:
-        return next(iter(given), None)
-    return next((key for key in given if runner.depends_on(address, inputs, state, key)), None)
+    if len(given) > 1:
+        given = [key for key in given if runner.depends_on(address, inputs, state, key)]
+    if not given:
+        return None
+    return given[0] + (TIME_FIRST if _is_time_first(runner, address, inputs, state, given[0]) else "")
+
+
+def _is_time_first(
+    runner: BlockRunner, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str
+) -> bool:
+    """Whether the hidden states that reach a block are ``[S, B, K]``: the first example is changed to see where."""
+    value = inputs[key]
+    hidden = runner.capture(address, inputs, StreamState(state.outputs)).hidden
+    if value.dim() == 0 or hidden.dim() != 3 or hidden.shape[1] != len(value):
+        return False
+    # What another example has is surely allowed, and the most different one shows best.
+    example = value[int((value != value[0]).flatten(1).sum(1).argmax())]
+    if torch.equal(example, value[0]):
+        example = example + 1 if example.is_floating_point() else torch.where(example > 0, example - 1, 1)
+    changed = torch.cat([example.unsqueeze(0), value[1:]])
+    other = runner.capture(address, {**inputs, key: changed}, StreamState(state.outputs)).hidden
+    if other.shape != hidden.shape or torch.equal(other, hidden):
+        return hidden.shape[0] != len(value)
+    moved = (other != hidden).any(-1)
+    return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
 
 
 def shared(streams: Mapping[str, list[Batch]], world: World) -> dict[str, list[Batch]]:
@@ -154,21 +182,38 @@ def _check_position_weights(weights: Any, ids: Any, count: int, where: str) -> N
 def rows_of(x: Tensor, position_weights: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Rows ``[M, K]`` of a linear's input, their weights ``[M]`` or None, and whether the positions' weights fitted.
 
-    An input without one row per position (a pooled vector, windows) takes part with all its rows.
+    position_weights: ``[B, S]``, or ``[S, B]`` where the hidden states are so. An input that has them the other way
+    round takes them so; one without one row per position (a pooled vector, windows) takes part with all its rows.
     """
     rows = x.reshape(-1, x.shape[-1])
     if position_weights is None:
         return rows, None, True
-    if x.shape[:-1].numel() != position_weights.numel():
-        return rows, None, False
-    return rows, position_weights.reshape(-1), True
+    if _in_order(x.shape[:-1], position_weights):
+        return rows, position_weights.reshape(-1), True
+    if x.shape[:-1] == position_weights.T.shape:
+        return rows, position_weights.T.reshape(-1), True
+    return rows, None, False
 
 
-def split_held(rows: Tensor, weights: Tensor | None, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _in_order(places: torch.Size, weights: Tensor) -> bool:
+    """Whether rows at these places are one per weight, in the weights' order: in one dimension, in their two, or with
+    one of the two taken apart."""
+    if places.numel() != weights.numel():
+        return False
+    return max(places, default=1) == places.numel() or places[0] == len(weights) or places[-1] == weights.shape[1]
+
+
+def split_held(
+    rows: Tensor, weights: Tensor | None, x: Tensor, batch: Batch, sequence: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Row weights ``[M]`` of the fitted part and of the held-out part of a batch."""
-    everything = torch.ones(rows.shape[0], device=rows.device) if weights is None else weights
-    if x.shape[0] == len(batch.held):
-        held = batch.held.repeat_interleave(rows.shape[0] // x.shape[0])
+    everything = torch.ones(len(rows), dtype=torch.float32, device=rows.device) if weights is None else weights
+    time_first = sequence is not None and sequence.endswith(TIME_FIRST)
+    count = len(batch.held)
+    if time_first and x.dim() > 2 and x.shape[-2] == count:
+        held = batch.held.repeat(len(rows) // count)
+    elif x.shape[0] == count:
+        held = batch.held.repeat_interleave(len(rows) // count)
     else:
-        held = (torch.arange(rows.shape[0], device=rows.device) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
+        held = (torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
     return everything * ~held, everything * held

@@ -83,6 +83,66 @@ def test_what_stands_at_padded_positions_changes_no_bit(settings: dict[str, Any]
     assert_same(second, first)
 
 
+class TimeFirst(nn.Module):
+    """Hidden states ``[S, B, K]``; the positions do not see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.embedding(input_ids).transpose(0, 1).contiguous()
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return hidden.transpose(0, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"anchor": "auto"}, {"alpha": 0.0}], ids=str)
+@pytest.mark.parametrize("length", [6, 10])
+def test_hidden_states_with_time_first_are_weighed_by_the_same_mask(length: int, settings: dict[str, Any]) -> None:
+    merged = TimeFirst()
+    experts: dict[str, nn.Module] = {"a": copy.deepcopy(merged)}
+    with torch.no_grad():
+        for parameter in experts["a"].parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    mask = (torch.arange(length) < torch.tensor([[length], [1], [3], [5], [2], [4]])).long()
+    ids = torch.randint(0, 40, (6, length))
+    other = torch.where(mask > 0, ids, torch.randint(0, 40, (6, length)))
+    config = QuantConfig(group_size=16, **settings)
+    first, second = (
+        quantize(merged, experts, {"a": [{"input_ids": given, "attention_mask": mask}]}, config)
+        for given in (ids, other)
+    )
+    assert_same(second, first)
+    assert first.report["notes"] == []
+
+
+def test_rows_are_weighed_in_the_order_in_which_they_stand() -> None:
+    weights = torch.arange(12.0).view(3, 4)
+    for shape, wanted in (
+        ((3, 4), weights), ((12,), weights), ((1, 12), weights), ((3, 2, 2), weights), ((4, 3), weights.T),
+        ((6, 2), None), ((2, 6), None), ((3,), None),
+    ):  # fmt: skip
+        _, found, matched = rows_of(torch.randn(*shape, 8), weights)
+        assert matched == (wanted is not None)
+        assert found is None if wanted is None else torch.equal(found, wanted.flatten())
+    # Where both fit the order of the hidden states counts, which the caller knows.
+    square = torch.arange(9.0).view(3, 3)
+    batch = make_streams({"a": [{"input_ids": torch.zeros(3, 3), "attention_mask": square}]})["a"][0]
+    for sequence, wanted in (("input_ids", square), ("input_ids.T", square.T)):
+        _, found, _ = rows_of(torch.randn(3, 3, 8), batch.weights_of(sequence))
+        assert found is not None and torch.equal(found, wanted.flatten())
+
+
+def test_held_examples_are_held_where_time_comes_first() -> None:
+    (batch,) = make_streams({"a": [{"input_ids": torch.zeros(5, 5, dtype=torch.int64)}]})["a"]
+    x = torch.randn(5, 5, 8)
+    for sequence, wanted in (("input_ids", [0.0] * 20 + [1.0] * 5), ("input_ids.T", [0.0, 0.0, 0.0, 0.0, 1.0] * 5)):
+        _, held = split_held(x.view(25, 8), None, x, batch, sequence)
+        assert held.tolist() == wanted
+
+
 def test_a_mask_that_hides_nothing_is_no_mask(toy_job: ToyJob) -> None:
     plain = {t: [{"input_ids": b["input_ids"]} for b in batches] for t, batches in toy_job.calibration.items()}
     ones = {
