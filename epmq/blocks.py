@@ -373,6 +373,8 @@ def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], boo
     held: list[Tensor] = []
 
     def record(name: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return  # all tensors without elements are at one address
         held.append(x)
         key = _identity(x)
         if not any(name in names for names in seen.values()):
@@ -429,8 +431,9 @@ def observe(block: nn.Module, names: list[str], see: Callable[[str, Tensor], Non
 
 
 @torch.no_grad()
-def input_of(block: nn.Module, call: BlockCall, name: str) -> Tensor:
-    """The input of submodule ``name`` when the block runs this call; what comes after it is not computed."""
+def input_of(block: nn.Module, call: BlockCall, name: str) -> Tensor | None:
+    """The input of submodule ``name`` when the block runs this call; what comes after it is not computed. None where
+    the call does not reach it."""
     found: list[Tensor] = []
 
     def stop(_: str, x: Tensor) -> None:
@@ -442,6 +445,4 @@ def input_of(block: nn.Module, call: BlockCall, name: str) -> Tensor:
             call.run(block)
         except _Reached:
             pass
-    if not found:
-        raise ModelError(f"submodule {name!r} is reached on some calibration inputs but not on all of them.")
-    return found[0]
+    return found[0] if found else None

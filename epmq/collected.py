@@ -27,7 +27,7 @@ from epmq.blocks import (
 )
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
-from epmq.diagnose import joined, layer_rows
+from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
@@ -145,7 +145,7 @@ def quantize_collected(
     _check_model(next(iter(statistics.values())), skeleton, addresses)
     layers: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
-    notes: list[str] = []
+    notes = unlinear_share({address.name: skeleton.get_submodule(address.name) for address in addresses})
     matched: set[str | None] = set()
     for number, address in enumerate(addresses):
         progress(address.name, number, len(addresses))

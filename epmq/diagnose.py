@@ -5,10 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.group import GroupOutcome
-from epmq.orientation import weight_of
+from epmq.orientation import is_linear, weight_of
 from epmq.statistics import Expert, Moments, Sample
+
+MOST_UNTOLD = 0.1
+
+
+def unlinear_share(blocks: Mapping[str, nn.Module]) -> list[str]:
+    """A note, where a good part of the blocks' weights are in no linear and so are never quantized."""
+    left: dict[str, int] = {}
+    total = 0
+    for block, module in blocks.items():
+        inside = {name for name, part in module.named_modules() if is_linear(part)}
+        for name, parameter in module.named_parameters():
+            total += parameter.numel()
+            if parameter.dim() > 1 and name.rpartition(".")[0] not in inside:
+                left[f"{block}.{name}"] = parameter.numel()
+    share = sum(left.values()) / max(total, 1)
+    if share <= MOST_UNTOLD:
+        return []
+    largest = max(left, key=left.__getitem__)
+    return [f"{share:.0%} of the blocks' weights, such as {largest}, are in no linear layer and stay unquantized."]
 
 
 def layer_rows(
@@ -50,9 +71,9 @@ def layer_rows(
 
 
 def joined(parts: Sequence[list[dict[str, Any]]], tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """One list of lines out of several about the same linears, each with some of the tasks."""
+    """One list of lines out of several about the same linears, each with some of the tasks that reach them."""
     lines = []
     for alike in zip(*parts, strict=True):
         errors = {task: found for row in alike for task, found in row["tasks"].items()}
-        lines.append({**alike[0], "tasks": {task: errors[task] for task in tasks}})
+        lines.append({**alike[0], "tasks": {task: errors[task] for task in tasks if task in errors}})
     return lines

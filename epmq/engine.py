@@ -11,7 +11,7 @@ from torch import nn
 
 from epmq.blocks import BlockAddress, InputGroup
 from epmq.config import QuantConfig
-from epmq.diagnose import joined, layer_rows
+from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError, NumericalError
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
@@ -69,6 +69,7 @@ class Engine:
         for address in self.walk.begin():
             self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.walk.addresses)
+        self.notes += unlinear_share({a.name: self.walk.runner.block(a) for a in self.walk.addresses})
         start = self._take_up(total)
         for number, address in enumerate(self.walk.addresses[start:], start):
             self.progress(address.name, number, total)
@@ -122,7 +123,8 @@ class Engine:
                 give_back_free_memory()
             else:
                 norm, moments = visit.block.get_submodule(step), gather_norm(visit, step)
-                correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
+                if moments is not None:
+                    correct(norm, *moments.correction(getattr(norm, "bias", None) is not None))
                 visit.settle([step])
         if self.walk.streams:
             visit.leave()
@@ -159,6 +161,8 @@ class Engine:
         # where linears differ in their settings all of them.
         own = self.world.rows(rows) if len(pieces) == 1 else slice(0, rows)
         found = gather(visit, group, anchor, own)
+        if found is None:
+            return {}
         refit = config.refits_bias and all(linear.bias is not None for linear in linears)
         strength = self.world.from_main(anchor_strength(config, found.split, refit) if self.world.main else None)
         stored = stored_scale_dtype(config, self.merged, where)

@@ -8,11 +8,16 @@ from torch import Tensor
 
 from epmq.blocks import InputGroup, narrows
 from epmq.errors import CalibrationError, NumericalError
-from epmq.norms import NormStatistics
+from epmq.norms import CHANNELS_SECOND, NormStatistics
 from epmq.sources import all_finite
 from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
 from epmq.streams import rows_of, split_held
 from epmq.visit import Visit
+
+ROUTED_NOTE = (
+    "{}: some of its linears read rows that the model picks, and picks otherwise inside the experts; their targets are"
+    " what the experts' weights make of the deployed model's rows (alpha 0)."
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class Gathered:
         return problem, problem if self.inputs is self.problem else self.inputs
 
 
-def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathered:
-    """The problem of a group around its anchor, for this process's share ``own`` of the outputs."""
+def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathered | None:
+    """The problem of a group around its anchor, for this process's share ``own`` of the outputs; None where no batch
+    reaches it any more, because what picks its rows was rounded before it."""
     walk, config = visit.walk, visit.walk.config
     own_anchor = anchor.of_rows(own)
     rows, columns = anchor.weight.shape
@@ -54,10 +60,15 @@ def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathe
     automatic = config.method == "epmq" and config.anchor == "auto"
     split = (empty(count), empty(count)) if automatic else None
     samples: dict[str, Sample] = {}
+    missing: list[str] = []
     for place, task in enumerate(walk.streams):
         # Without experts the anchor is the merged weights, and these are what the report compares with.
         expert = visit.read(walk.experts[task], group) if walk.experts else anchor
-        fitted, held = _of_task(visit, group, task, expert, automatic)
+        found = _of_task(visit, group, task, expert, automatic)
+        if found is None:
+            missing.append(task)
+            continue
+        fitted, held = found
         if split is not None and held is not None:
             fold(split[0], fitted, expert)
             fold(split[1], held, expert)
@@ -73,6 +84,10 @@ def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathe
             inputs.fold_inputs(fitted, config.task_weights)
         if place % walk.world.size == walk.world.rank:
             samples[task] = fitted.sampled(expert, config.alpha)
+    if problem.weight == 0.0:
+        return None
+    if missing:
+        visit.notes.append(f"{visit.name_of(group.first)}: reached by no calibration input of {', '.join(missing)}.")
     if split is not None:
         split = (split[0].whole(own, rows, walk.world), split[1].whole(own, rows, walk.world))
     return Gathered(problem, inputs, split, samples)
@@ -80,8 +95,9 @@ def gather(visit: Visit, group: InputGroup, anchor: Expert, own: slice) -> Gathe
 
 def _of_task(
     visit: Visit, group: InputGroup, task: str, expert: Expert, automatic: bool
-) -> tuple[TaskStatistics, TaskStatistics | None]:
-    """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out."""
+) -> tuple[TaskStatistics, TaskStatistics | None] | None:
+    """Statistics of all processes' batches of a task, fitted and, for ``automatic``, held out; None where none of them
+    reaches the group."""
     walk, where = visit.walk, visit.name_of(group.first)
     outputs, columns = expert.weight.shape
     of_outputs = narrows(visit.block, group)
@@ -92,15 +108,25 @@ def _of_task(
     held = TaskStatistics(columns, targets, of_outputs, device=walk.device, exact=True) if automatic else None
     sample = max(1, SAMPLE_ROWS // walk.counts[task])
     sequence = walk.sequence if group.sequence is None else None
+    reached = False
     for batch in walk.streams[task]:
         x = visit.input_of(task, batch, group.first)
+        if x is None:
+            continue
+        reached = True
         rows, weights, matched = rows_of(x, batch.weights_of(sequence))
         if not matched:
             visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
         target = None
         if targets is not None:
             target = visit.rows_inside(task, batch, group.linears if of_outputs else (group.first,))
-            target = walk.runner.precision.read(target - expert.bias) if of_outputs else target
+            if len(target) != len(rows) or visit.is_routed(task, batch, x):
+                # Rows inside the expert are others, so its weights are shown those of the deployed model.
+                target = rows.float() @ expert.weight.T if of_outputs else rows
+                visit.notes.append(ROUTED_NOTE.format(visit.address.name))
+            elif of_outputs:
+                target = target - expert.bias
+            target = walk.runner.precision.read(target)
         if held is None:
             fitted.add(rows, target, weights, sample)
         else:
@@ -110,6 +136,8 @@ def _of_task(
     for statistics in (fitted, held):
         if statistics is not None:
             statistics.over(walk.world)
+    if fitted.weight + (0.0 if held is None else held.weight) == 0.0 and not any(walk.world.gather(reached)):
+        return None
     fitted.check(task, where)
     if held is not None and held.weight <= 0:
         raise CalibrationError(
@@ -119,19 +147,37 @@ def _of_task(
     return fitted, held
 
 
-def gather_norm(visit: Visit, name: str) -> NormStatistics:
-    """What a norm gives as deployed and inside the experts, over all tasks."""
-    walk = visit.walk
-    weight: Tensor = visit.block.get_submodule(name).weight  # type: ignore[assignment]
+def gather_norm(visit: Visit, name: str) -> NormStatistics | None:
+    """What a norm gives as deployed and inside the experts, over all tasks; None where that cannot be compared, as the
+    notes then tell."""
+    walk, where = visit.walk, visit.name_of(name)
+    norm = visit.block.get_submodule(name)
+    weight: Tensor = norm.weight  # type: ignore[assignment]
     channels = len(weight)
     moments = NormStatistics(channels, walk.device)
     for task, batches in walk.streams.items():
         own = NormStatistics(channels, walk.device)
+        taken = False
         for batch in batches:
-            z, weights, _ = rows_of(visit.output_of(task, batch, name), batch.weights_of(walk.sequence))
+            output = visit.output_of(task, batch, name)
+            if output is None:
+                continue
+            if isinstance(norm, CHANNELS_SECOND) or output.shape[-1] != channels:
+                visit.notes.append(f"{where}: its channels are not the last dimension; not refitted.")
+                return None
+            z, weights, _ = rows_of(output, batch.weights_of(walk.sequence))
             y = visit.rows_inside(task, batch, (name,))
+            if len(y) != len(z) or visit.is_routed(task, batch, output):
+                continue
+            taken = True
             z, y = z.float(), y.float()
             own.add(z, y, z.new_ones(len(z)) if weights is None else weights)
         own.over(walk.world)
-        moments.fold(own)
+        if own.weight > 0.0:
+            moments.fold(own)
+        elif any(walk.world.gather(taken)):
+            raise CalibrationError(f"task {task!r} has no calibration rows at {where}: all positions are masked out.")
+    if moments.weight == 0.0:
+        visit.notes.append(f"{where}: reads rows that the model picks otherwise inside the experts; not refitted.")
+        return None
     return moments

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from epmq.world import World
 
 RIDGE = 0.1
+CHANNELS_SECOND = (
+    nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)  # fmt: skip
 
 
 class NormStatistics:

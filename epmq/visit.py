@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from epmq.blocks import (
     input_of,
     is_norm,
     narrows,
+    observe,
     running_order,
 )
 from epmq.errors import NumericalError
@@ -43,7 +45,8 @@ class Visit:
         self.block = walk.load(address, walk.merged)
         self.steps = self._steps() if walk.streams else []
         self.notes: list[str] = []
-        changing = [name for step in self.steps for name in ([step] if isinstance(step, str) else step.linears)]
+        changing = [name for step in self.steps for name in _names(step)]
+        self._seen_at: list[str] = []
         self._store = OutputStore(self.block, changing, walk.reuse_bytes)
         if walk.inside:
             self._run_inside()
@@ -64,22 +67,43 @@ class Visit:
         """The weights of a group in another model."""
         return read_stack(source, self.address, group, self.linears(group), self.walk.device)
 
-    def input_of(self, task: str, batch: Batch, name: str) -> Tensor:
-        """What a part of the block reads as deployed."""
+    def input_of(self, task: str, batch: Batch, name: str) -> Tensor | None:
+        """What a part of the block reads as deployed; None where the batch does not reach it."""
         call = self._call(task, batch)
         with self._store.active((task, batch.number)):
-            return call.precision.read(input_of(self.block, call, name))
+            x = input_of(self.block, call, name)
+        return None if x is None or x.numel() == 0 else call.precision.read(x)
 
-    def output_of(self, task: str, batch: Batch, name: str) -> Tensor:
-        """What a part of the block gives as deployed."""
+    def is_routed(self, task: str, batch: Batch, x: Tensor) -> bool:
+        """Whether the rows ``x`` that a part of the block reads are picked out of the batch by what they hold: inside
+        the expert others are."""
+        places = x.shape[:-1]
+        if max(places, default=1) < places.numel():
+            return False
+        return places.numel() != self._call(task, batch).hidden.shape[:-1].numel() and self._picks_rows
+
+    @cached_property
+    def _picks_rows(self) -> bool:
+        """Whether some group reads more rows, or fewer, inside the experts than as deployed."""
+        for task, batches in self.walk.streams.items():
+            for batch in batches:
+                counts: dict[str, int] = {}
+                with observe(self.block, self._seen_at, partial(_count_rows, counts)):
+                    self._call(task, batch).run(self.block)
+                if any(len(self.rows_inside(task, batch, (name,))) != counts.get(name, 0) for name in self._seen_at):
+                    return True
+        return False
+
+    def output_of(self, task: str, batch: Batch, name: str) -> Tensor | None:
+        """What a part of the block gives as deployed; None where the batch does not reach it."""
         call = self._call(task, batch)
         seen: Seen = {}
         with self._store.active((task, batch.number)), outputs(self.block, [name], seen, call.precision):
             call.run(self.block)
-        return seen[name]
+        return seen.get(name)
 
     def rows_inside(self, task: str, batch: Batch, names: Iterable[str]) -> Tensor:
-        """Rows ``[M, P]`` that were seen at parts of the expert's block, side by side."""
+        """Rows ``[M, P]`` that were seen at parts of the expert's block, side by side; none where it was not run."""
         parts = [self.walk.states.seen(task, batch.number, name) for name in names]
         seen = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return seen.reshape(-1, seen.shape[-1])
@@ -115,17 +139,28 @@ class Visit:
         if not world.main:
             told = world.from_main(None)
             return [step if isinstance(step, str) else InputGroup(tuple(step[0]), step[1]) for step in told]
-        task, batch = self.walk.any_batch()
-        # The call is captured anew for each run: a block may fill a cache it is given.
-        groups = input_groups(self.block, self._call(task, batch), self._selects)
-        steps: list[InputGroup | str] = list(groups)
-        if self.walk.config.norm_refit and self.walk.inside:
-            first = {group.first: group for group in groups}
-            norms = [name for name, module in self.block.named_modules() if is_norm(module)]
-            order = running_order(self.block, self._call(task, batch), norms + list(first))
-            steps = [first.get(name, name) for name in order]
+        steps: list[InputGroup | str] = []
+        wanted = set(self.selected())
+        batches = [(task, batch) for task, batches in self.walk.streams.items() for batch in batches]
+        for number, (task, batch) in enumerate(batches):
+            if number and not wanted:
+                break
+            # What one batch leaves out another may reach: an expert of a mixture.
+            steps = _with_new(steps, self._steps_on(task, batch))
+            wanted -= {name for step in steps for name in _names(step)}
         world.from_main([s if isinstance(s, str) else [list(s.linears), s.sequence] for s in steps])
         return steps
+
+    def _steps_on(self, task: str, batch: Batch) -> list[InputGroup | str]:
+        """The steps that one batch reaches."""
+        # The call is captured anew for each run: a block may fill a cache it is given.
+        groups = input_groups(self.block, self._call(task, batch), self._selects)
+        if not (self.walk.config.norm_refit and self.walk.inside):
+            return list(groups)
+        first = {group.first: group for group in groups}
+        norms = [name for name, module in self.block.named_modules() if is_norm(module)]
+        order = running_order(self.block, self._call(task, batch), norms + list(first))
+        return [first.get(name, name) for name in order]
 
     def _run_inside(self) -> None:
         """One run of each expert's block: what its groups read (or give) and its norms give, per batch."""
@@ -139,6 +174,7 @@ class Visit:
                 given += step.linears
             else:
                 read.append(step.first)
+        self._seen_at = [*read, *given]
         for task, batches in walk.streams.items():
             if not batches:
                 continue
@@ -147,5 +183,31 @@ class Visit:
                 inside = walk.states.inside(task, batch.number)
                 call = walk.runner.capture(self.address, batch.inputs, StreamState(inside.outputs))
                 output, seen = run_inside(expert_block, inside.within(call), read, given)
+                for name in self._seen_at:
+                    seen.setdefault(name, inside.hidden.new_empty(0, 1))
                 walk.states.go_inside(task, batch.number, inside, self.address.list_name, output)
                 walk.states.keep_seen(task, batch.number, seen)
+
+
+def _count_rows(counts: dict[str, int], name: str, x: Tensor) -> None:
+    """Count what a part of the block reads when it first runs."""
+    counts.setdefault(name, x.shape[:-1].numel())
+
+
+def _names(step: InputGroup | str) -> tuple[str, ...]:
+    """The parts of the block that a step is about."""
+    return (step,) if isinstance(step, str) else step.linears
+
+
+def _with_new(known: list[InputGroup | str], found: list[InputGroup | str]) -> list[InputGroup | str]:
+    """Steps known so far and those that another batch reaches as well, each behind the one that it came behind."""
+    steps = list(known)
+    taken = {name for step in known for name in _names(step)}
+    place = 0
+    for step in found:
+        if step in steps:
+            place = steps.index(step) + 1
+        elif not taken.intersection(_names(step)):
+            steps.insert(place, step)
+            place += 1
+    return steps

@@ -200,7 +200,8 @@ def test_linears_that_read_the_same_tensor_share_a_group() -> None:
     groups = [group.linears for group in input_groups(block, call, lambda name: name not in ("query", "up"))]
     assert groups == [("key",), ("out",), ("down",)]
     assert running_order(block, call, ["down", "norm", "query"]) == ["norm", "query", "down"]
-    assert torch.equal(input_of(block, call, "query"), block.norm(call.hidden))  # type: ignore[operator]
+    x = input_of(block, call, "query")
+    assert x is not None and torch.equal(x, block.norm(call.hidden))  # type: ignore[operator]
 
 
 def test_equal_values_in_other_places_are_another_group() -> None:

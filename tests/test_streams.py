@@ -95,7 +95,8 @@ class TimeFirst(nn.Module):
         hidden = self.embedding(input_ids).transpose(0, 1).contiguous()
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return hidden.transpose(0, 1)
+        out: Tensor = hidden.transpose(0, 1)
+        return out
 
 
 @pytest.mark.parametrize("settings", [{}, {"anchor": "auto"}, {"alpha": 0.0}], ids=str)
@@ -126,7 +127,7 @@ def test_rows_are_weighed_in_the_order_in_which_they_stand() -> None:
     ):  # fmt: skip
         _, found, matched = rows_of(torch.randn(*shape, 8), weights)
         assert matched == (wanted is not None)
-        assert found is None if wanted is None else torch.equal(found, wanted.flatten())
+        assert wanted is None or (found is not None and torch.equal(found, wanted.flatten()))
     # Where both fit the order of the hidden states counts, which the caller knows.
     square = torch.arange(9.0).view(3, 3)
     batch = make_streams({"a": [{"input_ids": torch.zeros(3, 3), "attention_mask": square}]})["a"][0]
@@ -296,3 +297,12 @@ def test_a_task_whose_positions_are_all_masked_is_named(toy_job: ToyJob) -> None
         batch["attention_mask"].zero_()
     with pytest.raises(CalibrationError, match=r"task 'task1' has no calibration rows at blocks\.0\.query"):
         quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig(group_size=16))
+
+
+def test_a_task_without_positions_is_named_before_norms_are_refitted(toy_job: ToyJob) -> None:
+    for batch in toy_job.calibration["task1"]:
+        batch["attention_mask"].zero_()
+    with pytest.raises(
+        CalibrationError, match=r"task 'task1' has no calibration rows at blocks\.0\.norm: all positions"
+    ):
+        quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig(group_size=16, norm_refit=True))
