@@ -21,7 +21,8 @@ def can_augment(batch: Batch) -> bool:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return False
     for name, value in batch.inputs.items():
-        if isinstance(value, Tensor) and value.shape[:2] == ids.shape and name not in ("input_ids", "attention_mask"):
+        of_positions = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == ids.shape[1]
+        if of_positions and name not in ("input_ids", "attention_mask"):
             return False
     mask = batch.inputs.get("attention_mask")
     if mask is None:

@@ -101,7 +101,9 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, devic
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CalibrationError(f"task {task!r}: batch {number} holds NaN or Inf in {name!r}.")
-    count = tensors[0].shape[0]
+    # Other inputs may be one for all examples, as position_ids [1, S].
+    usual = [inputs[key] for key in SEQUENCES if isinstance(inputs.get(key), Tensor) and inputs[key].dim() > 0]
+    count = (usual or tensors)[0].shape[0]
     if weights is not None:
         _check_position_weights(weights, inputs.get("input_ids"), count, f"task {task!r}: batch {number}")
     else:

@@ -225,6 +225,11 @@ def test_every_fifth_example_is_held_out_across_batches() -> None:
     assert held.tolist() == [i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for i in range(13)]
 
 
+def test_an_input_that_all_examples_share_does_not_tell_their_number() -> None:
+    inputs = {"position_ids": torch.arange(3).unsqueeze(0), "input_ids": torch.zeros(5, 3, dtype=torch.int64)}
+    assert make_streams({"a": [inputs]})["a"][0].held.tolist() == [False] * 4 + [True]
+
+
 def test_held_examples_are_held_with_all_their_positions() -> None:
     (batch,) = make_streams({"a": [{"input_ids": torch.zeros(5, 3, dtype=torch.int64)}]})["a"]
     x = torch.randn(5, 3, 8)
