@@ -8,7 +8,7 @@ experts, because one model must give either expert's answer on either kind of in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ from torch import Tensor, nn
 from epmq import trust
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
+from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
 from epmq.shelf import altered, read_value, write_value
-from epmq.streams import DECODER_SEQUENCES, Batch
+from epmq.sources import all_finite
+from epmq.streams import DECODER_SEQUENCES, TEXT_SEQUENCES, Batch
 from epmq.world import World
 
 OpenExpert = Callable[[str], nn.Module]
 KEEP_STEPS = 20
+
+
+class _HeadReached(Exception):
+    """Carries what the output embeddings read out of the model's forward."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
 
 
 @dataclass
@@ -41,8 +51,8 @@ def pooled(model: nn.Module, batch: Batch) -> Tensor:
     """Features ``[B, D]`` of a batch: the model's first output, for a language model what its output embeddings read,
     for one that compares images and texts the features of both; averaged over unmasked positions when it has them."""
     hidden = _last_hidden(model, batch).float()
-    if hidden.dim() == 2:
-        return hidden
+    if hidden.dim() < 3:
+        return hidden.reshape(len(hidden), -1)
     weights = batch.output_weights()
     if weights is None or weights.shape != hidden.shape[:2]:
         return hidden.flatten(1, -2).mean(1)
@@ -56,15 +66,32 @@ def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
         output = model(**batch.inputs)
         if isinstance(output, Mapping) and {"image_embeds", "text_embeds"} <= set(output):
             return torch.cat([output["image_embeds"], output["text_embeds"]], -1)
-        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        return hidden
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        return _first_features(model, output)
+    handle = head.register_forward_pre_hook(_reach_head, with_kwargs=True)
     try:
-        model(**batch.inputs)
+        return _first_features(model, model(**batch.inputs))
+    except _HeadReached as reached:
+        return reached.hidden
     finally:
         handle.remove()
-    return seen[0]
+
+
+def _reach_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # What a vocabulary of logits would take is not spent.
+    raise _HeadReached(args[0] if args else next(iter(kwargs.values())))
+
+
+def _first_features(model: nn.Module, output: Any) -> Tensor:
+    """The first tensor of an output that can be features of examples; a loss in front of them is none."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    for value in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return value
+    raise ModelError(
+        f"{type(model).__name__}: its output holds no tensor of features, which distillation compares; return one, or"
+        " leave distill out."
+    )
 
 
 def distill(
@@ -76,15 +103,16 @@ def distill(
     progress: Callable[[str, int, int], None],
     world: World | None = None,
     kept_in: Path | None = None,
+    frozen: Collection[nn.Module] = (),
 ) -> dict[str, Any]:
     """Tune the modules ``trained`` of ``model`` (fp32), in place; returns losses and pairs for the report.
 
     open_expert: gives a task's expert as a module; one is open at a time. streams: calibration batches per task.
     world: processes that share the tasks of every step; their gradients are added up. kept_in: a file for the state
-    after every 20 steps, from which a later call goes on.
+    after every 20 steps, from which a later call goes on. frozen: modules within ``trained`` that stay as they are.
     """
     world = world or World()
-    parameters = _trainable(model, trained)
+    parameters = _trainable(model, trained, frozen)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
     kept = read_value(kept_in) if kept_in is not None and trust.exists(kept_in) else None
@@ -98,7 +126,7 @@ def distill(
     else:
         pairs = similar_tasks(model, streams, settings)
         examples = _examples(open_expert, streams, pairs, settings, generator, progress, world)
-        metrics = {task: _metrics([e.feature for e in batches], settings) for task, batches in examples.items()}
+        metrics = {task: _metrics(task, [e.feature for e in found], settings) for task, found in examples.items()}
         if kept is not None:
             losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
     for step in range(start, settings.steps):
@@ -291,13 +319,21 @@ def _examples(
     return examples
 
 
-def _metrics(features: list[Tensor], settings: DistillSettings) -> tuple[Tensor, Tensor]:
+def _metrics(task: str, features: list[Tensor], settings: DistillSettings) -> tuple[Tensor, Tensor]:
     """Two metrics ``[D, D]`` from the covariance S of an expert's features, both 1 for a typical deviation: one that
     keeps a share of all directions, and S / ‖S‖²_F alone, for inputs of other tasks."""
-    covariance = torch.cov(torch.cat(features).T)
-    size = covariance.shape[0]
+    rows = torch.cat(features)
+    if not all_finite(rows):
+        raise NumericalError(f"the features of expert {task!r} are NaN or Inf on its calibration inputs.")
+    if bool((rows == rows[0]).all()):
+        raise CalibrationError(
+            f"task {task!r}: its expert has the same features for all of its calibration examples, and distillation"
+            " goes by how they vary; give examples that differ, or leave distill out."
+        )
+    size = rows.shape[1]
+    covariance = torch.cov(rows.T).view(size, size)
     own = covariance / covariance.square().sum().clamp_min(1e-30)
-    even = torch.eye(size, device=covariance.device) / covariance.trace().clamp_min(1e-30)
+    even = torch.eye(size, dtype=rows.dtype, device=rows.device) / covariance.trace().clamp_min(1e-30)
     share = settings.covariance_share
     return (1.0 - share) * even + share * own, own
 
@@ -332,20 +368,31 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         width = mask.shape[1]
-        used = int(mask.sum(0).nonzero().max()) + 1
+        used = max([1, *(mask.sum(0).nonzero().flatten() + 1).tolist()])
         for key, value in inputs.items():
             of_text = key not in DECODER_SEQUENCES and key != "decoder_attention_mask"
-            if of_text and isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
+            if of_text and _stands_by_position(key, value) and value.shape[1] == width:
                 inputs[key] = value[:, :used]
         weights = None if weights is None else weights[:, :used]
     decoder = None if batch.decoder_weights is None else batch.decoder_weights[rows]
     return Batch(inputs, weights, batch.held[rows], decoder)
 
 
-def _trainable(model: nn.Module, trained: list[nn.Module]) -> list[nn.Parameter]:
+def _stands_by_position(key: str, value: Any) -> bool:
+    """Whether an input may have positions of a text as its second dimension. Images have channels there."""
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return False
+    return value.dim() == 2 or key in TEXT_SEQUENCES or not value.is_floating_point()
+
+
+def _trainable(model: nn.Module, trained: list[nn.Module], frozen: Collection[nn.Module]) -> list[nn.Parameter]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    parameters = [parameter for module in trained for parameter in module.parameters()]
+    kept = {id(parameter) for module in frozen for parameter in module.parameters()}
+    found = {id(parameter): parameter for module in trained for parameter in module.parameters()}
+    parameters = [parameter for key, parameter in found.items() if key not in kept]
+    if not parameters:
+        raise ConfigError("include and exclude leave distillation nothing to tune; change them, or leave distill out.")
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import find_blocks
+from epmq.blocks import BlockAddress, find_blocks
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.distill import distill
 from epmq.engine import Engine
 from epmq.linear import QuantLinear
+from epmq.orientation import is_linear
 from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill, without_cache
@@ -137,6 +138,8 @@ def _stages(
     around: Surroundings,
     journal: Journal | None,
 ) -> dict[str, Any]:
+    order: list[BlockAddress] = []
+
     def one_pass(
         name: str,
         merged: WeightSource,
@@ -152,6 +155,7 @@ def _stages(
             found = engine.run()
         finally:
             engine.restore()
+        order[:] = engine.walk.addresses
         if stage is not None:
             stage.replay(sink)
         return found
@@ -163,8 +167,8 @@ def _stages(
     found = one_pass("closed", merged, base, experts, first, closed)
     model = closed.assemble(copy.deepcopy(skeleton), merged).float()
     del closed
-    addresses = find_blocks(model)
-    tuned = addresses[len(addresses) - max(1, round(config.distill.last_blocks * len(addresses))) :]
+    # The last that the forward calls, wherever they stand in the model.
+    tuned = order[len(order) - max(1, round(config.distill.last_blocks * len(order))) :]
 
     def open_expert(task: str) -> nn.Module:
         expert = copy.deepcopy(skeleton)
@@ -180,11 +184,12 @@ def _stages(
         progress,
         around.world,
         None if journal is None else journal.distillation,
+        [module for name, module in model.named_modules() if is_linear(module) and not config.selects(name)],
     )
     target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
     stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}
     if not config.rounds:
-        blocks = tuple(f"{address.name}." for address in addresses)
+        blocks = tuple(f"{address.name}." for address in find_blocks(model))
         for key in target.keys():
             if key.startswith(blocks):
                 sink.tensor(key, target.tensor(key))

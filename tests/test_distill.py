@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
 from conftest import ToyJob, ToyModel, make_toy_job, state_of, toy_batches
 from torch import nn
 
+from epmq import QuantConfig, QuantResult, quantize
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
 from epmq.distill import distill, pooled, similar_tasks, take
+from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.streams import Batch, make_streams
 
 QUICK = DistillSettings(steps=30, copies=1, learning_rate=1e-3)
@@ -119,3 +123,122 @@ def test_augmented_keeps_ends_and_length_limit(seed: int) -> None:
 def test_only_token_batches_can_be_augmented() -> None:
     assert can_augment(make_streams({"a": [{"input_ids": torch.ones(2, 3, dtype=torch.long)}]})["a"][0])
     assert not can_augment(make_streams({"a": [{"images": torch.ones(2, 8, 8)}]})["a"][0])
+
+
+class Bare(nn.Module):
+    """A model whose blocks stand the other way round than it calls them; beside them some that it never calls."""
+
+    def __init__(self, outputs: int = 5):
+        super().__init__()
+        self.late, self.early, self.unused = (
+            nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)) for _ in range(3)
+        )
+        self.head = nn.Linear(16, outputs)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        for block in (*self.early, *self.late):
+            x = x + block(x)
+        return {"loss": torch.tensor(1.0), "logits": self.head(x.mean(1)), "names": ["a"]}
+
+
+def best(merged: nn.Module, experts: dict[str, nn.Module], data: Any, **settings: Any) -> QuantResult:
+    distilled = {"steps": 6, "copies": 1, "examples": 2, **settings.pop("distill", {})}
+    return quantize(merged, experts, data, QuantConfig(**{"bits": None, **settings, "distill": distilled}))
+
+
+def varied(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    return twin
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_any_output_with_features_will_do_and_the_blocks_called_last_are_tuned(outputs: int) -> None:
+    merged = Bare(outputs)
+    experts = {"a": varied(merged), "b": varied(merged)}
+    data = {task: [{"x": torch.randn(6, 3, 16)}] for task in experts}
+    plain = quantize(merged, experts, data, QuantConfig(bits=None)).model.state_dict()
+    tuned = best(merged, experts, data).model.state_dict()
+    # Every one of them, because the closed form alone gives the others.
+    moved = {name.rpartition(".")[0] for name in plain if not torch.equal(plain[name], tuned[name])}
+    assert moved == {"late.0.0", "late.1.0"}
+
+
+def test_one_example_does_not_tell_how_features_vary() -> None:
+    merged = Bare()
+    with pytest.raises(CalibrationError, match="task 'a': its expert has the same features for all"):
+        best(merged, {"a": varied(merged)}, {"a": [{"x": torch.randn(1, 3, 16)}]})
+
+
+def test_an_output_without_features_is_refused() -> None:
+    class Silent(Bare):
+        def forward(self, x: torch.Tensor) -> Any:
+            super().forward(x)
+            return {"names": ["a"]}
+
+    merged = Silent()
+    with pytest.raises(ModelError, match="Silent: its output holds no tensor of features"):
+        best(merged, {"a": varied(merged)}, {"a": [{"x": torch.randn(2, 3, 16)}]})
+
+
+def test_what_is_excluded_is_not_tuned(toy_job: ToyJob) -> None:
+    settings = {"exclude": ["blocks.1.up"], "distill": {"copies": 0, "steps": 20}}
+    tuned = best(toy_job.merged, toy_job.experts, toy_job.calibration, **settings).model.state_dict()
+    merged = toy_job.merged.state_dict()
+    same = {name for name in merged if name.startswith("blocks.1.") and torch.equal(merged[name], tuned[name])}
+    assert same == {"blocks.1.up.weight", "blocks.1.up.bias"}
+    linears = ["query", "key", "out", "up", "down", "norm"]
+    toy_job.merged.get_submodule("blocks.1").norm = nn.Identity()
+    for expert in toy_job.experts.values():
+        expert.get_submodule("blocks.1").norm = nn.Identity()
+    with pytest.raises(ConfigError, match="leave distillation nothing to tune"):
+        best(toy_job.merged, toy_job.experts, toy_job.calibration, exclude=[f"blocks.1.{n}" for n in linears])
+
+
+def test_the_head_of_a_language_model_is_not_run() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
+    (batch,) = make_streams({"a": [{"input_ids": torch.randint(0, 40, (2, 6))}]})["a"]
+    with torch.no_grad():
+        wanted = model.model(**batch.inputs)[0].mean(1)
+        model.lm_head.register_forward_hook(lambda *_: pytest.fail("its logits were computed"))
+        assert torch.equal(pooled(model, batch), wanted)
+
+
+def bert_inputs(kind: str) -> dict[str, torch.Tensor]:
+    """Inputs of eight examples of up to twelve positions."""
+    mask = (torch.arange(12) < torch.tensor([12, 5, 4, 3, 6, 5, 4, 7]).unsqueeze(1)).long()
+    ids = torch.randint(1, 40, (8, 12))
+    if kind == "embeds":
+        return {"inputs_embeds": torch.randn(8, 12, 32), "attention_mask": mask}
+    if kind == "a text without tokens":
+        return {"input_ids": ids, "attention_mask": mask * (torch.arange(8) != 3).long().unsqueeze(1)}
+    shared = {"position_ids": torch.arange(12).unsqueeze(0), "input_ids": ids}
+    return shared if kind == "shared positions" else {**shared, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["embeds", "a text without tokens", "shared positions", "shared positions, padded"])
+def test_inputs_of_every_kind_are_taken_in_parts(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    merged = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes), add_pooling_layer=False).eval()
+    experts = {"a": varied(merged), "b": varied(merged)}
+    data = {task: [bert_inputs(kind) for _ in range(2)] for task in experts}
+    report = best(merged, experts, data, distill={"steps": 12, "examples": 1}).report
+    assert all(math.isfinite(report["stages"]["distill"][name]) for name in ("first_loss", "last_loss"))
+
+
+def test_parts_of_other_inputs_than_texts_stay_whole() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    inputs = {
+        "attention_mask": mask, "inputs_embeds": torch.randn(2, 3, 4), "bbox": torch.ones(2, 3, 4, dtype=torch.int64),
+        "pixel_values": torch.randn(2, 3, 8, 8), "position_ids": torch.arange(3).unsqueeze(0),
+    }  # fmt: skip
+    taken = take(make_streams({"a": [inputs]})["a"][0], torch.tensor([1]))
+    assert {name: tuple(value.shape) for name, value in taken.inputs.items()} == {
+        "attention_mask": (1, 1), "inputs_embeds": (1, 1, 4), "bbox": (1, 1, 4), "pixel_values": (1, 3, 8, 8),
+        "position_ids": (1, 1),
+    }  # fmt: skip
