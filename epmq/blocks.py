@@ -148,14 +148,14 @@ def _with_own_hidden(output: Any) -> Any:
 
 @dataclass(frozen=True)
 class BlockAddress:
-    """A block: the dotted name of the list that holds it, and its place there."""
+    """A block: the dotted name of the list that holds it, and its own name there."""
 
     list_name: str
-    place: int
+    child: str
 
     @property
     def name(self) -> str:
-        return f"{self.list_name}.{self.place}" if self.list_name else str(self.place)
+        return f"{self.list_name}.{self.child}" if self.list_name else self.child
 
 
 def find_blocks(model: nn.Module) -> list[BlockAddress]:
@@ -173,11 +173,11 @@ def find_blocks(model: nn.Module) -> list[BlockAddress]:
                 f"{name or 'the model'}: one block stands several times in this list, which is not supported."
             )
         taken.append(name)
-        addresses.extend(BlockAddress(name, place) for place in range(len(module)))
+        addresses.extend(BlockAddress(name, child) for child, _ in module.named_children())
     if not addresses:
         raise ModelError(
             f"{type(model).__name__}: no repeated blocks found (a ModuleList or Sequential of modules of one class"
-            " that hold linear layers)."
+            " that hold linear layers and have a forward of their own)."
         )
     return addresses
 
@@ -187,7 +187,9 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Sequential) and len(module) == 1:
         return False
-    if len({type(child) for child in module}) != 1 or is_linear(module[0]):
+    first = next(iter(module))
+    # A list in a list has no forward: the model takes it apart.
+    if len({type(child) for child in module}) != 1 or is_linear(first) or type(first).forward is nn.Module.forward:
         return False
     return all(any(is_linear(inner) for inner in child.modules()) for child in module)
 
@@ -245,9 +247,11 @@ class BlockRunner:
         self._state = StreamState()
         self._handed: dict[str, tuple[Any, Versions]] = {}
         for address in self.addresses:
-            holder = self._holder(address)
-            self._blocks[address] = holder[address.place]
-            holder[address.place] = _Slot(self._blocks[address], self._forward_of(address))
+            children = self._holder(address)._modules
+            block = children[address.child]
+            assert block is not None
+            self._blocks[address] = block
+            children[address.child] = _Slot(block, self._forward_of(address))
 
     def block(self, address: BlockAddress) -> nn.Module:
         return self._blocks[address]
@@ -275,7 +279,7 @@ class BlockRunner:
     def restore(self) -> nn.Module:
         """Put the blocks back; the runner is of no use afterwards."""
         for address, block in self._blocks.items():
-            self._holder(address)[address.place] = block
+            self._holder(address)._modules[address.child] = block
         return self.model
 
     @torch.no_grad()
@@ -341,7 +345,7 @@ class BlockRunner:
             self._kinds[address.list_name] = call.run(_with_zeros(self._blocks[address], call.hidden))
         return _with_own_hidden(self._kinds[address.list_name])
 
-    def _holder(self, address: BlockAddress) -> Any:
+    def _holder(self, address: BlockAddress) -> nn.Module:
         return self.model.get_submodule(address.list_name)
 
 

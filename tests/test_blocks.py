@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -69,6 +70,19 @@ def test_every_outermost_list_counts() -> None:
     assert names(model) == ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"]
 
 
+def test_blocks_keep_the_names_that_they_have_in_their_list() -> None:
+    model = nn.ModuleDict({"layers": nn.Sequential(OrderedDict(first=ToyBlock(8), second=ToyBlock(8)))})
+    assert names(model) == ["layers.first", "layers.second"]
+    runner = BlockRunner(model)
+    blocks = [runner.block(address) for address in runner.addresses]
+    assert list(runner.restore().get_submodule("layers").children()) == blocks
+
+
+def test_lists_in_a_list_are_no_blocks() -> None:
+    model = nn.ModuleList(nn.ModuleList((ToyBlock(8), ToyBlock(8))) for _ in range(2))
+    assert names(model) == ["0.0", "0.1", "1.0", "1.1"]
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -76,9 +90,10 @@ def test_every_outermost_list_counts() -> None:
         nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
         nn.ModuleList(nn.Linear(3, 3) for _ in range(4)),
         nn.ModuleList(nn.LayerNorm(3) for _ in range(4)),
+        nn.ModuleList(nn.ModuleList((ToyBlock(3), nn.Linear(3, 3))) for _ in range(4)),
         nn.ModuleList(),
     ],
-    ids=["linear", "sequential of kinds", "list of linears", "list without linears", "empty list"],
+    ids=["linear", "sequential of kinds", "list of linears", "list without linears", "list of pairs", "empty list"],
 )
 def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
     with pytest.raises(ModelError, match="no repeated blocks found"):
