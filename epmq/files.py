@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,8 @@ from pathlib import Path
 from epmq.errors import OutputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How a file system says that it does not flush folders by themselves.
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -19,15 +23,19 @@ def new_folder(target: str | Path, working: Path | None = None) -> Iterator[Path
     """A temporary folder beside ``target`` that takes its name when the body ends well, and vanishes otherwise.
 
     ``target`` may be absent or an empty folder. ``working``: another place for the temporary folder, on the same file
-    system. Raises OutputError when ``target`` holds something or cannot be made.
+    system. What processes that were killed left of the same target is removed. Raises OutputError when ``target`` holds
+    something or cannot be made.
     """
     target = Path(target).resolve()
     check_free(target)
-    working = working or target.with_name(f".{target.name}.partial-{os.getpid()}")
+    working = working or _working(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            _remove_leftovers(target)
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir()
+        held = _hold(working)
     except OSError as error:
         raise OutputError(f"{target}: the output folder cannot be made ({error.strerror}).") from error
     try:
@@ -41,6 +49,49 @@ def new_folder(target: str | Path, working: Path | None = None) -> Iterator[Path
         raise _refused(error, Path(error.filename or target), f"{target}: writing the output failed") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _working(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial-{os.getpid()}"
+
+
+def _hold(folder: Path) -> int | None:
+    """A lock on a folder until the descriptor is closed; None where another has it or the file system has none."""
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of ``target`` that belong to no process: none of that number is here, and none anywhere
+    else holds them, as one of another machine or container would."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-(\d+)")
+    for folder in target.parent.iterdir():
+        found = pattern.fullmatch(folder.name)
+        if found is None or folder.is_symlink() or not folder.is_dir() or _runs(int(found[1])):
+            continue
+        held = _hold(folder)
+        if held is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # It is another user's.
+    return True
 
 
 @contextmanager
@@ -87,16 +138,33 @@ def _refused(error: OSError, path: Path, sentence: str, size: int = 0, what: str
 def check_free(target: str | Path) -> None:
     """Raise OutputError unless ``target`` is absent or an empty folder in a place that can be written."""
     target = Path(target).resolve()
+    check_name(target)
     if target.exists():
         if not target.is_dir():
             raise OutputError(f"{target}: there is a file of that name; choose another output folder.")
+        if os.path.ismount(target):
+            raise OutputError(
+                f"{target}: it is a mount point, whose place no new folder can take; give a folder in it, such as"
+                f" {target / 'epmq'}."
+            )
         if any(target.iterdir()):
             raise OutputError(f"{target}: the output folder is not empty; choose another or remove it.")
-    parent = target.absolute().parent
+    parent = target.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{target}: the output folder cannot be made, {parent} is not a writable folder.")
+
+
+def check_name(target: Path) -> None:
+    """Raise OutputError when ``target``, or the temporary folder beside it, can have no such name."""
+    for path in (target, _working(target)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise OutputError(f"{target}: the output folder cannot be made ({error.strerror}).") from error
 
 
 def check_space(target: str | Path, needed: int) -> None:
@@ -163,5 +231,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
