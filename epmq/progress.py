@@ -12,6 +12,7 @@ It lies beside the output as ``.NAME.partial`` and holds
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +34,14 @@ from epmq.states import States
 from epmq.world import World
 
 FINGERPRINT = "fingerprint.json"
+LOCK = "lock"
 LINEAR_KEYS = {"linear", "bits", "group_size", "columns", "packed", "scales", "zeros", "order", "bias"}
 # What only other input helps against, with which no finished block could be used.
 OF_THE_INPUT = (CalibrationError, ConfigError, ModelError, SourceError)
+
+
+class _NoLocks(OutputError):
+    """A file system on which two runs cannot be kept apart."""
 
 
 class Sink(Protocol):
@@ -61,9 +67,10 @@ class Journal:
 
     def __init__(self, out: str | Path, world: World):
         self.out = Path(out).resolve()
-        self.folder = self.out.with_name(f".{self.out.name}.partial")
+        self.folder = self.out.parent / f".{self.out.name}.partial"
         self.world = world
         self._lock: Any = None
+        files.check_name(self.out)
 
     @property
     def result(self) -> Path:
@@ -83,9 +90,12 @@ class Journal:
     def done(self, resume: bool, digest: Callable[[], str]) -> bool:
         """Whether an earlier run of the same job left nothing to do; what it had yet to remove is removed.
 
-        digest: of the fingerprint. Raises OutputError for any other output that is there already, and for a run begun
-        earlier unless it is to go on.
+        digest: of the fingerprint. Raises OutputError for any other output that is there already, for a run that
+        another process is at work on, and for one begun earlier unless it is to go on.
         """
+        if trust.is_file(self.folder / LOCK):
+            with self._opened("r") as lock:
+                self._take(lock)
         nothing_left = self._renamed() or not self.folder.exists()
         if resume and nothing_left and (made := self._made_by()) is not None and made == digest():
             if self.folder.exists():
@@ -117,21 +127,30 @@ class Journal:
         except BaseException as error:
             self._abandon(error)
             raise
-        if self.world.main:
-            self._clear()
+        else:
+            if self.world.main:
+                self._clear()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _open(self, fingerprint: dict[str, Any]) -> None:
+        made = not self.folder.exists()
         try:
             for place in ("blocks", "streams"):
                 (self.folder / place).mkdir(parents=True, exist_ok=True)
-            # Held until the process ends, in whatever way.
-            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         except OSError as error:
             raise OutputError(f"{self.folder}: the working folder cannot be made ({error.strerror}).") from error
+        lock = self._opened("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"{self.folder}: another process is at work on it; wait for its end.") from None
+            self._take(lock)
+        except BaseException as error:
+            lock.close()
+            if made and isinstance(error, _NoLocks):
+                files.remove(self.folder)
+            raise
+        # Held until the run ends, in whatever way. Without it the folder is not ours to clear.
+        self._lock = lock
         stale = [*self.folder.rglob(".*.partial-*"), *self.folder.glob("scratch-*"), self.result, self._finished]
         for left in stale:
             files.remove(left)
@@ -150,6 +169,24 @@ class Journal:
             )
         else:
             files.write_text(path, json.dumps(fingerprint, indent=1))
+
+    def _opened(self, mode: str) -> Any:
+        try:
+            return open(self.folder / LOCK, mode)
+        except OSError as error:
+            raise OutputError(f"{self.folder / LOCK}: the file cannot be opened ({error.strerror}).") from error
+
+    def _take(self, lock: Any) -> None:
+        """Lock the folder until the file is closed. Raises OutputError when another process has it, or none can."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OutputError(f"{self.folder}: another process is at work on it; wait for its end.") from None
+            raise _NoLocks(
+                f"{self.folder}: the file system there has no locks ({error.strerror}), which keep two runs apart;"
+                " choose an output folder on another."
+            ) from error
 
     def _earlier(self, path: Path) -> dict[str, Any]:
         """The fingerprint that was left there."""

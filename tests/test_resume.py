@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -30,10 +31,11 @@ from epmq.errors import OutputError
 from epmq.fingerprint import fingerprint
 from epmq.jobs import quantize_to_folder
 from epmq.page.document import PAGE_NAME
-from epmq.progress import first_difference
+from epmq.progress import Journal, first_difference
 from epmq.recipe import read_recipe
 from epmq.report import RUN_NAME, whole_report
 from epmq.shelf import write_value
+from epmq.world import World
 
 pytest.importorskip("transformers")
 
@@ -345,16 +347,53 @@ def test_first_difference_names_the_place() -> None:
     assert first_difference({"a": {"b": 1}}, {"a": {"c": 2}}) == "a, b was 1 and is absent"
 
 
-def test_two_runs_do_not_share_a_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
+@pytest.mark.parametrize("resume", [["--resume"], []], ids=["resume", "anew"])
+@pytest.mark.parametrize("blocks", [1, 0])
+def test_two_runs_do_not_share_a_folder(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], blocks: int, resume: list[str]
+) -> None:
     kept = cut_off(job.write(), tmp_path / "out", 1)
+    if blocks == 0:
+        shutil.rmtree(kept / "blocks")
+    (kept / "result").mkdir(exist_ok=True)
+    before = sorted(kept.rglob("*"))
     with open(kept / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out", "--resume")
-    assert done.code == 2
-    assert "another process is at work on it" in done.err
-    assert len(list((kept / "blocks").iterdir())) == 1
+        done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out", *resume)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"epmq: {kept}: another process is at work on it; wait for its end.\n"
+    assert sorted(kept.rglob("*")) == before
+
+
+def test_a_run_that_comes_second_leaves_the_first_alone(job: Job, tmp_path: Path) -> None:
+    """Both have looked, and found nobody, before either locks the folder."""
+    first, second = (Journal(tmp_path / "out", World()) for _ in range(2))
+    with first.kept(dict):
+        first.result.mkdir()
+        with pytest.raises(OutputError, match="another process is at work on it"), second.kept(dict):
+            pytest.fail("the body must not run")
+        assert first.result.is_dir()
+    assert not first.folder.exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal = Journal(tmp_path / "out", World())
+    with pytest.raises(OutputError, match=r"has no locks \(No locks available\)"), journal.kept(dict):
+        pytest.fail("the body must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_failed_holds_no_lock(tmp_path: Path) -> None:
+    """Its journal may live on in a traceback that a notebook keeps."""
+    journal = Journal(tmp_path / "out", World())
+    with pytest.raises(KeyboardInterrupt), journal.kept(dict):
+        (journal.folder / "blocks" / "rounding-00000.safetensors").touch()
+        raise KeyboardInterrupt
+    assert Journal(tmp_path / "out", World()).done(True, str) is False
 
 
 # -- faults of the machine -------------------------------------------------------------------------------------------
