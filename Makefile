@@ -53,7 +53,7 @@ test-transformers4:  ## the table of model families with the last transformers 4
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers<5' \
 	  safetensors pydantic click rich pyyaml regex pytest hypothesis pytest-timeout
-	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py
+	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py tests/test_names.py
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer

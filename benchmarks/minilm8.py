@@ -22,9 +22,10 @@ from epmq.config import QuantConfig, preset
 from epmq.data import calibration_batches
 from epmq.evaluate import TextTask, load_task, markdown_table, row, score
 from epmq.files import write_text
-from epmq.huggingface import NamedForModel, skeleton_from_folder, tokenizer_from_folder
+from epmq.huggingface import skeleton_from_folder, tokenizer_from_folder
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
+from epmq.names import NamedForModel
 from epmq.report import machine
 from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq import patterns, trust
 from epmq.errors import ConfigError, SourceError
 from epmq.hub import find_model, name_of
+from epmq.names import NamedForModel, names_in_model
 from epmq.settings import Settings
 from epmq.sources import ADAPTER_CONFIG, DictSource, FileSource, WeightSource, open_source, read_finite
 
@@ -96,15 +97,17 @@ class AdapterSource:
     """A base with a LoRA adapter on it, as a weight source with the base's names, shapes and dtypes.
 
     ``tensor`` adds s·B·A to a base tensor in float32, or float64 where one of them is, and casts to the base's dtype;
-    at most one tensor and its product are held. Modules saved whole replace the base's tensors.
+    at most one tensor and its product are held. Modules saved whole replace the base's tensors. model: what the base's
+    names belong to, where it is known.
 
     Raises SourceError naming the folder and the tensor or key at fault, for kinds of adapters whose sum is another
     (DoRA, LoRA with biases, trained tokens, ...), and for an adapter made for another base.
     """
 
-    def __init__(self, folder: str | Path, base: WeightSource):
+    def __init__(self, folder: str | Path, base: WeightSource, model: nn.Module | None = None):
         self.folder = Path(folder)
         self.base = base
+        self.model = model
         self.config = read_adapter_config(self.folder)
         weights = self.folder / ADAPTER_WEIGHTS
         if not trust.exists(weights):
@@ -194,7 +197,9 @@ class AdapterSource:
                 )
 
     def _names_of(self, key: str) -> list[str]:
-        """The names under which a base in memory holds this tensor: tied parameters change together."""
+        """The names under which the base holds this tensor: tied parameters change together."""
+        if isinstance(self.base, NamedForModel):
+            return self.base.names_of(key)
         if not isinstance(self.base, DictSource):
             return [key]
         tensor = self.base.tensor(key)
@@ -202,11 +207,15 @@ class AdapterSource:
         return [n for n, other in others if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape]
 
     def _renaming(self, wanted: list[str]) -> Callable[[str], str]:
-        """From the adapter's names to the base's, which may lack or have one more prefix for all of them."""
+        """From the adapter's names to the base's, which may lack or have one more prefix for all of them, or be those
+        that another version of transformers gives the model."""
         present = set(self.base.keys())
         first = wanted[0].split(".")[0] + "."
         rules: list[Callable[[str], str]] = [lambda key: key, lambda key: key.removeprefix(first)]
         rules += [head.__add__ for head in sorted({key.split(".")[0] + "." for key in present})]
+        if self.model is not None:
+            known = names_in_model(wanted, self.model).of
+            rules.append(lambda key: known.get(key, key))
         for rule in rules:
             if all(rule(key) in present for key in wanted):
                 return rule
@@ -289,11 +298,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise SourceError(str(error)) from error
 
 
-def open_model(what: Any, name: str, base: WeightSource | None = None) -> WeightSource:
+def open_model(what: Any, name: str, base: WeightSource | None = None, model: nn.Module | None = None) -> WeightSource:
     """A model's weights: a checkpoint (path, hub id, module, state dict, source), or the path or hub id of a LoRA
-    adapter, which is read as ``base`` with the adapter on it. ``name`` is how messages call it.
+    adapter, which is read as ``base`` with the adapter on it. ``name`` is how messages call it. model: the module whose
+    names files are to be read under; tied tensors are listed once if they are so in ``base``.
 
-    Raises SourceError, also for an adapter where no base is given.
+    Raises SourceError, also for an adapter where no base is given, and for files that do not fit ``model``.
     """
     if not isinstance(what, (str, Path)):
         return open_source(what, name)
@@ -302,10 +312,16 @@ def open_model(what: Any, name: str, base: WeightSource | None = None) -> Weight
     except SourceError as error:
         raise SourceError(f"{name}: {error}") from error
     if not trust.exists(path / ADAPTER_CONFIG):
-        return open_source(path, name)
+        source = open_source(path, name)
+        if model is None:
+            return source
+        of_base = base.dropped if isinstance(base, NamedForModel) else None
+        named = NamedForModel(source, model, aliases=of_base is None)
+        named.require_known(name, of_base or ())
+        return named
     if base is None:
         raise SourceError(f"{name}: {path} is an adapter, which needs the model it was trained on; give that as base.")
-    return AdapterSource(path, base)
+    return AdapterSource(path, base, model)
 
 
 def _by_pattern(given: Mapping[str, Any], module: str, default: Any) -> Any:

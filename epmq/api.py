@@ -59,9 +59,9 @@ def quantize(
     config = config or QuantConfig()
     started = time.perf_counter()
     merged = open_source(model, "merged model")
-    base_source = None if base is None else open_model(base, "base")
+    base_source = None if base is None else open_model(base, "base", model=model)
     expert_sources = {
-        task: open_model(expert, f"expert {task!r}", base_source) for task, expert in (experts or {}).items()
+        task: open_model(expert, f"expert {task!r}", base_source, model) for task, expert in (experts or {}).items()
     }
     home = home_of(model)
     where = compute_device(device, home)

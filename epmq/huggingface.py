@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from epmq import trust
-from epmq.errors import EpmqError, ModelError, SourceError, first_line
-from epmq.sources import WeightSource
+from epmq.errors import EpmqError, ModelError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 CARRIED = (
@@ -97,57 +95,6 @@ def carry_files(source: str | Path, target: Path, dtype: str | None = None) -> N
         # transformers 5 writes the first, 4 the second; both read both.
         key = "dtype" if "dtype" in content else "torch_dtype"
         config.write_text(json.dumps({**content, key: dtype}, indent=2) + "\n", encoding="utf-8")
-
-
-class NamedForModel:
-    """A checkpoint seen under a model's own tensor names, with or without the base model's prefix.
-
-    Tied tensors go by the first of their names in the model, whichever of them the checkpoint has; where it has
-    several, ``tensor`` raises SourceError unless they are equal.
-    """
-
-    def __init__(self, source: WeightSource, model: nn.Module):
-        self._source = source
-        present = set(source.keys())
-        prefix = getattr(model, "base_model_prefix", "")
-        self._key_of: dict[str, str] = {}
-        self._copies: dict[str, list[str]] = {}
-        first_name: dict[int, str] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-                if candidate in present:
-                    first = first_name.setdefault(id(tensor), name)
-                    if self._key_of.setdefault(first, candidate) != candidate:
-                        self._copies.setdefault(first, []).append(candidate)
-                    break
-            else:
-                first_name.setdefault(id(tensor), name)
-        used = {*self._key_of.values(), *(key for keys in self._copies.values() for key in keys)}
-        self.dropped = sorted(present - used)
-
-    @property
-    def name(self) -> str:
-        return self._source.name
-
-    def keys(self) -> list[str]:
-        return list(self._key_of)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._source.shape(self._key_of.get(key, key))
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._source.dtype(self._key_of.get(key, key))
-
-    def tensor(self, key: str) -> Tensor:
-        stored = self._key_of.get(key, key)
-        tensor = self._source.tensor(stored)
-        for copy in self._copies.get(key, []):
-            if not torch.equal(self._source.tensor(copy), tensor):
-                raise SourceError(
-                    f"{self.name}: tensors {stored!r} and {copy!r} are tied in the model but differ here; make them"
-                    " equal, or untie them in the base's config.json (tie_word_embeddings)."
-                )
-        return tensor
 
 
 def _check_config(path: Path) -> None:

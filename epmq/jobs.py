@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq import files
+from epmq import files, trust
 from epmq.adapters import AdapterSource, open_model
 from epmq.api import load
 from epmq.blocks import find_blocks
@@ -23,7 +24,7 @@ from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
 from epmq.devices import compute_device
-from epmq.errors import ConfigError, SourceError
+from epmq.errors import ConfigError, ModelError, SourceError
 from epmq.estimate import estimate
 from epmq.evaluate import load_task, row, score
 from epmq.fingerprint import digest, fingerprint
@@ -31,10 +32,11 @@ from epmq.formats.kinds import format_of, open_writer
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
-from epmq.huggingface import NamedForModel, carry_files, skeleton_from_folder, tokenizer_from_folder
+from epmq.huggingface import carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
+from epmq.names import NamedForModel
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
@@ -52,6 +54,7 @@ from epmq.world import by_turns, processes_here, world
 
 # Of the memory that is free, what a run without a setting takes.
 MEMORY_SHARE = 0.8
+log = logging.getLogger("epmq")
 
 
 @dataclass(frozen=True)
@@ -67,37 +70,37 @@ class Sources:
 
 def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     """Base, experts and their merge; named as in ``model`` when one is given, else as in the files."""
-    base: WeightSource = FileSource(recipe.base)
-    experts: dict[str, WeightSource] = {
-        task: open_model(path, f"expert {task!r}", base) for task, path in recipe.experts.items()
-    }
-    notes = [note for source in experts.values() if isinstance(source, AdapterSource) for note in source.notes]
-    merged: WeightSource | None = None if recipe.merged is None else FileSource(recipe.merged)
-    dropped: list[str] = []
-    if model is not None:
-        named = NamedForModel(base, model)
-        dropped = named.dropped
-        base = named
-        experts = {task: _fitting(task, NamedForModel(source, model), named) for task, source in experts.items()}
-        merged = None if merged is None else NamedForModel(merged, model)
+
+    def named(path: Path) -> WeightSource:
+        return FileSource(path) if model is None else NamedForModel(FileSource(path), model)
+
+    base = named(recipe.base)
+    experts = {task: open_model(path, f"expert {task!r}", base, model) for task, path in recipe.experts.items()}
+    merged = None if recipe.merged is None else named(recipe.merged)
     if merged is None:
         merged = MergedSource(base, experts, recipe.merge or MergeConfig()) if experts else base
+    dropped = base.dropped if isinstance(base, NamedForModel) else []
+    notes = [
+        n for source in experts.values() if isinstance(source, NamedForModel | AdapterSource) for n in source.notes
+    ]
     return Sources(base, experts, merged, dropped, notes)
 
 
-def _fitting(task: str, expert: NamedForModel, base: NamedForModel) -> NamedForModel:
-    """The expert, refused with SourceError when it has tensors that neither the model nor the base knows."""
-    if extra := sorted(set(expert.dropped) - set(base.dropped)):
-        raise SourceError(f"expert {task!r} ({expert.name}) has an extra tensor {extra[0]!r}, which {base.name} lacks.")
-    return expert
-
-
 def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
-    """Write the merged model of a recipe, tensor by tensor, with configuration and tokenizer files beside."""
+    """Write the merged model of a recipe, tensor by tensor, with configuration and tokenizer files beside.
+
+    Tensors are those of the base's model and are called as in the base's files. Where the base has no config.json of a
+    transformers model that can be read, all its tensors are merged, and all files must call them alike.
+    """
     if not recipe.experts:
         raise ConfigError("merging needs experts; name them under experts: in the recipe.")
     with files.new_folder(out) as working:
-        merged = open_sources(recipe).merged
+        sources = open_sources(recipe, _model_for_names(recipe.base))
+        merged = sources.merged
+        for note in notes_of(sources):
+            log.warning(note)
+        layout = merged if recipe.merged is not None else sources.base
+        stored_name = layout.stored_name if isinstance(layout, NamedForModel) else lambda key: key
         size = total_bytes(merged)
         # While a shard is put together, its tensors lie there twice.
         files.check_space(out, size + min(size, recipe.shard_bytes))
@@ -105,10 +108,34 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         total = len(merged.keys())
         with progress_bar("merging") as progress:
             for number, (key, tensor) in enumerate(iterate(merged), 1):
-                writer.add(key, tensor)
+                writer.add(stored_name(key), tensor)
                 progress(key, number, total)
         writer.finish()
         carry_files(recipe.base, working, stored_dtype(recipe))
+
+
+def _model_for_names(base: Path) -> nn.Module | None:
+    """The model whose names the tensors go by, or None where they keep those of the files."""
+    if not trust.is_file(base / "config.json"):
+        return None
+    source = FileSource(base)
+    try:
+        model = skeleton_from_folder(base, set(source.keys()))
+        present = NamedForModel(source, model, aliases=True).keys()
+        if missing := sorted(set(model.state_dict()).difference(present)):
+            raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
+    except (ModelError, SourceError) as error:
+        log.warning(f"{error} Tensors are merged under the names in the files.")
+        return None
+    return model
+
+
+def notes_of(sources: Sources) -> list[str]:
+    """What was left out or passed over when the sources were opened."""
+    return [
+        *sources.notes,
+        *(f"{key}: in the base checkpoint but not in the model; left out." for key in sources.dropped),
+    ]
 
 
 def quantize_to_folder(
@@ -188,9 +215,7 @@ def finish(
     for key in sources.merged.keys():
         if not key.startswith(blocks) and key not in written:
             writer.tensor(key, sources.merged.tensor(key))
-    found["notes"] += sources.notes
-    for key in sources.dropped:
-        found["notes"].append(f"{key}: in the base checkpoint but not in the model; left out.")
+    found["notes"] += notes_of(sources)
     carry_files(recipe.base, working, stored_dtype(recipe))
     writer.finish()
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}

@@ -297,10 +297,11 @@ def merge(
     config = MergeConfig.read({"method": method, **settings})
     if not isinstance(experts, Mapping):
         raise ConfigError(f"merge: experts must map a name to each expert, got a {type(experts).__name__}.")
+    module = base if isinstance(base, nn.Module) else None
     base_source = None if base is None else open_model(base, "base")
-    sources = {str(label): open_model(expert, f"expert {label!r}", base_source) for label, expert in experts.items()}
+    sources = {str(label): open_model(e, f"expert {label!r}", base_source, module) for label, e in experts.items()}
     merged = MergedSource(base_source, sources, config)
-    return _as_module(base, merged) if isinstance(base, nn.Module) else merged
+    return merged if module is None else _as_module(module, merged)
 
 
 def _as_module(base: nn.Module, merged: MergedSource) -> nn.Module:

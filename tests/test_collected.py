@@ -18,7 +18,8 @@ from torch import Tensor
 import epmq
 from epmq.data import calibration_batches
 from epmq.formats.statistics import MANIFEST_NAME, StatisticsReader
-from epmq.huggingface import NamedForModel, skeleton_from_folder, tokenizer_from_folder
+from epmq.huggingface import skeleton_from_folder, tokenizer_from_folder
+from epmq.names import NamedForModel
 from epmq.recipe import read_recipe
 from epmq.report import whole_report
 from epmq.skeleton import fill

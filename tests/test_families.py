@@ -19,9 +19,12 @@ import epmq
 from epmq import QuantConfig, QuantLinear
 from epmq.blocks import BlockRunner, StreamState, is_norm
 from epmq.distill import take
+from epmq.jobs import load_any, merge_to_folder
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
 from epmq.quantized import column_groups
+from epmq.recipe import Recipe
+from epmq.sources import FileSource
 from epmq.streams import make_streams
 from epmq.swap import replace_linear, restore_linear
 from epmq.sweep import quantize_to_nearest
@@ -264,6 +267,24 @@ def test_what_stands_at_padded_positions_changes_no_byte(family: str) -> None:
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.parametrize("family", KINDS)
+def test_a_checkpoint_is_read_under_the_models_names(family: str, tmp_path: Path) -> None:
+    """As transformers saves it, which calls some tensors otherwise; merged files are called as the base's."""
+    model: Any = job_of(family).base
+    model.save_pretrained(tmp_path / "saved")
+    merged = epmq.merge(model, {"a": tmp_path / "saved"}, scaling=1.0)
+    merge_to_folder(Recipe(base=tmp_path / "saved", experts={"a": tmp_path / "saved"}), tmp_path / "merged")
+    loaded, again = load_any(tmp_path / "saved"), load_any(tmp_path / "merged")
+    state = model.state_dict()
+    for found in (loaded, merged, again):
+        assert found.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+    saved, written = (FileSource(tmp_path / name) for name in ("saved", "merged"))
+    assert sorted(written.keys()) == sorted(saved.keys())
+    for first, second in zip(job_of(family).kind.tied, job_of(family).kind.tied[1:], strict=False):
+        assert loaded.get_parameter(first) is loaded.get_parameter(second)
+
+
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +366,7 @@ def test_the_table_of_families_is_this_files() -> None:
     assert rows[: len(KINDS)] == [(family, kind.model) for family, kind in KINDS.items()]
     told = re.findall(r"^\| `(test_\w+)` \|", text, re.MULTILINE)
     assert told == [name for name, thing in globals().items() if name in told and callable(thing)]
-    assert len(told) == 7
+    assert len(told) == 8
 
 
 @pytest.mark.parametrize("key", ["input_ids", "decoder_input_ids"])

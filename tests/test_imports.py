@@ -17,7 +17,7 @@ ORDER: list[tuple[str, ...]] = [
     ("onednn",),
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "world"),
-    ("reference", "blocked"),
+    ("reference", "blocked", "names"),
     ("triton_forms",),
     (
         "config",

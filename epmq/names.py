@@ -1,0 +1,184 @@
+"""A checkpoint's tensors under the names that its model has in memory: transformers' renames, prefixes, ties."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq.errors import SourceError
+from epmq.sources import WeightSource
+
+# What older checkpoints store and every model computes.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+
+# From a stored name to the model's, and whether transformers also computes: joins, cuts or turns tensors.
+Rule = Callable[[str], tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Names:
+    """of: {stored name: the model's}. computed: the same for tensors of which transformers makes others as it loads."""
+
+    of: dict[str, str]
+    computed: dict[str, str]
+
+
+def names_in_model(stored: Iterable[str], model: nn.Module) -> Names:
+    """What tensors of a checkpoint are called in ``model``; those that it has no place for are left out.
+
+    A tensor goes by its new name, as transformers would give it, before its own, and by a name with or without the base
+    model's prefix.
+    """
+    present = set(model.state_dict())
+    rule = _rule_of(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = Names({}, {})
+    # transformers looks at them in order, and some rules wait for the first tensor of an older layout.
+    for key in sorted(stored):
+        renamed, computed = rule(key)
+        for candidate in (*_forms(renamed, prefix), *_forms(key, prefix)):
+            if candidate in present:
+                (found.computed if computed else found.of)[key] = candidate
+                break
+    return found
+
+
+def _forms(name: str, prefix: str) -> Iterator[str]:
+    yield name
+    yield prefix + name
+    yield name.removeprefix(prefix)
+
+
+def _rule_of(model: Any) -> Rule:
+    """How transformers renames tensors that are loaded into this model; other models' keep their names."""
+    if not hasattr(model, "base_model_prefix"):
+        return lambda key: (key, False)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return _rule_of_4(model)
+    steps = get_model_conversion_mapping(model)
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+
+    def rename(key: str) -> tuple[str, bool]:
+        for step in renamings:
+            key, _ = step.rename_source_key(key)
+        for step in converters:
+            key, pattern = step.rename_source_key(key)
+            if pattern is not None:
+                return key, True
+        return key, False
+
+    return rename
+
+
+def _rule_of_4(model: Any) -> Rule:
+    """The rule of transformers 4: old names of all models, then the first pattern of the class that fits."""
+
+    def rename(key: str) -> tuple[str, bool]:
+        key, _ = model._fix_state_dict_key_on_load(key)
+        for pattern, replacement in (model._checkpoint_conversion_mapping or {}).items():
+            key, count = re.subn(pattern, replacement, key)
+            if count:
+                break
+        return key, False
+
+    return rename
+
+
+class NamedForModel:
+    """A checkpoint seen under a model's own tensor names (:func:`names_in_model`).
+
+    Tied tensors go by the first of their names in the model, or, with ``aliases``, by each of them as in a module's
+    state, whichever of them the checkpoint has; where it has several, ``tensor`` raises SourceError unless they are
+    equal. dropped: tensors that the model has no place for. notes: what :meth:`require_known` let pass.
+
+    Raises SourceError for a checkpoint of which transformers joins, cuts or turns tensors as it loads them.
+    """
+
+    def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
+        self._source = source
+        names = names_in_model(source.keys(), model)
+        for key, name in names.computed.items():
+            raise SourceError(
+                f"{source.name}: transformers computes {name!r} from {key!r} and others as it loads them, and only new"
+                " names are given here; load it with transformers and pass the module to epmq.quantize."
+            )
+        self._key_of: dict[str, str] = {}
+        self._copies: dict[str, list[str]] = {}
+        stored: dict[str, list[str]] = {}
+        for key, name in names.of.items():
+            stored.setdefault(name, []).append(key)
+        first_name: dict[int, str] = {}
+        state = model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            first = first_name.setdefault(id(tensor), name)
+            # A tensor under the very name is the one to write again under it.
+            for key in sorted(stored.get(name, []), key=lambda key: key != name):
+                if self._key_of.setdefault(first, key) != key:
+                    self._copies.setdefault(first, []).append(key)
+        if aliases:
+            for name, tensor in state.items():
+                first = first_name[id(tensor)]
+                if first in self._key_of and name != first:
+                    self._key_of[name] = self._key_of[first]
+                    self._copies[name] = self._copies.get(first, [])
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        self._ignored = [COMPUTED, *map(re.compile, ignored)]
+        self._model = type(model).__name__
+        self.dropped = sorted(set(source.keys()) - set(names.of))
+        self.notes: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    def keys(self) -> list[str]:
+        return list(self._key_of)
+
+    def names_of(self, key: str) -> list[str]:
+        """The names in ``keys`` under which the model has this tensor."""
+        return [name for name, stored in self._key_of.items() if stored == self._key_of[key]]
+
+    def stored_name(self, key: str) -> str:
+        """What the checkpoint calls a tensor of the model."""
+        return self._key_of[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._source.shape(self._key_of.get(key, key))
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._source.dtype(self._key_of.get(key, key))
+
+    def tensor(self, key: str) -> Tensor:
+        stored = self._key_of.get(key, key)
+        tensor = self._source.tensor(stored)
+        for copy in self._copies.get(key, []):
+            if not torch.equal(self._source.tensor(copy), tensor):
+                raise SourceError(
+                    f"{self.name}: tensors {stored!r} and {copy!r} are tied in the model but differ here; make them"
+                    " equal, or untie them in the base's config.json (tie_word_embeddings)."
+                )
+        return tensor
+
+    def require_known(self, label: str, known: Collection[str] = ()) -> None:
+        """Refuse a tensor that neither the model nor its base (``known``) has; SourceError, naming it and ``label``.
+
+        Tables of positions and the like, which are not float or which transformers passes over too, are noted instead.
+        """
+        for key in self.dropped:
+            if key in known:
+                continue
+            if self._source.dtype(key).is_floating_point and not any(pattern.search(key) for pattern in self._ignored):
+                raise SourceError(
+                    f"{label} ({self.name}) has an extra tensor {key!r}, which {self._model} has no place for; remove"
+                    " it, or give a base with the same head."
+                )
+            self.notes.append(f"{key}: in {label} but not in the model; left out.")
