@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from epmq import trust
-from epmq.blocks import BlockAddress, BlockCall, StreamState, hidden_of
+from epmq.blocks import ArgumentPlace, BlockAddress, BlockCall, Origin, StreamState, hidden_of
 from epmq.inside import Seen
 from epmq.shelf import Shelf, bytes_of
 from epmq.streams import Batch
@@ -19,16 +19,17 @@ from epmq.streams import Batch
 
 @dataclass(frozen=True)
 class Inside:
-    """A batch inside its expert. outputs: per block list the expert's latest output. hidden, sequences: what the
-    expert's next block reads (:meth:`epmq.blocks.BlockCall.sequences`)."""
+    """A batch inside its expert. outputs: per block list the expert's latest output. hidden, shared: what the expert's
+    own outer weights made of it for the first block of a list, and for later ones (:class:`epmq.blocks.Origin`)."""
 
     outputs: dict[str, Any]
     hidden: Tensor
-    sequences: dict[int | str, Tensor]
+    shared: dict[ArgumentPlace, Tensor]
 
-    def within(self, call: BlockCall) -> BlockCall:
-        """The same call on what the expert's block reads."""
-        return call.with_hidden(self.hidden).with_sequences(self.sequences)
+    def within(self, call: BlockCall, origin: Origin) -> BlockCall:
+        """A call that was made from ``outputs`` with other outer weights, as the expert's own would have made it."""
+        call = call.with_places({place: value for place, value in self.shared.items() if place in origin.shared})
+        return call.with_hidden(self.hidden) if origin.first else call
 
 
 class States:
@@ -70,7 +71,7 @@ class States:
 
     def advance(self, task: str, number: int, list_name: str, output: Any) -> None:
         """Keep a finished block's output in place of the one before it."""
-        outputs = {**self.deployed(task, number).outputs, list_name: output}
+        outputs = {**self.deployed(task, number).outputs, list_name: _plain(output)}
         self._with_calls.pop((task, number), None)
         self.shelf.drop(self._key("call", task, number))
         self.shelf.put(self._key("deployed", task, number), outputs)
@@ -89,14 +90,16 @@ class States:
         hidden = hidden_of(kept["outputs"][kept["list"]]) if kept["hidden"] is None else kept["hidden"]
         return Inside(kept["outputs"], hidden, dict(kept["sequences"]))
 
-    def start_inside(self, task: str, number: int, call: BlockCall) -> None:
+    def start_inside(self, task: str, number: int, call: BlockCall, origin: Origin) -> None:
         """Begin a list of blocks inside the expert with the arguments of its first one."""
-        outputs, sequences = self.outputs_inside(task, number), list(call.sequences().items())
+        outputs, places = self.outputs_inside(task, number), call.places()
+        sequences = [(place, places[place]) for place in places if place in origin.shared]
         self._put_inside(task, number, {"outputs": outputs, "hidden": call.hidden, "sequences": sequences})
 
-    def go_inside(self, task: str, number: int, before: Inside, list_name: str, output: Any) -> None:
+    def go_inside(self, task: str, number: int, before: Inside, list_name: str, output: Any, origin: Origin) -> None:
         """Keep the output of an expert's block in place of the one before it."""
-        outputs, sequences = {**before.outputs, list_name: output}, list(before.sequences.items())
+        outputs = {**before.outputs, list_name: _plain(output)}
+        sequences = [(place, value) for place, value in before.shared.items() if place in origin.onward]
         # The hidden states are in the output, and are not kept twice.
         place = {"list": list_name, "hidden": None}
         self._put_inside(task, number, {"outputs": outputs, "sequences": sequences, **place})
@@ -147,6 +150,11 @@ class States:
                 if trust.exists(path):
                     self.shelf.take(key, path, partial(fits, lists=lists))
                     known.add(batch)
+
+
+def _plain(output: Any) -> Any:
+    """A block's output as a file can hold it: without a named tuple's names."""
+    return tuple(output) if isinstance(output, tuple) else output
 
 
 def _are_outputs(value: Any, lists: Set[str]) -> bool:

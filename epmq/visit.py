@@ -175,18 +175,25 @@ class Visit:
             else:
                 read.append(step.first)
         self._seen_at = [*read, *given]
+        origin = walk.runner.origin(self.address)
         for task, batches in walk.streams.items():
             if not batches:
                 continue
+            if origin.anew:
+                walk.set_outside(walk.experts[task])
             expert_block = walk.load(self.address, walk.experts[task])
             for batch in batches:
                 inside = walk.states.inside(task, batch.number)
                 call = walk.runner.capture(self.address, batch.inputs, StreamState(inside.outputs))
-                output, seen = run_inside(expert_block, inside.within(call), read, given)
+                if not origin.anew:
+                    call = inside.within(call, origin)
+                output, seen = run_inside(expert_block, call, read, given)
                 for name in self._seen_at:
                     seen.setdefault(name, inside.hidden.new_empty(0, 1))
-                walk.states.go_inside(task, batch.number, inside, self.address.list_name, output)
+                walk.states.go_inside(task, batch.number, inside, self.address.list_name, output, origin)
                 walk.states.keep_seen(task, batch.number, seen)
+        if origin.anew:
+            walk.set_outside(walk.merged)
 
 
 def _count_rows(counts: dict[str, int], name: str, x: Tensor) -> None:

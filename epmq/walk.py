@@ -53,7 +53,7 @@ class Walk:
 
     def begin(self) -> list[BlockAddress]:
         """Find the order in which the model calls its blocks; returns those that it does not call."""
-        fill(self.runner.model, "", self.merged, torch.float32, self.device)
+        self.set_outside(self.merged)
         return self.runner.follow(self._first) if self.streams else []
 
     def stand_behind(self, address: BlockAddress, sequence: str | None) -> None:
@@ -68,6 +68,10 @@ class Walk:
         self.sequence = self._sequence(address)
         if self.inside:
             self._start_inside(address)
+
+    def set_outside(self, source: WeightSource) -> None:
+        """Give the model the weights outside its blocks of ``source``."""
+        fill(self.runner.model, "", source, torch.float32, self.device)
 
     def any_batch(self) -> tuple[str, Batch]:
         """The first batch of this process."""
@@ -115,9 +119,11 @@ class Walk:
 
     def _start_inside(self, address: BlockAddress) -> None:
         """What every expert feeds to the first block of a list, made with the expert's own outer weights."""
+        origin = self.runner.origin(address)
         for task, batches in self.streams.items():
-            fill(self.runner.model, "", self.experts[task], torch.float32, self.device)
+            self.set_outside(self.experts[task])
             for batch in batches:
                 before = StreamState(self.states.outputs_inside(task, batch.number))
-                self.states.start_inside(task, batch.number, self.runner.capture(address, batch.inputs, before))
-        fill(self.runner.model, "", self.merged, torch.float32, self.device)
+                call = self.runner.capture(address, batch.inputs, before)
+                self.states.start_inside(task, batch.number, call, origin)
+        self.set_outside(self.merged)
