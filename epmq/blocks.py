@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.errors import ModelError
+from epmq.errors import EpmqError, ModelError, first_line
 from epmq.orientation import features_of, is_linear
 from epmq.origins import Origins, tensors_in
 from epmq.precision import AS_IT_IS, Precision
@@ -210,6 +210,14 @@ class BlockAddress:
     @property
     def name(self) -> str:
         return f"{self.list_name}.{self.child}" if self.list_name else self.child
+
+
+def unrunnable(model: nn.Module, inputs: Mapping[str, Any], error: BaseException) -> ModelError:
+    """What to tell of a model whose forward raised ``error`` on its calibration inputs."""
+    return ModelError(
+        f"{type(model).__name__}: its forward does not run on {', '.join(inputs)} ({first_line(error)}); give batches"
+        " of what it reads."
+    )
 
 
 def find_blocks(model: nn.Module) -> list[BlockAddress]:
@@ -417,8 +425,7 @@ class BlockRunner:
         """
         following = self._following = _Following()
         try:
-            with self.precision.active():
-                self.model(**inputs)
+            self._forward(inputs)
             called = self._in_order(following.calls)
             self._refuse_shared_parts(called)
             self._trace(inputs, called)
@@ -475,6 +482,16 @@ class BlockRunner:
             pass
         self._origins = trace.found()
 
+    def _forward(self, inputs: Mapping[str, Any]) -> None:
+        """Run the model; what it raises on inputs it cannot read becomes a ModelError."""
+        try:
+            with self.precision.active():
+                self.model(**inputs)
+        except (EpmqError, _Captured):
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            raise unrunnable(self.model, inputs, error) from error
+
     def restore(self) -> nn.Module:
         """Put the blocks back; the runner is of no use afterwards."""
         for address, block in self._blocks.items():
@@ -493,8 +510,7 @@ class BlockRunner:
     def _capture(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState) -> BlockCall:
         self._wanted, self._state, self._handed = self._position[address], state, {}
         try:
-            with self.precision.active():
-                self.model(**inputs)
+            self._forward(inputs)
         except _Captured as captured:
             # A copy, because a block may write into what it is given, which may be an input or a weight of the model.
             return captured.call.with_hidden(captured.call.hidden.clone())

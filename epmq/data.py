@@ -15,6 +15,7 @@ from epmq.errors import CalibrationError
 
 # Of a jsonl file, in signs.
 LONGEST_LINE = 2**24
+IGNORED_LABEL = -100
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -66,35 +67,59 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int
     return ids
 
 
+def tokenize_targets(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+    """As :func:`tokenize`, for what a decoder is to write."""
+    ids: list[list[int]] = tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]
+    return ids
+
+
 def padded_batches(ids: list[list[int]], batch_size: int, pad: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of similar length: the texts' places and ``{"input_ids", "attention_mask"}``, int64 ``[B, S]``."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        longest = max(len(ids[i]) for i in places)
-        tokens = torch.full((len(places), longest), pad, dtype=torch.int64)
-        mask = torch.zeros(len(places), longest, dtype=torch.int64)
-        for row, i in enumerate(places):
-            tokens[row, : len(ids[i])] = torch.tensor(ids[i], dtype=torch.int64)
-            mask[row, : len(ids[i])] = 1
-        yield places, {"input_ids": tokens, "attention_mask": mask}
+        rows = [ids[i] for i in places]
+        yield places, {"input_ids": _padded(rows, pad), "attention_mask": _padded([[1] * len(row) for row in rows], 0)}
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    """int64 ``[B, S]``, short rows filled with ``value`` on the right."""
+    filled = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        filled[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return filled
 
 
 def calibration_batches(
-    tokenizer: Any, path: str | Path, text_key: str, examples: int, max_length: int, batch_size: int, seed: int | None
+    tokenizer: Any,
+    path: str | Path,
+    text_key: str,
+    examples: int,
+    max_length: int,
+    batch_size: int,
+    seed: int | None,
+    target_key: str | None = None,
 ) -> list[dict[str, Tensor]]:
     """Batches of ``examples`` texts of a jsonl file: the first ones, or drawn with ``seed``.
 
+    target_key: of the text that a decoder is to write, which becomes ``labels``, int64 ``[B, T]``, -100 at padding.
     Raises CalibrationError when the file holds no text, or only texts that tokenise to nothing.
     """
     rows = read_jsonl(path, examples if seed is None else None)
     if seed is not None and len(rows) > examples:
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:examples]
         rows = [rows[i] for i in drawn.tolist()]
-    ids = (
-        [tokens for tokens in tokenize(tokenizer, texts_of(rows, text_key, path), max_length) if tokens] if rows else []
-    )
-    if not ids:
+    ids = tokenize(tokenizer, texts_of(rows, text_key, path), max_length) if rows else []
+    targets = ids
+    if rows and target_key is not None:
+        targets = tokenize_targets(tokenizer, texts_of(rows, target_key, path), max_length)
+    pairs = [pair for pair in zip(ids, targets, strict=True) if all(pair)]
+    if not pairs:
         raise CalibrationError(f"{path}: holds no calibration text (after tokenisation nothing is left).")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [inputs for _, inputs in padded_batches(ids, batch_size, pad)]
+    batches = []
+    for places, inputs in padded_batches([ids for ids, _ in pairs], batch_size, pad):
+        if target_key is not None:
+            inputs["labels"] = _padded([pairs[i][1] for i in places], IGNORED_LABEL)
+        batches.append(inputs)
+    return batches

@@ -12,20 +12,25 @@ from torch import Tensor, nn
 
 from epmq.data import padded_batches, read_jsonl, texts_of, tokenize
 from epmq.devices import home_of, moved
-from epmq.errors import CalibrationError, SourceError
+from epmq.errors import CalibrationError, EpmqError, ModelError, SourceError
 from epmq.sources import FileSource, read_finite
+from epmq.texts import is_encoder_decoder, unreadable
 
 Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """Tokenised test texts with labels, and the head that reads a feature: argmax(weight @ f + bias)."""
+    """Tokenised test texts with labels, and the head that reads a feature: argmax(weight @ f + bias).
+
+    head: the file it is from.
+    """
 
     ids: list[list[int]]
     labels: Tensor
     weight: Tensor
     bias: Tensor
+    head: str
 
 
 def load_task(
@@ -54,18 +59,25 @@ def load_task(
                 f"{data}, object {number}: label {row['label']} is none of the head's {classes} classes."
             )
     labels = torch.tensor([row["label"] for row in rows])
-    return TextTask(ids, labels, read_finite(source, "weight").float(), read_finite(source, "bias").float())
+    return TextTask(ids, labels, read_finite(source, "weight").float(), read_finite(source, "bias").float(), str(head))
 
 
 @torch.no_grad()
 def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_size: int = 64, pad: int = 0) -> Tensor:
-    """fp32 ``[texts, D]``: mean of the last hidden states over unpadded tokens, or the first token's."""
+    """fp32 ``[texts, D]``: mean of the last hidden states over unpadded tokens, or the first token's.
+
+    model: an encoder, or a transformers model with a head on one, which is passed by. Raises ModelError for one whose
+    first output is not one vector per token.
+    """
+    model = getattr(model, "base_model", model)
     found: dict[int, Tensor] = {}
     device = home_of(model)
     for places, inputs in padded_batches(ids, batch_size, pad):
         inputs = moved(inputs, device)
         output = model(**inputs)
         hidden = (output if isinstance(output, Tensor) else output[0]).float()
+        if hidden.shape[:-1] != inputs["input_ids"].shape:
+            raise ModelError(f"{type(model).__name__}: its first output is not one vector per token; give an encoder.")
         if pooling == "mean":
             mask = inputs["attention_mask"].unsqueeze(-1).float()
             pooled = (hidden * mask).sum(1) / mask.sum(1)
@@ -73,6 +85,25 @@ def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_siz
             pooled = hidden[:, 0]
         found.update(zip(places, pooled.cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(ids))])
+
+
+def check_head(model: nn.Module, task: TextTask, pooling: Pooling) -> None:
+    """Try a task's longest text. Raises ModelError for a model without features of texts, SourceError, naming the file,
+    for a head of another width."""
+    if is_encoder_decoder(model):
+        raise ModelError(
+            f"{type(model).__name__}: it has a decoder beside its encoder; heads are scored on an encoder."
+        )
+    try:
+        width = features(model, [max(task.ids, key=len)], pooling).shape[1]
+    except EpmqError:
+        raise
+    except Exception as error:
+        raise unreadable(model, {"input_ids": None, "attention_mask": None}, error) from error
+    if width != task.weight.shape[1]:
+        raise SourceError(
+            f"{task.head}: weight reads {task.weight.shape[1]} features, and {type(model).__name__} gives {width}."
+        )
 
 
 def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int = 64, pad: int = 0) -> float:

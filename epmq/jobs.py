@@ -26,7 +26,7 @@ from epmq.data import calibration_batches
 from epmq.devices import compute_device
 from epmq.errors import ConfigError, ModelError, SourceError
 from epmq.estimate import estimate
-from epmq.evaluate import load_task, row, score
+from epmq.evaluate import check_head, load_task, row, score
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import format_of, open_writer
 from epmq.formats.packed import Writer, planned_linear
@@ -50,11 +50,15 @@ from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
+from epmq.texts import check_length, check_reads_texts, check_vocabulary, decoder_inputs, is_encoder_decoder
+from epmq.trial import try_out
 from epmq.world import by_turns, processes_here, world
 
 # Of the memory that is free, what a run without a setting takes.
 MEMORY_SHARE = 0.8
 log = logging.getLogger("epmq")
+
+Calibration = dict[str, list[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ def quantize_to_folder(
             )
             if working is None:
                 return {}
+            found["notes"] += calibration_notes(recipe, job.skeleton, job.calibration)
             made = digest(depends_on())
             report = finish(recipe, working, writer, job.skeleton, job.sources, found, started, made)
             journal.mark_finished()
@@ -239,7 +244,7 @@ class _Job:
 
     skeleton: nn.Module
     sources: Sources
-    calibration: dict[str, list[dict[str, Tensor]]]
+    calibration: Calibration
     device: torch.device
 
 
@@ -252,7 +257,8 @@ def _opened(recipe: Recipe) -> _Job:
         )
     device = device_of(recipe)
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
-    return _Job(skeleton, open_sources(recipe, skeleton), calibration_of(recipe), device)
+    calibration = calibration_of(recipe, skeleton)
+    return _Job(skeleton, open_sources(recipe, skeleton), calibration, device)
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -267,12 +273,14 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surroundings, str]:
-    """Memory shared out by an estimate, which is told; refuses what cannot fit."""
+    """Memory shared out by an estimate, which is told; refuses what cannot fit, and texts the model cannot read."""
     size = journal.world.size
     found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size)
     on_gpu = job.device.type == "cuda"
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
     states, reused = found.room(recipe.memory or int(MEMORY_SHARE * free))
+    if job.calibration:
+        try_out(job.skeleton, next(iter(job.calibration.values()))[0])
     place = next(folder for folder in journal.folder.parents if folder.exists())
     found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))
     return Surroundings(journal.world, Shelf(states, journal.scratch, job.device), reused), found.told()
@@ -311,14 +319,27 @@ def stored_dtype(recipe: Recipe) -> str | None:
     return None if dtype == "stored" else dtype
 
 
-def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
-    """Tokenised calibration batches per task."""
+def calibration_of(recipe: Recipe, model: nn.Module | None = None) -> Calibration:
+    """Tokenised calibration batches per task, as the recipe's model reads them.
+
+    model: it, where it was built already. Raises ModelError for a model that texts alone cannot calibrate and for
+    tokens that it does not know, ConfigError for settings that do not fit it.
+    """
     settings = recipe.calibration
     if settings is None:
         return {}
+    model = model or skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    check_reads_texts(model)
+    has_decoder = is_encoder_decoder(model)
+    if settings.target_key is not None and not has_decoder:
+        raise ConfigError(
+            f"calibration.target_key: {type(model).__name__} has no decoder beside its encoder that would write a"
+            " target; leave it out."
+        )
     tokenizer = tokenizer_from_folder(recipe.base)
-    return {
-        task: calibration_batches(
+    calibration = {}
+    for task, path in settings.tasks.items():
+        batches = calibration_batches(
             tokenizer,
             path,
             settings.text_key,
@@ -326,9 +347,31 @@ def calibration_of(recipe: Recipe) -> dict[str, list[dict[str, Tensor]]]:
             settings.max_length,
             settings.batch_size,
             settings.seed,
+            (settings.target_key or settings.text_key) if has_decoder else None,
         )
-        for task, path in settings.tasks.items()
-    }
+        read = [batch[name] for batch in batches for name in ("input_ids", "labels") if name in batch]
+        check_length(model, max(ids.shape[1] for ids in read), path, "calibration.max_length", settings.max_length)
+        check_vocabulary(model, max(int(ids.max()) for ids in read), path)
+        if has_decoder:
+            for batch in batches:
+                batch.update(decoder_inputs(model, batch.pop("labels")))
+        calibration[task] = batches
+    return calibration
+
+
+def calibration_notes(recipe: Recipe, model: nn.Module, calibration: Calibration) -> list[str]:
+    """Where the calibration is less than what was asked for."""
+    settings, notes = recipe.calibration, []
+    if settings is None:
+        return []
+    for task, batches in calibration.items():
+        count = sum(len(batch["input_ids"]) for batch in batches)
+        if count < settings.examples:
+            texts = "1 text" if count == 1 else f"{count} texts"
+            notes.append(f"{task}: {texts} of the {settings.examples} that calibration.examples asks for.")
+    if is_encoder_decoder(model) and settings.target_key is None:
+        notes.append("calibration.target_key is not given: the decoder was calibrated on the texts themselves.")
+    return notes
 
 
 def load_any(
@@ -356,6 +399,11 @@ def evaluate_folder(
         for name, entry in settings.tasks.items()
     }
     model = load_any(folder, device, dtype)
+    for name, task in tasks.items():
+        longest, data = max(map(len, task.ids)), settings.tasks[name].data
+        check_length(model, longest, data, "evaluation.max_length", settings.max_length)
+        check_vocabulary(model, max(max(ids, default=0) for ids in task.ids), data)
+        check_head(model, task, settings.pooling)
     names = list(tasks)
     scores = by_turns(
         len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]

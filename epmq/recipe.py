@@ -26,11 +26,13 @@ SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})\s*")
 class CalibrationSettings(Settings):
     """tasks: {task: jsonl file}. Texts are tokenised with the base's tokenizer and cut at ``max_length`` tokens.
 
-    examples: texts per task, the first of the file, or drawn from all of it when ``seed`` is given.
+    examples: texts per task, the first of the file, or drawn from all of it when ``seed`` is given. target_key: of what
+    the decoder of an encoder-decoder is to write; None: the text itself.
     """
 
     tasks: dict[str, Path]
     text_key: str = "text"
+    target_key: str | None = None
     examples: int = Field(default=256, ge=1, le=INT32_MAX)
     max_length: int = Field(default=512, ge=1, le=INT32_MAX)
     batch_size: int = Field(default=32, ge=1, le=INT32_MAX)
@@ -51,6 +53,13 @@ class EvaluationSettings(Settings):
     pooling: Literal["mean", "first"] = "mean"
     max_length: int = Field(default=512, ge=1, le=INT32_MAX)
     text_key: str = "text"
+
+    @field_validator("tasks")
+    @classmethod
+    def _any_task(cls, tasks: dict[str, TaskFiles]) -> dict[str, TaskFiles]:
+        if not tasks:
+            raise ValueError("name a task, or leave evaluation: out")
+        return tasks
 
 
 class Recipe(Settings):

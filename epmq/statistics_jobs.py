@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ from epmq.console import progress_bar
 from epmq.errors import CalibrationError, ConfigError
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.huggingface import skeleton_from_folder
-from epmq.jobs import calibration_of, device_of, finish, open_sources, planned_writer
+from epmq.jobs import calibration_notes, calibration_of, device_of, finish, open_sources, planned_writer
 from epmq.recipe import Recipe
 from epmq.sources import FileSource, require_same_layout
 from epmq.streams import make_streams
+from epmq.trial import try_out
 from epmq.world import world
+
+log = logging.getLogger("epmq")
 
 
 def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
@@ -32,8 +36,12 @@ def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
     recipe = recipe.model_copy(update={"experts": {task: recipe.experts[task]}, "calibration": own})
     device = device_of(recipe)
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    calibration = calibration_of(recipe, skeleton)
+    try_out(skeleton, calibration[task][0])
     expert = open_sources(recipe, skeleton).experts[task]
-    batches = make_streams(calibration_of(recipe), device)[task]
+    batches = make_streams(calibration, device)[task]
+    for note in calibration_notes(recipe, skeleton, calibration):
+        log.warning("%s", note)
     with files.new_folder(out) as working, progress_bar("collecting") as progress:
         writer = StatisticsWriter(working, recipe.shard_bytes)
         collect(skeleton, expert, task, batches, writer, progress, device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epmq.blocks import BlockAddress, BlockRunner, StreamState
+from epmq.data import IGNORED_LABEL
 from epmq.devices import moved
 from epmq.errors import CalibrationError
 from epmq.world import World, shares
@@ -22,7 +23,6 @@ TEXT_SEQUENCES = ("input_ids", "inputs_embeds")
 SEQUENCES = (*DECODER_SEQUENCES, *TEXT_SEQUENCES, "pixel_values")
 # Ends the name of an input whose positions the hidden states have in front of the examples, as [S, B, K].
 TIME_FIRST = ".T"
-IGNORED_LABEL = -100
 
 
 @dataclass

@@ -17,7 +17,7 @@ ORDER: list[tuple[str, ...]] = [
     ("onednn",),
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "world"),
-    ("reference", "blocked", "names"),
+    ("reference", "blocked", "names", "texts"),
     ("triton_forms",),
     (
         "config",
@@ -31,6 +31,7 @@ ORDER: list[tuple[str, ...]] = [
         "huggingface",
         "evaluate",
         "norms",
+        "trial",
     ),
     ("grids", "formats.shards", "perplexity", "card"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
