@@ -18,6 +18,7 @@ from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.huggingface import stop_tokens, tokenizer_from_folder
 from epmq.jobs import load_any
 from epmq.perplexity import perplexity
+from epmq.texts import check_vocabulary, longest_input
 
 LONGEST_WINDOW = 2048
 
@@ -69,25 +70,25 @@ def text_perplexity(
     """
     try:
         with trust.open_file(text_file, CalibrationError) as handle:
-            text = handle.read().decode("utf-8")
+            # A mark at the start, which some editors leave, is not part of the text.
+            text = handle.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{text_file}: not a text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    if not text.strip():
+        raise CalibrationError(f"{text_file}: holds no text.")
     model, tokenizer = open_language_model(folder, device, dtype)
     limit = longest_input(model)
-    if window is not None and limit is not None and window > limit:
+    if window is None:
+        window = min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
+    elif limit is not None and window > limit:
         raise ConfigError(f"window={window}: the model reads at most {limit} tokens.")
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise CalibrationError(f"{text_file}: holds {len(ids)} tokens; perplexity needs at least two.")
+    check_vocabulary(model, max(ids), text_file)
     with progress_bar("perplexity") as progress:
-        found = perplexity(model, ids, window or min(LONGEST_WINDOW, limit or LONGEST_WINDOW), stride, progress)
+        found = perplexity(model, ids, window, stride, progress)
     return {"model": Path(folder).name, "text": Path(text_file).name, **vars(found)}
-
-
-def longest_input(model: Any) -> int | None:
-    """Tokens that the model's positions allow, where its configuration says so."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def generate_text(
@@ -114,6 +115,7 @@ def generate_text(
     count = inputs["input_ids"].shape[1]
     if count == 0:
         raise ConfigError("the prompt is empty after tokenisation; give some text.")
+    check_vocabulary(model, int(inputs["input_ids"].max()), "the prompt")
     limit = longest_input(model)
     if limit is not None and count + max_new_tokens > limit:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from epmq.bench import interleaved, parse_counts, parse_shapes
 from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
 from epmq.jobs import load_any
-from epmq.language import generate_text, open_language_model
+from epmq.language import generate_text, open_language_model, text_perplexity
 from epmq.perplexity import perplexity
 
 pytest.importorskip("transformers")
@@ -139,7 +140,9 @@ def test_eval_text(llama: Path, packed: Path, text: Path, tmp_path: Path, capsys
         (["--text", "{text}", "--window", "65"], "window=65: the model reads at most 64 tokens"),
         (["--text", "{text}", "--window", "32", "--stride", "33"], "stride=33"),
         (["--text", "{folder}/missing.txt"], "missing.txt: the file cannot be read"),
-        (["--text", "{folder}/empty.txt"], "empty.txt: holds 1 tokens"),
+        (["--text", "{folder}/empty.txt"], "empty.txt: holds no text"),
+        (["--text", "{folder}/blank.txt"], "blank.txt: holds no text"),
+        (["--text", "{text}", "--window", "0"], "window=0: a window needs at least two tokens"),
         (["--text", "{folder}/latin.txt"], "latin.txt: not a text in UTF-8"),
     ],
 )
@@ -147,9 +150,34 @@ def test_eval_refuses(
     llama: Path, text: Path, tmp_path: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("\ufeff \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
     done = in_process(capsys, "eval", llama, *(a.format(text=text, folder=tmp_path) for a in arguments))
     assert done.code == 2 and told in done.err and "Traceback" not in done.err
+
+
+def test_a_byte_order_mark_is_not_scored(llama: Path, text: Path, tmp_path: Path) -> None:
+    marked = tmp_path / text.name
+    marked.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    assert text_perplexity(llama, marked) == text_perplexity(llama, text)
+
+
+def test_tokens_beyond_the_embedding_are_refused(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer that was extended after the model."""
+    import transformers
+
+    folder = tmp_path / "extended"
+    shutil.copytree(llama, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["Merging"])
+    tokenizer.save_pretrained(folder)
+    told = f"the tokenizer makes token {len(tokenizer) - 1} of it, and LlamaForCausalLM's embedding has"
+    done = in_process(capsys, "eval", folder, "--text", text)
+    assert done.code == 2 and f"{text}: {told}" in done.err
+    done = in_process(capsys, "generate", folder, "--prompt", "Merging", "--max-new-tokens", "2")
+    assert done.code == 2 and f"the prompt: {told}" in done.err
 
 
 def test_generate_streams_text_and_tells_its_speed(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
