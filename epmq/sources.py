@@ -50,7 +50,7 @@ class WeightSource(Protocol):
 
 
 class FileSource:
-    """A safetensors file, or a folder that holds ``model.safetensors`` or shards with an index.
+    """A safetensors file, or a folder that holds ``model.safetensors`` or else shards with an index.
 
     Raises SourceError for a missing, truncated or contradictory file, naming it.
     """
@@ -118,12 +118,13 @@ class FileSource:
             raise SourceError(f"{self.path}: there is no such file or folder.")
         if not self.path.is_dir():
             return self._keys_of(self.path)
-        index = self.path / INDEX_NAME
-        if trust.exists(index):
-            return self._read_index(index)
+        # As transformers: an index beside a single file is left from an earlier save.
         single = self.path / SINGLE_NAME
         if trust.exists(single):
             return self._keys_of(single)
+        index = self.path / INDEX_NAME
+        if trust.exists(index):
+            return self._read_index(index)
         if trust.is_file(self.path / ADAPTER_CONFIG):
             raise SourceError(f"{self.path}: is an adapter, not a whole checkpoint; it can only be used as an expert.")
         found = sorted(self.path.glob("*.safetensors"))

@@ -113,6 +113,15 @@ def test_shards_as_written_are_read(tmp_path: Path) -> None:
     assert_holds(FileSource(tmp_path), content)
 
 
+def test_a_single_file_counts_before_an_index_as_in_transformers(shards: Path) -> None:
+    """save_pretrained leaves an older index where it is, and may leave its shards."""
+    save_file({"a.weight": torch.full((3, 4), 7.0)}, shards / "model.safetensors")
+    assert_holds(FileSource(shards), {"a.weight": torch.full((3, 4), 7.0)})
+    for name in ("one", "two"):
+        (shards / f"{name}.safetensors").unlink()
+    assert_holds(FileSource(shards), {"a.weight": torch.full((3, 4), 7.0)})
+
+
 def test_a_tensor_read_from_a_file_belongs_to_the_caller(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     source = FileSource(tmp_path)
