@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from epmq import patterns, trust
 from epmq.errors import ConfigError, SourceError
 from epmq.hub import find_model, name_of
 from epmq.names import NamedForModel, names_in_model
+from epmq.orientation import is_transposed
 from epmq.settings import Settings
 from epmq.sources import ADAPTER_CONFIG, DictSource, FileSource, WeightSource, open_source, read_finite
 
@@ -46,8 +48,8 @@ Rank = Annotated[int, Field(ge=1, le=trust.INT32_MAX)]
 class AdapterConfig(Settings):
     """What adapter_config.json says about the sum. r: rank. lora_alpha: the scale is alpha/r, or alpha/√r with
     use_rslora. rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its own value}.
-    fan_in_fan_out: the adapted weights are stored [in, out], as transformers' Conv1D does.
-    modules_to_save: modules trained whole."""
+    fan_in_fan_out: weights are stored [in, out], as transformers' Conv1D does; peft writes what held for the layer that
+    it adapted last. modules_to_save: modules trained whole, by the end of their names."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -79,7 +81,9 @@ class AdapterConfig(Settings):
 
     def saves(self, key: str) -> bool:
         """Whether a tensor belongs to a module that was trained whole."""
-        return any(f".{module}." in f".{key}" for module in self.modules_to_save)
+        parts = key.split(".")
+        modules = [".".join(parts[:count]) for count in range(1, len(parts))]
+        return any(module.endswith(tuple(self.modules_to_save)) for module in modules)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class AdapterSource:
     """A base with a LoRA adapter on it, as a weight source with the base's names, shapes and dtypes.
 
     ``tensor`` adds s·B·A to a base tensor in float32, or float64 where one of them is, and casts to the base's dtype;
-    at most one tensor and its product are held. Modules saved whole replace the base's tensors. model: what the base's
-    names belong to, where it is known.
+    at most one tensor and its product are held. Tensors saved whole replace the base's. model: what the base's names
+    belong to, where it is known.
 
     Raises SourceError naming the folder and the tensor or key at fault, for kinds of adapters whose sum is another
     (DoRA, LoRA with biases, trained tokens, ...), and for an adapter made for another base.
@@ -171,16 +175,18 @@ class AdapterSource:
                 self._copies[inner.removesuffix(BASE_COPY) + ".weight"] = stored
             elif suffix is not None:
                 factors.setdefault(inner.removesuffix(suffix), {})[FACTORS[suffix]] = stored
-            elif self.config.saves(inner):
-                plain[inner] = stored
-            else:
+            elif ".lora_" in inner:
                 raise SourceError(
                     f"{self.file.name}: tensor {stored!r} belongs to no kind of LoRA that can be added here."
                 )
+            else:
+                # Of a module trained whole, or a copy of the embeddings: peft puts both in the base's place.
+                plain[inner] = stored
+        self._drop_tied(plain)
         if not factors and not plain:
             raise SourceError(f"{self.file.name}: holds no factors of an adapter.")
         wanted = [f"{module}.weight" for module in factors] + [*plain, *self._copies]
-        rename = self._renaming(wanted)
+        rename = self._renaming(wanted, plain)
         self._copies = {rename(key): stored for key, stored in self._copies.items()}
         self._whole = {rename(key): stored for key, stored in plain.items()}
         for key, stored in self._whole.items():
@@ -196,6 +202,17 @@ class AdapterSource:
                     " float base."
                 )
 
+    def _drop_tied(self, plain: dict[str, str]) -> None:
+        """Forget what the base lacks where it is an equal copy of another: save_embedding_layers stores ties twice."""
+        present = set(self.base.keys())
+        for key, stored in list(plain.items()):
+            if key not in present and not self.config.saves(key):
+                twins = [name for name in plain.values() if self.file.shape(name) == self.file.shape(stored)]
+                if any(
+                    name != stored and torch.equal(self.file.tensor(name), self.file.tensor(stored)) for name in twins
+                ):
+                    del plain[key]
+
     def _names_of(self, key: str) -> list[str]:
         """The names under which the base holds this tensor: tied parameters change together."""
         if isinstance(self.base, NamedForModel):
@@ -206,7 +223,7 @@ class AdapterSource:
         others = [(name, self.base.tensor(name)) for name in self.base.keys()]
         return [n for n, other in others if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape]
 
-    def _renaming(self, wanted: list[str]) -> Callable[[str], str]:
+    def _renaming(self, wanted: list[str], plain: Collection[str]) -> Callable[[str], str]:
         """From the adapter's names to the base's, which may lack or have one more prefix for all of them, or be those
         that another version of transformers gives the model."""
         present = set(self.base.keys())
@@ -220,10 +237,11 @@ class AdapterSource:
             if all(rule(key) in present for key in wanted):
                 return rule
         missing = next(key for key in wanted if key not in present)
-        if self.config.saves(missing):
+        if missing in plain:
+            how = "modules_to_save" if self.config.saves(missing) else "save_embedding_layers"
             raise SourceError(
-                f"{self.folder}: the adapter brings {missing!r} whole (modules_to_save), which {self.base.name} does"
-                " not have; a head of its own or a tied output has no counterpart: add it to the base, or leave it out."
+                f"{self.folder}: the adapter brings {missing!r} whole ({how}), which {self.base.name} does not have;"
+                " a head of its own or a tied output has no counterpart: add it to the base, or leave it out."
             )
         raise SourceError(
             f"{self.folder}: the adapter changes {missing!r}, which {self.base.name} does not have;"
@@ -247,25 +265,56 @@ class AdapterSource:
                 " they do not belong together."
             )
         embedding = parts["A"].endswith("embedding_A")
-        turned = self.config.fan_in_fan_out or embedding
+        turned = embedding or self._is_turned((b[0], a[1]), key)
         self._require_shape(parts["B"], (a[1], b[0]) if turned else (b[0], a[1]), key)
         return _Pair(parts["A"], parts["B"], self.config.scale_of(module), turned, embedding)
+
+    def _is_turned(self, shape: tuple[int, int], key: str) -> bool:
+        """Whether a weight is stored [in, out]: told by its shape, or where that is square by its module.
+
+        Where the module is not known either, a base without any Conv1D has none there, and in one that has some,
+        fan_in_fan_out is believed where it says so: peft writes it for the layer that it adapted last.
+        """
+        if shape[0] != shape[1]:
+            return shape[::-1] == self.base.shape(key)
+        module = dict(self.model.named_modules()).get(key.removesuffix(".weight")) if self.model is not None else None
+        if module is not None:
+            return is_transposed(module)
+        if self._has_conv1d != self.config.fan_in_fan_out:
+            raise SourceError(
+                f"{self.folder}: whether {key!r} of {self.base.name} is stored [in, out] cannot be told from its square"
+                f" shape, nor from fan_in_fan_out, which peft writes for one layer of all; give the base as a module."
+            )
+        return self._has_conv1d
+
+    @cached_property
+    def _has_conv1d(self) -> bool:
+        """Whether some weight of the base has its bias along the second dimension."""
+        present = set(self.base.keys())
+        for key in present:
+            bias = key.removesuffix("weight") + "bias"
+            if key.endswith(".weight") and bias in present:
+                shape = self.base.shape(key)
+                if len(shape) == 2 and shape[0] != shape[1] and self.base.shape(bias) == shape[1:]:
+                    return True
+        return False
 
     def _require_shape(self, stored: str, shape: tuple[int, ...], key: str) -> None:
         expected = self.base.shape(key)
         if shape == expected:
             return
-        turned = "; fan_in_fan_out does not fit this layer" if shape == expected[::-1] else ""
         raise SourceError(
             f"{self.folder}: {stored!r} makes a weight of shape {list(shape)}, but {key!r} of {self.base.name} has"
-            f" {list(expected)}; the adapter was made for another base{turned}."
+            f" {list(expected)}; the adapter was made for another base."
         )
 
     def _notes(self) -> list[str]:
         named, path = self.config.base_model_name_or_path, Path(self.base.name)
         if not named or named in (self.base.name, name_of(path).partition("@")[0]) or Path(named).name == path.name:
             return []
-        return [f"{self.folder}: the adapter names {named!r} as its base; it is applied to {self.base.name}."]
+        # Notes are published with the model: no paths of the machines it was made on.
+        told = Path(named).name if Path(named).is_absolute() else named
+        return [f"{name_of(self.folder)}: the adapter names {told!r} as its base; it is applied to {name_of(path)}."]
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:

@@ -26,13 +26,14 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float32, layers: int = 
     return made
 
 
-def gpt2() -> nn.Module:
+def gpt2(tied: bool = True) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
     model: nn.Module = transformers.GPT2LMHeadModel(config).eval()
     return model
 

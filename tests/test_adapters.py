@@ -72,6 +72,8 @@ LLAMA_CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "embeddings": ({"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"]}, 3),
     "modules to save": ({"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, 5),
+    # peft saves whichever modules' names end so: every norm.
+    "norms saved": ({"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "modules_to_save": ["norm"]}, 9),
     "gaussian start": ({"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "init_lora_weights": "gaussian"}, 4),
 }
 
@@ -101,6 +103,50 @@ def test_conv1d_weights_are_added_transposed(targets: list[str], tmp_path: Path)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     changed = {"c_attn": 2, "c_proj": 4, "c_fc": 2, "wte": 1}
     assert_equal(AdapterSource(tmp_path / "adapter", base), expected, sum(changed[target] for target in targets))
+
+
+@pytest.mark.parametrize("linear", ["c_attn", "attn.c_proj", "mlp.c_proj"])
+def test_each_layer_is_added_the_way_round_that_it_is_stored(linear: str, tmp_path: Path) -> None:
+    """peft writes fan_in_fan_out for the layer that it adapted last: here for the output, an nn.Linear."""
+    model = gpt2(tied=False)
+    base = saved(model, tmp_path / "base")
+    expected = save_adapter(model, tmp_path / "adapter", r=4, lora_alpha=6, target_modules=[linear, "lm_head"])
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    assert_equal(AdapterSource(tmp_path / "adapter", base, model), expected, 3)
+    in_memory: Any = epmq.merge(model, {"a": tmp_path / "adapter"}, scaling=1.0)
+    for name, tensor in in_memory.state_dict().items():
+        # Base plus the difference to the base, each rounded once.
+        largest = 2 * expected[name].abs().max() + base.tensor(name).abs().max()
+        assert float((tensor - expected[name]).abs().max()) <= 2.0**-24 * float(largest), name
+    if linear == "attn.c_proj":  # square, and without the module there is nothing that tells
+        assert "cannot be told from its square shape" in refusal(tmp_path / "adapter", base)
+    else:
+        assert_equal(AdapterSource(tmp_path / "adapter", base), expected, 3)
+
+
+def test_fan_in_fan_out_of_a_base_without_conv1d_is_not_believed(plain: Path, tmp_path: Path) -> None:
+    folder = changed(plain, tmp_path / "adapter", fan_in_fan_out=True)
+    assert "nor from fan_in_fan_out" in refusal(folder, FileSource(plain / "base"))
+    model = llama()
+    ours, expected = (AdapterSource(place, FileSource(plain / "base"), model) for place in (folder, plain / "adapter"))
+    assert all(torch.equal(ours.tensor(key), expected.tensor(key)) for key in expected.keys())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_saved_beside_an_adapter_take_the_bases_place(tied: bool, tmp_path: Path) -> None:
+    import peft
+
+    model: Any = llama(tied=tied)
+    base = saved(model, tmp_path / "base")
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=ATTENTION, init_lora_weights=False))
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight.add_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= set(stored)
+    loaded: Any = peft.PeftModel.from_pretrained(llama(tied=tied), tmp_path / "adapter")
+    expected = {name: tensor.detach() for name, tensor in loaded.merge_and_unload().state_dict().items()}
+    assert_equal(AdapterSource(tmp_path / "adapter", base), expected, 5)
 
 
 def test_a_tied_embedding_changes_under_all_its_names(tmp_path: Path) -> None:
@@ -220,7 +266,6 @@ def refusal(folder: Path, base: Any) -> str:
         ({"r": "four"}, "r: Input should be a valid integer"),
         ({"rank_pattern": {"q_proj": 2}}, "has rank 4, adapter_config.json says 2"),
         ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression"),
-        ({"modules_to_save": None}, "'base_model.model.lm_head.weight' belongs to no kind of LoRA"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -244,12 +289,13 @@ HEAD = "base_model.model.model.layers.0.self_attn.q_proj"
         ({f"{HEAD}.lora_A.weight": torch.full((4, 32), float("nan"))}, "holds NaN or Inf"),
         ({f"{HEAD}.base_layer.weight": torch.ones(32, 32)}, "differs from 'model.layers.0.self_attn.q_proj.weight'"),
         ({"base_model.model.lm_head.weight": torch.ones(50, 32)}, "makes a weight of shape [50, 32], but"),
+        ({"base_model.model.extra.weight": torch.ones(2)}, "brings 'extra.weight' whole (save_embedding_layers)"),
         ({"lora_A.weight": torch.ones(2)}, "does not begin with 'base_model.model.'"),
         ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32),
           "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": torch.ones(48, 4)},
          "the adapter changes 'model.layers.7.mlp.up_proj.weight', which"),
     ],
-    ids=["dora", "bias", "half", "shape", "convolution", "nan", "other base", "head", "foreign", "layer"],
+    ids=["dora", "bias", "half", "shape", "convolution", "nan", "other base", "head", "extra", "foreign", "layer"],
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit(
     tensors: dict[str, Tensor | None], sentence: str, plain: Path, tmp_path: Path
@@ -274,6 +320,9 @@ def test_an_adapter_of_another_base(plain: Path, tmp_path: Path) -> None:
     named = changed(plain, tmp_path / "named", base_model_name_or_path="meta-llama/Llama-3.2-1B")
     (note,) = AdapterSource(named, FileSource(tmp_path / "elsewhere" / "copy")).notes
     assert "the adapter names 'meta-llama/Llama-3.2-1B' as its base; it is applied to" in note
+    local = changed(plain, tmp_path / "local", base_model_name_or_path="/home/someone/models/llama")
+    (told,) = AdapterSource(local, FileSource(tmp_path / "elsewhere" / "copy")).notes
+    assert told == "local: the adapter names 'llama' as its base; it is applied to copy."
     same = changed(plain, tmp_path / "same", base_model_name_or_path="/other/machine/copy")
     assert AdapterSource(same, FileSource(tmp_path / "elsewhere" / "copy")).notes == []
 
