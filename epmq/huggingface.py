@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from epmq import trust
@@ -84,17 +85,21 @@ def stop_tokens(folder: str | Path) -> int | list[int] | None:
     return ids
 
 
-def carry_files(source: str | Path, target: Path, dtype: str | None = None) -> None:
-    """Copy configuration, tokenizer and processor files; ``dtype`` becomes the configuration's when one is given."""
+def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration, tokenizer and processor files; the configuration says ``dtype`` when one is given."""
     for name in CARRIED:
         if trust.is_file(Path(source) / name):
             shutil.copyfile(Path(source) / name, target / name)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = trust.read_json(config, ModelError)
+        if not isinstance(content, dict):
+            raise ModelError(f"{config}: expected a JSON object.")
         # transformers 5 writes the first, 4 the second; both read both.
         key = "dtype" if "dtype" in content else "torch_dtype"
-        config.write_text(json.dumps({**content, key: dtype}, indent=2) + "\n", encoding="utf-8")
+        name = str(dtype).removeprefix("torch.")
+        if content.get(key) != name:
+            config.write_text(json.dumps({**content, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_config(path: Path) -> None:

@@ -106,6 +106,7 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         layout = merged if recipe.merged is not None else sources.base
         stored_name = layout.stored_name if isinstance(layout, NamedForModel) else lambda key: key
         size = total_bytes(merged)
+        carry_files(recipe.base, working, main_dtype(merged))
         # While a shard is put together, its tensors lie there twice.
         files.check_space(out, size + min(size, recipe.shard_bytes))
         writer = ShardWriter(working, recipe.shard_bytes)
@@ -115,7 +116,6 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
                 writer.add(stored_name(key), tensor)
                 progress(key, number, total)
         writer.finish()
-        carry_files(recipe.base, working, stored_dtype(recipe))
 
 
 def _model_for_names(base: Path) -> nn.Module | None:
@@ -221,7 +221,7 @@ def finish(
         if not key.startswith(blocks) and key not in written:
             writer.tensor(key, sources.merged.tensor(key))
     found["notes"] += notes_of(sources)
-    carry_files(recipe.base, working, stored_dtype(recipe))
+    carry_files(recipe.base, working, main_dtype(sources.merged))
     writer.finish()
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
     report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
@@ -309,14 +309,6 @@ def made_from(recipe: Recipe) -> dict[str, Any]:
     told["experts"] = {task: name_of(path) for task, path in recipe.experts.items()}
     told["merge"] = name_of(recipe.merged) if recipe.merged else merge.model_dump(mode="json", exclude_none=True)
     return told
-
-
-def stored_dtype(recipe: Recipe) -> str | None:
-    """The dtype that the recipe's merge gives all weights, or None where they keep theirs."""
-    if recipe.merge is None:
-        return None
-    dtype = recipe.merge.out_dtype or recipe.merge.dtype
-    return None if dtype == "stored" else dtype
 
 
 def calibration_of(recipe: Recipe, model: nn.Module | None = None) -> Calibration:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoints import in_process, write_tokenizer
+from checkpoints import TASKS, in_process, make_job, write_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -423,6 +423,28 @@ def test_merge_from_the_command_line(models: Path, capsys: pytest.CaptureFixture
     assert merged["a"].dtype == torch.bfloat16
     assert merged["a"].tolist() == [4, -4, 2, 2]
     assert json.loads((models / "merged" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_the_configuration_says_the_dtype_that_the_merge_came_to(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without dtype mergekit merges in what the inputs promote to."""
+    job = make_job(tmp_path)
+    base = tmp_path / "base"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**content, "dtype": "bfloat16"}))
+    models = [{"model": str(job.expert(task).parent), "parameters": {"weight": 0.5}} for task in TASKS]
+    content = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(content))
+    job.recipe = {"mergekit": "config.yml", "calibration": job.recipe["calibration"], "format": "native"}
+    job.recipe["quantization"] = {"group_size": 16}
+    assert in_process(capsys, verb, job.write(), "--out", tmp_path / "out").code == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["embeddings.word_embeddings.weight"].dtype == torch.float32
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
