@@ -51,6 +51,8 @@ class QuantLinear(nn.Module):
     layout is the one form of the codes: the buffer words takes the place of packed, which is None.
     """
 
+    # The class of what it took the place of: a Conv1D keeps its weight the other way round in files.
+    stands_for = "Linear"
     packed: Any  # a Tensor, or None while there is words
     words: Tensor
     scales: Tensor
@@ -106,7 +108,9 @@ class QuantLinear(nn.Module):
         require_quantizable(weight, "the weight")
         bias: Any = linear.bias
         tensor = quantize_to_nearest(weight.float(), config, weight.dtype)
-        return cls.from_quantized(tensor, None if bias is None else bias.detach())
+        layer = cls.from_quantized(tensor, None if bias is None else bias.detach())
+        layer.stands_for = type(linear).__name__
+        return layer
 
     @classmethod
     def from_quantized(

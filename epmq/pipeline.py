@@ -54,7 +54,8 @@ class ModuleSink:
                 tensors[name] = value
             else:
                 quantized[name] = QuantLinear.from_quantized(value, bias, source.dtype(f"{name}.weight"))
-        for name in quantized:
+        for name, layer in quantized.items():
+            layer.stands_for = type(model.get_submodule(name)).__name__
             set_submodule(model, name, nn.Identity())
         fill(model, "", _Overlay(tensors, source), None, self.home)
         place_buffers(model, self.home)

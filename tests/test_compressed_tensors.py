@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,27 @@ import pytest
 import torch
 import transformers
 from close import assert_close, product_bound
+from families import KINDS, make_job
 from safetensors.torch import load_file
-from tiny import answers, copy_of, dequantized, edit_config, edit_json, edit_tensors, quantized, quantized_names, tiny
+from tiny import (
+    IDS,
+    KEPT,
+    answers,
+    copy_of,
+    dequantized,
+    edit_config,
+    edit_json,
+    edit_tensors,
+    quantized,
+    quantized_names,
+    tiny,
+)
 from torch import Tensor, nn
 
 import epmq
 from epmq import QuantLinear, replace_linear
 from epmq.errors import FormatError
+from epmq.formats.compressed_tensors import KEPT_PACKED
 from epmq.sources import FileSource
 
 LOADERS = {
@@ -50,9 +66,13 @@ def independent_weight(tensors: dict[str, Tensor], name: str, weights: dict[str,
 
 def scheme_of(folder: Path, name: str) -> dict[str, Any]:
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
-    named = [group for group in groups if name in group["targets"]]
+    named = [group for group in groups if any(names_it(target, name) for target in group["targets"])]
     found: dict[str, Any] = (named or [group for group in groups if group["targets"] == ["Linear"]])[0]["weights"]
     return found
+
+
+def names_it(target: str, name: str) -> bool:
+    return target == name or (target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None)
 
 
 def load_with_transformers(kind: str, folder: Path) -> nn.Module:
@@ -170,6 +190,136 @@ def test_linears_of_different_bits_get_their_own_groups(tmp_path: Path) -> None:
     for name in quantized_names(model):
         assert torch.equal(theirs.get_parameter(f"{name}.weight"), model.get_submodule(name).weight), name  # type: ignore[arg-type]
     assert torch.equal(answers(epmq.load(tmp_path / "out")), answers(model))
+
+
+def of_the_same_class(folder: Path, headless: bool) -> Any:
+    """What transformers makes of a folder: the class that was saved, or the model without its head."""
+    config = json.loads((folder / "config.json").read_text())
+    kind: Any = transformers.AutoModel if headless else getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    if not headless:
+        assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def first_output(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS)[0]
+    return out
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["saved class", "without its head"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_mixture_loads_with_the_head_and_without(kind: str, headless: bool, tmp_path: Path) -> None:
+    model: Any = tiny(kind)
+    replace_linear(model, 4, 32, True, include=["attn", "attention"], exclude=["layers?\\.1\\."])
+    replace_linear(model, 8, 32, True, exclude=[*KEPT, "pooler", "layers?\\.0\\.self_attn"])
+    epmq.save(model, tmp_path / "out")
+    theirs = of_the_same_class(tmp_path / "out", headless)
+    wanted = first_output(dequantized(model.base_model if headless else model))
+    assert (first_output(theirs) - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["saved class", "without its head"])
+def test_linears_left_out_are_so_with_the_head_and_without(headless: bool, tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    replace_linear(model, 4, 32, True, exclude=["lm_head", "layers\\.0\\.self_attn"])
+    epmq.save(model, tmp_path / "out")
+    theirs = of_the_same_class(tmp_path / "out", headless)
+    wanted = first_output(dequantized(model.base_model if headless else model))
+    assert (first_output(theirs) - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("headed", [False, True], ids=["saved class", "with a head"])
+def test_a_mixture_of_a_model_without_head_loads_with_one(headed: bool, tmp_path: Path) -> None:
+    model: Any = tiny("bert").bert
+    replace_linear(model, 4, 32, True, include=["attention"])
+    replace_linear(model, 8, 32, True, exclude=["pooler"])
+    epmq.save(model, tmp_path / "out")
+    kind: Any = transformers.BertForSequenceClassification if headed else transformers.AutoModel
+    theirs = kind.from_pretrained(tmp_path / "out").eval()
+    first_output(theirs)  # unpacks
+    wanted = first_output(dequantized(model))
+    assert (first_output(theirs.base_model) - wanted).norm() <= 0.01 * wanted.norm()
+
+
+# -- which classes load packed ---------------------------------------------------------------------------------------
+
+LANGUAGE = {name: kind for name, kind in KINDS.items() if kind.model.endswith("ForCausalLM")}
+STATES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "falcon": ("FalconForCausalLM", "FalconConfig", {**STATES, "num_attention_heads": 4}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {**STATES, "state_size": 8}),
+    "mamba2": (
+        "Mamba2ForCausalLM", "Mamba2Config",
+        {**STATES, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", {**STATES, "context_length": 64}),
+    "recurrentgemma": (
+        "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
+        {**STATES, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1,
+         "head_dim": 8, "lru_width": 32, "attention_window_size": 16},
+    ),
+    "gptj": (
+        "GPTJForCausalLM", "GPTJConfig", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    ),
+}  # fmt: skip
+
+
+def language_model(name: str) -> Any:
+    torch.manual_seed(0)
+    if name in LANGUAGE:
+        kind = LANGUAGE[name]
+        model = getattr(transformers, kind.model)(getattr(transformers, kind.config)(**kind.settings))
+    else:
+        cls, config, settings = OTHERS[name]
+        model = getattr(transformers, cls)(getattr(transformers, config)(**settings))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [*LANGUAGE, *OTHERS])
+def test_symmetric_language_models_load_in_transformers(name: str, tmp_path: Path) -> None:
+    model = language_model(name)
+    replace_linear(model, 4, 16, True, exclude=["lm_head", "head", "dt_proj"])
+    epmq.save(copy.deepcopy(model), tmp_path / "out")
+    theirs = of_the_same_class(tmp_path / "out", headless=False)
+    wanted = first_output(dequantized(model))
+    assert wanted.norm() > 0
+    assert (first_output(theirs) - wanted).norm() <= 0.01 * wanted.norm()
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("dequantize" in settings) == (name in OTHERS)
+    assert ("transformers 5 dequantizes it while loading" in card) == (name in OTHERS)
+    assert ("transformers 5 keeps it packed" in card) == (name in LANGUAGE)
+
+
+def test_every_class_that_is_kept_packed_is_tried() -> None:
+    assert {kind.model for kind in LANGUAGE.values()} == KEPT_PACKED
+
+
+# -- linears that are stored the other way round ---------------------------------------------------------------------
+
+
+def result_of_gpt2() -> epmq.QuantResult:
+    job = make_job(KINDS["gpt2"])
+    return epmq.quantize(job.merged, job.experts, job.calibration, epmq.QuantConfig(group_size=16))
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("made_by", ["quantize", "replace_linear", "load"])
+def test_a_conv1d_is_refused_however_it_was_quantized(made_by: str, format: Any, tmp_path: Path) -> None:
+    result: Any = result_of_gpt2() if made_by != "replace_linear" else make_job(KINDS["gpt2"]).merged
+    if made_by == "replace_linear":
+        replace_linear(result, group_size=16)
+    if made_by == "load":
+        epmq.save(result, tmp_path / "native", format="native")
+        result = epmq.load(tmp_path / "native")
+    with pytest.raises(
+        FormatError, match=r"c_attn' is not an nn.Linear, which is all that .* takes; use format native"
+    ):
+        epmq.save(result, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_asymmetric_mixture_is_refused_by_transformers_and_never_loaded_wrong(tmp_path: Path) -> None:

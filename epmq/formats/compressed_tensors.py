@@ -8,7 +8,8 @@ what they mean stands in config.json. Read as well: ``m.weight_g_idx``, which re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +25,13 @@ from epmq.formats.packed import (
     PackedReader,
     extend_config,
     is_bits,
-    is_causal_lm,
     is_group_size,
     open_shards,
+    plain_linears,
     read_config,
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.linear import QuantLinear
 from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -39,6 +39,13 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 LAYOUT_VERSION = "0.20.0"
 # Below, scales would take more room than the codes.
 LEAST_GROUP = 8
+# What transformers is tested to load without unpacking: their initialisation reads no weight of a linear. Other engines
+# take the plainest file.
+KEPT_PACKED = frozenset(
+    f"{family}ForCausalLM"
+    for family in ("Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Phi", "Phi3", "Qwen2", "Qwen3")
+)
+READ_WHEN_MADE = "T5, Whisper, SigLIP, ModernBERT, Falcon, Mamba, RWKV, RecurrentGemma"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
@@ -62,7 +69,7 @@ class CompressedTensorsWriter:
     def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES):
         self.folder, self.model, self.dtype = folder, model, dtype
         self.shards = ShardWriter(folder, shard_bytes)
-        self._linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)]
+        self._linears = list(plain_linears(model))
         self._planned: dict[str, Scheme] = {}
         self._schemes: dict[str, Scheme] = {}
 
@@ -123,8 +130,8 @@ class CompressedTensorsWriter:
             told = ["transformers 5 dequantizes it while loading, as config.json asks (`dequantize`)."]
         else:
             told = [
-                "transformers 5.23 loads a mixture, but not for families whose initialisation reads the weights (T5,"
-                " Whisper, SigLIP, ModernBERT)."
+                "transformers 5.23 loads a mixture, but not for families whose initialisation reads the weights"
+                f" ({READ_WHEN_MADE})."
             ]
         told.append("vLLM's packed kernels take 4 and 8 bits; not tried here.")
         if not sym:
@@ -161,9 +168,9 @@ class CompressedTensorsWriter:
         return group
 
     def _wants_dequantize(self, schemes: set[Scheme]) -> bool:
-        """Packed zero points do not load otherwise (5.23), nor do T5, Whisper, SigLIP and ModernBERT, whose weights are
-        initialised by name. Symmetric language models, which other engines load too, get the plainest file."""
-        return not all(scheme.sym for scheme in schemes) or not is_causal_lm(self.model)
+        """Packed zero points do not load otherwise (5.23), nor do models whose initialisation reads the weights of
+        linears; which these are, only trying tells."""
+        return not all(scheme.sym for scheme in schemes) or type(self.model).__name__ not in KEPT_PACKED
 
     def _configuration(self) -> dict[str, Any]:
         names_of: dict[Scheme, list[str]] = {}
@@ -172,7 +179,7 @@ class CompressedTensorsWriter:
         if not names_of:
             return {}
         groups = {
-            f"group_{number}": _group(scheme, names if len(names_of) > 1 else ["Linear"])
+            f"group_{number}": _group(scheme, _targets(names, self.model) if len(names_of) > 1 else ["Linear"])
             for number, (scheme, names) in enumerate(names_of.items())
         }
         configuration: dict[str, Any] = {
@@ -182,7 +189,7 @@ class CompressedTensorsWriter:
             "quantization_status": "compressed",
             "version": LAYOUT_VERSION,
             "config_groups": groups,
-            "ignore": [name for name in self._linears if name not in self._schemes],
+            "ignore": _targets([name for name in self._linears if name not in self._schemes], self.model),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "sparsity_config": {},
@@ -192,6 +199,28 @@ class CompressedTensorsWriter:
             # Of several schemes transformers would take the first for all, and load wrong weights in silence.
             configuration["dequantize"] = True
         return configuration
+
+
+def _targets(names: Sequence[str], model: nn.Module) -> list[str]:
+    """These linears for loaders, which may make the base model alone, or a head for it: its prefix may be there or not.
+    Linears that differ in their first number, which is that of the block, are one target."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    start = f"{prefix}." if prefix else ""
+    has_head = prefix != "" and hasattr(model, prefix)
+    optional = f"({re.escape(start)})?" if prefix else ""
+    targets: list[str] = []
+    numbers_of: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        before, *rest = re.split(r"(?<=\.)(\d+)(?=\.|$)", name.removeprefix(start), maxsplit=1)
+        if has_head and not name.startswith(start):
+            targets.append(name)
+        elif rest:
+            numbers_of.setdefault((before, rest[1]), []).append(rest[0])
+        else:
+            targets.append(f"re:{optional}{re.escape(before)}$")
+    for (before, after), numbers in numbers_of.items():
+        targets.append(f"re:{optional}{re.escape(before)}({'|'.join(numbers)}){re.escape(after)}$")
+    return targets
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

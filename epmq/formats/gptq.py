@@ -28,11 +28,11 @@ from epmq.formats.packed import (
     is_causal_lm,
     is_group_size,
     open_shards,
+    plain_linears,
     read_config,
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.linear import QuantLinear
 from epmq.quantized import (
     SUPPORTED_BITS,
     WORD_BITS,
@@ -70,7 +70,7 @@ class GPTQWriter:
         self.folder, self.model = folder, model
         self.shards = ShardWriter(folder, shard_bytes)
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+        linears = plain_linears(model)
         self._head = next((name for name, module in linears.items() if module is head), None)
         self._expected = [name for name in linears if name != self._head]
         self._done: set[str] = set()

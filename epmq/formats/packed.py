@@ -143,6 +143,7 @@ class PackedReader:
             facts.in_features, facts.out_features, facts.bias, facts.bits, facts.group_size, facts.sym, "meta",
             permuted=facts.permuted,
         )  # fmt: skip
+        layer.stands_for = replaced.stands_for if isinstance(replaced, QuantLinear) else type(replaced).__name__
         set_submodule(model, name, layer.train(replaced.training))
 
     def _check_shapes(self, model: nn.Module) -> None:
@@ -198,6 +199,15 @@ class PackedReader:
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether a transformers model is a causal language model, by the names of its kind."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def plain_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, all nn.Linears that other loaders find in a model of this class, those that are QuantLinears now too."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, QuantLinear) and module.stands_for != "Conv1D")
+    }
 
 
 def planned_linear(
