@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq import self_saving
 from epmq.blocks import BlockAddress, find_blocks
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
@@ -61,6 +62,7 @@ class ModuleSink:
         place_buffers(model, self.home)
         for name, layer in quantized.items():
             set_submodule(model, name, layer)
+        self_saving.refuse(model, QuantLinear)
         return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmq import self_saving
 from epmq.config import ClipSearch, QuantConfig
 from epmq.linear import QuantLinear, require_quantizable
 from epmq.orientation import is_linear, weight_of
@@ -52,6 +53,7 @@ def replace_linear(
         for name in names:
             set_submodule(model, name, layer)
         replaced += names
+    self_saving.refuse(model, QuantLinear)
     return replaced
 
 
@@ -81,4 +83,5 @@ def restore_linear(model: nn.Module) -> list[str]:
                 linears[module] = module.to_linear().train(module.training)
             set_submodule(model, name, linears[module])
             restored.append(name)
+    self_saving.allow(model)
     return restored

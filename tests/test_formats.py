@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from checkpoints import Job, in_process, make_job, write_tokenizer
 from conftest import ToyModel
-from tiny import SIZES, answers, quantized, quantized_names
+from tiny import IDS, SIZES, answers, quantized, quantized_names, tiny
 
 import epmq
-from epmq import QuantLinear, replace_linear
-from epmq.errors import ConfigError
+from epmq import QuantConfig, QuantLinear, replace_linear, restore_linear
+from epmq.errors import ConfigError, FormatError
 from epmq.formats.kinds import format_of
 
 
@@ -169,3 +172,37 @@ def test_modules_that_are_not_from_transformers_are_saved_natively(tmp_path: Pat
     with pytest.raises(ConfigError, match="format 'awq': use one of compressed-tensors, gptq, native"):
         epmq.save(model, tmp_path / "other", format="awq")  # type: ignore[arg-type]
     assert not (tmp_path / "other").exists()
+
+
+# -- a model does not write itself -----------------------------------------------------------------------------------
+
+
+def quantized_by(how: str, folder: Path) -> Any:
+    model: Any = quantized("bert", 4, True, 32)
+    if how == "load":
+        epmq.save(model, folder)
+        return epmq.load(folder)
+    if how == "quantize":
+        model = tiny("bert")
+        return epmq.quantize(model, None, {"a": [{"input_ids": IDS}]}, QuantConfig(method="rtn", group_size=32)).model
+    return model
+
+
+@pytest.mark.parametrize("how", ["replace_linear", "quantize", "load"])
+def test_a_quantized_model_does_not_write_itself_wrong(how: str, tmp_path: Path) -> None:
+    model = quantized_by(how, tmp_path / "epmq")
+    wanted = answers(model)
+    for part in (model, model.bert, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(FormatError, match=r"use epmq.save\(model, folder\)"):
+            part.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    epmq.save(model, tmp_path / "ours")
+    assert torch.equal(answers(epmq.load(tmp_path / "ours")), wanted)
+
+
+def test_restored_linears_can_be_written_again(tmp_path: Path) -> None:
+    model: Any = quantized("bert", 4, True, 32)
+    restore_linear(model)
+    model.save_pretrained(tmp_path / "out")
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(answers(theirs), answers(model))

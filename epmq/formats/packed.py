@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from epmq import files, trust
+from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear
@@ -124,6 +124,7 @@ class PackedReader:
             raise FormatError(f"{self.folder}: tensor {min(left)!r}, which the model needs, is not in the checkpoint.")
         if unexpected:
             raise FormatError(f"{self.folder}: tensor {unexpected[0]!r} has no place in the model.")
+        self_saving.refuse(model, QuantLinear)
         return model
 
     def _place(self, model: nn.Module, name: str, facts: LinearFacts) -> None:
