@@ -37,12 +37,15 @@ def token_pool(batches: list[Batch]) -> Tensor:
     return torch.cat([torch.tensor(text[1:-1], dtype=torch.int64) for batch in batches for text in _texts(batch)])
 
 
-def augmented(batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Generator) -> Batch:
+def augmented(
+    batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Generator, padding: int | None = None
+) -> Batch:
     """A variant of each text of a batch: half of it joined with half of another text of the batch, tokens dropped,
     tokens replaced by some of the task's own or of any task's calibration tokens, inner tokens shuffled.
 
     The first and last token of a text stay in place. Position weights are the new mask's. own, everyone: pools of
-    :func:`token_pool`.
+    :func:`token_pool`. padding: the id behind shorter texts where the batch masks no position that tells it; models
+    find a text's last token by it.
     """
     texts = _texts(batch)
     inner = [text[1:-1] for text in texts]
@@ -53,7 +56,7 @@ def augmented(batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Gene
         body = _vary(list(body), other, own, everyone, generator)
         changed.append([text[0], *body[: longest - 2], *text[-1:]][:longest])
     width = longest if "attention_mask" not in batch.inputs else max(len(text) for text in changed)
-    ids = torch.zeros(len(changed), width, dtype=batch.inputs["input_ids"].dtype)
+    ids = torch.full((len(changed), width), _padding(batch, padding), dtype=batch.inputs["input_ids"].dtype)
     mask = torch.zeros(len(changed), width, dtype=torch.int64)
     for row, text in enumerate(changed):
         if "attention_mask" not in batch.inputs:
@@ -67,6 +70,12 @@ def augmented(batch: Batch, own: Tensor, everyone: Tensor, generator: torch.Gene
         return Batch(inputs, None, batch.held, batch.decoder_weights)
     mask = mask.to(device)
     return Batch({**inputs, "attention_mask": mask}, mask.float(), batch.held, batch.decoder_weights)
+
+
+def _padding(batch: Batch, padding: int | None) -> int:
+    mask = batch.inputs.get("attention_mask")
+    masked = [] if mask is None else batch.inputs["input_ids"][mask == 0].tolist()
+    return int(masked[0]) if masked else padding or 0
 
 
 def _vary(body: list[int], other: list[int], own: Tensor, everyone: Tensor, generator: torch.Generator) -> list[int]:

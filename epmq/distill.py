@@ -125,7 +125,8 @@ def distill(
         losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
     else:
         pairs = similar_tasks(model, streams, settings)
-        examples = _examples(open_expert, streams, pairs, settings, generator, progress, world)
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        examples = _examples(open_expert, streams, pairs, settings, generator, progress, world, padding)
         metrics = {task: _metrics(task, [e.feature for e in found], settings) for task, found in examples.items()}
         if kept is not None:
             losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
@@ -279,6 +280,7 @@ def _examples(
     generator: torch.Generator,
     progress: Callable[[str, int, int], None],
     world: World,
+    padding: int | None,
 ) -> dict[str, list[_Example]]:
     """Originals and varied copies of every task's batches, with what the experts make of them.
 
@@ -291,7 +293,7 @@ def _examples(
         variants[task] = [(batch, False) for batch in batches]
         own = token_pool(batches) if copies else everyone
         for _ in range(copies):
-            variants[task] += [(augmented(batch, own, everyone, generator), True) for batch in batches]
+            variants[task] += [(augmented(batch, own, everyone, generator, padding), True) for batch in batches]
     shown = {expert: [expert, *(other for other in streams if expert in pairs[other])] for expert in streams}
     found: dict[str, list[Tensor]] = {}
     for number, expert in enumerate(streams):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ToyJob, ToyModel, make_toy_job, state_of, toy_batches
 from torch import nn
 
@@ -118,6 +119,37 @@ def test_augmented_keeps_ends_and_length_limit(seed: int) -> None:
         text = varied.inputs["input_ids"][row, :length].tolist()
         assert text[0] == 1 and text[-1] == 2
         assert set(text[1:-1]) <= set(pool.tolist())
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padded right", "padded left"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_classifier_that_finds_the_last_token_by_its_padding_sees_varied_texts(padded: bool, left: bool) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_labels": 3,
+    }
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=39)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    lengths = torch.tensor([[4], [7], [12], [12]] if padded else [[12]] * 4)
+    mask = (torch.arange(12) < lengths).long()
+    mask = mask.flip(1) if left else mask
+    ids = torch.where(mask > 0, torch.randint(1, 39, (4, 12)), 39)
+    batch = make_streams({"a": [{"input_ids": ids, "attention_mask": mask}]})["a"][0]
+    pool = token_pool([batch])
+    seen = set()
+    for seed in range(5):
+        varied = augmented(batch, pool, pool, torch.Generator().manual_seed(seed), config.pad_token_id)
+        with torch.no_grad():
+            found = pooled(model, varied)
+            for row, length in enumerate(varied.inputs["attention_mask"].sum(1).tolist()):
+                alone = model(varied.inputs["input_ids"][row : row + 1, :length]).logits[0]
+                torch.testing.assert_close(found[row], alone)
+                seen.add(length)
+    assert len(seen) > 1
 
 
 def test_only_token_batches_can_be_augmented() -> None:
