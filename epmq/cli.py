@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from epmq import __version__, extension, ops
 from epmq.errors import EpmqError
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ DTYPE = click.option("--dtype", type=click.Choice(FLOATS), help="What the model 
 
 
 @click.group(help="Merge fine-tuned experts and quantize towards them.")
+@click.version_option(__version__, prog_name="epmq", message="%(prog)s %(version)s")
 def app() -> None:
-    pass
+    extension.check()
+    ops.wanted_backend()
 
 
 MERGEKIT = click.option("--mergekit", type=FOLDER, help="A mergekit configuration, instead of RECIPE.")

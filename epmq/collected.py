@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq import extension
 from epmq.blocks import (
     BlockAddress,
     BlockRunner,
@@ -145,7 +146,8 @@ def quantize_collected(
     _check_model(next(iter(statistics.values())), skeleton, addresses)
     layers: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
-    notes = unlinear_share({address.name: skeleton.get_submodule(address.name) for address in addresses})
+    notes = extension.notes(device)
+    notes += unlinear_share({address.name: skeleton.get_submodule(address.name) for address in addresses})
     matched: set[str | None] = set()
     for number, address in enumerate(addresses):
         progress(address.name, number, len(addresses))

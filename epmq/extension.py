@@ -1,33 +1,45 @@
 """Loads the compiled extension ``epmq._C`` where it is built, and offers its operators to :mod:`epmq.ops`.
 
-The extension is optional: without it everything runs as PyTorch. One that is there but cannot be loaded is an error;
-``EPMQ_EXTENSION=0`` ignores it.
+The extension is optional: without it everything runs as PyTorch, which is told once. One that is there but cannot be
+loaded, or not with what the environment asks for, is an error at its first use; ``EPMQ_EXTENSION=0`` ignores it.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq.errors import ConfigError, ExtensionError, first_line
+from epmq.errors import ConfigError, EpmqError, ExtensionError, first_line
 from epmq.gradient import gradient, keep
 from epmq.rows import kept_rows
 
 # Columns from which products with 16 significant bits, and those in fp32, are preferred.
 LEAST_ROUNDED, LEAST_SUBTRACTED = 1536, 512
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ABSENT = "no compiled extension: many times slower on a CPU; see README, The compiled extension."
+
+log = logging.getLogger("epmq")
 
 
 def load() -> ModuleType | None:
-    """The module ``epmq._C``, or None when it was not built or ``EPMQ_EXTENSION=0``."""
-    if os.environ.get("EPMQ_EXTENSION") == "0":
+    """The module ``epmq._C``, or None when it was not built or ``EPMQ_EXTENSION=0``.
+
+    Raises ExtensionError for one that cannot be loaded, ConfigError for environment variables it cannot follow.
+    """
+    wanted = os.environ.get("EPMQ_EXTENSION", "")
+    if wanted not in ("", "0", "1"):
+        raise ConfigError(
+            f"EPMQ_EXTENSION={wanted} is not understood; use 0 to ignore the extension, or leave it unset."
+        )
+    if wanted == "0":
         return None
     try:
         module = importlib.import_module("epmq._C")
@@ -47,11 +59,39 @@ def load() -> ModuleType | None:
     return module
 
 
-module = load()
+def _loaded() -> tuple[ModuleType | None, EpmqError | None]:
+    try:
+        return load(), None
+    except EpmqError as error:
+        return None, error
+
+
+# An import that fails could be told by nobody but Python.
+module, refusal = _loaded()
+
+
+def check() -> None:
+    """Raise what :func:`load` raised when this package was imported."""
+    if refusal is not None:
+        raise refusal.with_traceback(None)
+
+
+def notes(device: torch.device) -> list[str]:
+    """For the report: that there is no extension for work on ``device``, unless that was asked for. Logged once."""
+    if module is not None or device.type != "cpu" or os.environ.get("EPMQ_EXTENSION") == "0":
+        return []
+    _tell_absence()
+    return [ABSENT]
+
+
+@cache
+def _tell_absence() -> None:
+    log.warning(ABSENT)
 
 
 def build_report() -> dict[str, Any]:
     """What was built and what this CPU uses of it; empty without the extension."""
+    check()
     if module is None:
         return {}
     cpu = {"cpu_levels": module.cpu_levels(), "cpu_level": module.cpu_level(), "cpu_vendor": module.cpu_vendor()}

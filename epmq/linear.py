@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq import ops
+from epmq import extension, ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError, NumericalError
 from epmq.gradient import gradient, keep
@@ -199,6 +199,8 @@ class QuantLinear(nn.Module):
         elif chosen.backend == "cpp":
             y = chosen.function(*call)  # an operator with a gradient of its own
         else:
+            if not torch.compiler.is_compiling():
+                extension.notes(x.device)
             y = quant_linear(*call)
         return y
 

@@ -64,6 +64,7 @@ def wanted_backend() -> str | None:
 
 def choose(op: str, *args: Any, **kwargs: Any) -> Implementation:
     """The implementation that will run this call."""
+    extension.check()
     wanted = wanted_backend()
     for candidate in _TABLE[op]:
         if (wanted is None or candidate.backend == wanted) and candidate.accepts(*args, **kwargs):

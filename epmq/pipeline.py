@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq import self_saving
+from epmq import extension, self_saving
 from epmq.blocks import BlockAddress, find_blocks
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
@@ -111,11 +111,13 @@ def run(
     blocks at its end, from the CPU.
     """
     device, around = device or torch.device("cpu"), around or Surroundings()
+    absent = extension.notes(device)
     place_buffers(skeleton, device)
     # Tensors of inference mode do not tell whether they have been written into.
     with torch.inference_mode(False), without_cache(skeleton):
         calibration = {task: [_tracked(batch) for batch in batches] for task, batches in calibration.items()}
         found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device, around, journal)
+    found["notes"] += absent
     found["device"] = str(device)
     if device.type == "cuda":
         found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"

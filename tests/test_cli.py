@@ -16,10 +16,11 @@ from checkpoints import TASKS, Job, environment, in_new_process, in_process, mak
 from safetensors.torch import load_file
 
 import epmq
-from epmq import QuantLinear
+from epmq import QuantLinear, extension
 from epmq.jobs import load_any
 
 pytest.importorskip("transformers")
+compiled = pytest.mark.skipif(extension.module is None, reason="needs the compiled extension")
 
 
 @pytest.fixture
@@ -112,11 +113,44 @@ def test_rounding_to_nearest_needs_no_calibration(job: Job, tmp_path: Path, caps
 def test_env_tells_versions_and_implementations(capsys: pytest.CaptureFixture[str]) -> None:
     done = in_process(capsys, "env")
     assert (done.code, done.err) == (0, "")
-    lines = dict(line.split(": ", 1) for line in done.out.splitlines())
+    lines = dict(line.split(": ", 1) for line in done.out.splitlines() if ": " in line)
     assert lines["epmq"] == epmq.__version__
     assert lines["torch"] == torch.__version__
     for op in ("accumulate", "gptq_sweep", "dequant_matmul"):
-        assert "reference" in lines[op]
+        assert lines[op].endswith("reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpp"] if extension.module else [])])
+def test_env_tells_what_is_used_here(
+    backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EPMQ_BACKEND", backend)
+    lines = dict(line.split(": ", 1) for line in in_process(capsys, "env").out.splitlines() if ": " in line)
+    for op in ("accumulate", "gptq_sweep", "dequant_matmul"):
+        assert lines[op].startswith(f"{backend} for fp32 on the CPU")
+    assert lines["cholesky"].startswith("reference for fp32 on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        pytest.param("EPMQ_CPU", "sse9", "is not an instruction set of this build; use one of plain", marks=compiled),
+        ("EPMQ_EXTENSION", "x", "is not understood; use 0 to ignore the extension"),
+        ("EPMQ_BACKEND", "x", "is not a backend; use one of reference"),
+    ],
+)
+def test_a_wrong_variable_is_one_sentence(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    done = in_new_process("quantize", job.write(), "--out", tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"epmq: {variable}=") and told in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process(capsys, "--version") == (0, f"epmq {epmq.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["merge", "--help"], ["eval", "--help"]])

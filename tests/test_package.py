@@ -12,13 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 USE = """
-import sys, torch, epmq
+import sys
+# An editable installation finds its modules for a package of the same name.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+import torch, epmq
 from epmq import extension
 assert extension.module is None
 assert "transformers" not in sys.modules and "triton" not in sys.modules
 model = torch.nn.Sequential(torch.nn.Linear(64, 8))
 assert epmq.replace_linear(model, group_size=32) == ["0"]
 print(epmq.__file__, model(torch.ones(2, 64)).shape)
+dense = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.nn.Sequential(torch.nn.Linear(64, 64)))
+config = epmq.QuantConfig(method="gptq", group_size=32)
+print(epmq.quantize(dense, None, {"x": [{"input": torch.randn(8, 64)}]}, config).report["notes"])
 """
 
 
@@ -42,12 +48,18 @@ def test_wheel_holds_every_module_and_no_test(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
 
 
-def test_installed_package_imports_and_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_installed_package_runs_elsewhere_and_tells_once_that_it_is_slow(
+    wheel: Path, tmp_path: Path, asked_for: bool
+) -> None:
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    environment = {**os.environ, "PYTHONPATH": str(target), "EPMQ_EXTENSION": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(target), "EPMQ_EXTENSION": "0" if asked_for else ""}
     done = subprocess.run(
         [sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(target)), done.stdout
+    told = "no compiled extension: many times slower on a CPU; see README, The compiled extension."
+    assert done.stderr == ("" if asked_for else f"{told}\n")
+    assert done.stdout.splitlines()[-1] == ("[]" if asked_for else f"['{told}']")
