@@ -169,7 +169,7 @@ class Bare(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         for block in (*self.early, *self.late):
-            x = x + block(x)
+            x = block(x)
         return {"loss": torch.tensor(1.0), "logits": self.head(x.mean(1)), "names": ["a"]}
 
 

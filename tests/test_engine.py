@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, QuantResult, quantize, restore_linear
 from epmq.blocks import BlockRunner
-from epmq.errors import CalibrationError, ConfigError
+from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.norms import RIDGE, NormStatistics
 from epmq.skeleton import without_cache
 from epmq.solve import ANCHOR_GRID
@@ -204,7 +204,7 @@ def test_blocks_are_put_back_after_a_failure(toy_job: ToyJob) -> None:
     runner = BlockRunner(toy_job.merged)
     runner.restore()
     toy_job.calibration["task0"] = [{"input_ids": torch.full((1, 2), 99)}]  # past the vocabulary of 40
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="ToyModel: its forward does not run on input_ids"):
         run(toy_job)
     toy_job.merged(torch.zeros(1, 3, dtype=torch.int64))
 
