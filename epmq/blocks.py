@@ -317,7 +317,7 @@ class _Following:
         if [id(item) for item in after] != [id(item) for item in before]:
             raise ModelError(
                 f"block {address.name} leaves something for later blocks in a list or dict that it is given, such as"
-                f" shared keys and values, and blocks are calibrated one by one{ROUND_INSTEAD}"
+                f" shared keys and values, and blocks are calibrated one by one; have it return that{ROUND_INSTEAD}"
             )
         self.kinds[address] = self._forms.setdefault(_form_of(output), output)
         return _with_own_hidden(output)
