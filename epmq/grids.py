@@ -109,7 +109,7 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:
     """``[N, G, size]``; a short last group is filled with its own last column, which changes no minimum or maximum."""
     rows, columns = weight.shape
     count = group_count(columns, group_size)
-    size = columns if group_size == -1 else group_size
+    size = columns if group_size == -1 else min(group_size, columns)
     missing = count * size - columns
     if missing:
         weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], dim=1)

@@ -7,6 +7,7 @@ tail of the last word is zero). This is the layout of compressed-tensors' ``weig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 WORD_BITS = 32
 SUPPORTED_BITS = (2, 3, 4, 8)
+# What packing may take beside its result, and takes of it per code where fields lie across words and where not.
+WORKING_BYTES, PER_SPLIT_CODE, PER_CODE = 2**24, 80, 20
 
 
 def packed_words(in_features: int, bits: int) -> int:
@@ -36,6 +39,14 @@ def column_groups(in_features: int, group_size: int, device: torch.device | str 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes ``[N, K]`` into int32 ``[N, ceil(K * bits / 32)]``."""
     rows, columns = codes.shape
+    packed = torch.empty(rows, packed_words(columns, bits), dtype=torch.int32, device=codes.device)
+    for part in _row_slices(rows, columns, bits):
+        packed[part] = _pack(codes[part], bits)
+    return packed
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
     words = packed_words(columns, bits)
     if WORD_BITS % bits == 0:
         per_word = WORD_BITS // bits
@@ -54,15 +65,30 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Inverse of :func:`pack`: uint8 codes ``[N, K]``."""
     rows = packed.shape[0]
+    codes = torch.empty(rows, in_features, dtype=torch.uint8, device=packed.device)
+    for part in _row_slices(rows, in_features, bits):
+        codes[part] = _unpack(packed[part], bits, in_features)
+    return codes
+
+
+def _unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    rows = packed.shape[0]
     if WORD_BITS % bits == 0:
         shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed.device)
-        codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        narrow: Tensor = codes.flatten(1)[:, :in_features].to(torch.uint8)
-        return narrow
+        codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return codes.flatten(1)[:, :in_features]
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : in_features * bits]
     places = torch.arange(bits, dtype=torch.int32, device=packed.device)
-    return (stream.view(rows, in_features, bits) << places).sum(-1).to(torch.uint8)
+    return (stream.view(rows, in_features, bits) << places).sum(-1)
+
+
+def _row_slices(rows: int, columns: int, bits: int) -> Iterator[slice]:
+    """Rows in parts that ``WORKING_BYTES`` are enough for."""
+    per_code = PER_CODE if WORD_BITS % bits == 0 else PER_SPLIT_CODE
+    count = max(1, WORKING_BYTES // (per_code * max(1, columns)))
+    for start in range(0, rows, count):
+        yield slice(start, start + count)
 
 
 @dataclass(frozen=True)
@@ -100,8 +126,8 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, g
     """fp32 ``[N, K]`` from codes ``[N, K]``, scales ``[N, G]`` and zeros ``[N, G]`` (None: symmetric)."""
     rows, columns = codes.shape
     count = scales.shape[1]
-    size = columns if group_size == -1 else group_size
-    weight = torch.empty(rows, count * size, device=codes.device)
+    size = columns if group_size == -1 else min(group_size, columns)
+    weight = torch.empty(rows, count * size, dtype=torch.float32, device=codes.device)
     weight[:, :columns] = codes
     # What fills up a short last group is never read, but must not be slow to compute with.
     weight[:, columns:] = 0.0

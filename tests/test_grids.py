@@ -125,3 +125,11 @@ def test_hessian_clip_search_without_weights_counts_all_columns_alike() -> None:
     weight = weights()
     ones = fit_grid(weight, 2, 32, False, torch.float32, "hessian", torch.ones(150).double())
     assert torch.equal(fit_grid(weight, 2, 32, False, torch.float32, "hessian").scales, ones.scales)
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
+def test_a_group_beyond_the_row_is_the_whole_row(clip: Any) -> None:
+    weight = torch.randn(4, 6)
+    ours, wanted = (fit_grid(weight, 4, size, False, torch.float32, clip) for size in (2**31 - 1, -1))
+    assert torch.equal(ours.scales, wanted.scales)
+    assert torch.equal(ours.zeros, wanted.zeros)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from epmq import quantized
 from epmq.quantized import (
     SUPPORTED_BITS,
     QuantizedTensor,
@@ -64,6 +67,47 @@ def test_any_words_unpack_and_pack_to_themselves(bits: int, thirds: list[tuple[i
     packed = torch.tensor([[word for words in thirds for word in words]], dtype=torch.int32)
     columns = packed.shape[1] * 32 // bits
     assert torch.equal(pack(unpack(packed, bits, columns), bits), packed)
+
+
+def counting(function: Callable[..., Tensor], rows: list[int]) -> Callable[..., Tensor]:
+    """The same function, which leaves word of how many rows it was given."""
+
+    def call(x: Tensor, *others: int) -> Tensor:
+        rows.append(len(x))
+        return function(x, *others)
+
+    return call
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_rows_are_packed_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = random_codes(7, 50, bits, 0)
+    packed = pack(codes, bits)
+    monkeypatch.setattr(quantized, "WORKING_BYTES", 2 * 50 * quantized.PER_SPLIT_CODE)
+    largest: list[int] = []
+    for name in ("_pack", "_unpack"):
+        monkeypatch.setattr(quantized, name, counting(getattr(quantized, name), largest))
+    assert torch.equal(pack(codes, bits), packed)
+    assert torch.equal(unpack(packed, bits, 50), codes)
+    assert max(largest) == (2 if bits == 3 else 7) and sum(largest) == 14
+
+
+def test_a_group_beyond_the_row_takes_no_more_than_the_row() -> None:
+    codes, scales = random_codes(3, 5, 4, 0), torch.ones(3, 1)
+    wanted = QuantizedTensor(codes, scales, None, 4, -1).dequantize()
+    assert torch.equal(QuantizedTensor(codes, scales, None, 4, 2**31 - 1).dequantize(), wanted)
+
+
+def test_dequantize_computes_in_fp32_whatever_the_default_dtype() -> None:
+    tensor = QuantizedTensor(random_codes(3, 40, 8, 0), torch.rand(3, 3), random_codes(3, 3, 8, 1), 8, 16)
+    wanted = tensor.dequantize()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ours = tensor.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
