@@ -115,4 +115,4 @@ def _texts(batch: Batch) -> list[list[int]]:
 
 
 def _draw(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator))
+    return float(torch.rand((), generator=generator, dtype=torch.float32))

@@ -287,7 +287,11 @@ def _examples(
     Each expert is run by one process, and what it makes of them is then known to all.
     """
     copies = settings.copies if all(can_augment(b) for batches in streams.values() for b in batches) else 0
-    everyone = torch.cat([token_pool(batches) for batches in streams.values()]) if copies else torch.empty(0)
+    everyone = (
+        torch.cat([token_pool(batches) for batches in streams.values()])
+        if copies
+        else torch.empty(0, dtype=torch.int64)
+    )
     variants: dict[str, list[tuple[Batch, bool]]] = {}
     for task, batches in streams.items():
         variants[task] = [(batch, False) for batch in batches]
@@ -305,7 +309,7 @@ def _examples(
     device = next(iter(streams.values()))[0].held.device
     for expert in streams:
         sizes = [len(batch.held) for task in shown[expert] for batch, _ in variants[task]]
-        own = torch.cat(found[expert]) if expert in found else torch.empty(0, width, device=device)
+        own = torch.cat(found[expert]) if expert in found else torch.empty(0, width, dtype=torch.float32, device=device)
         found[expert] = list(world.concat(own).split(sizes))
     examples = {
         task: [_Example(batch, feature, varied) for (batch, varied), feature in zip(variants[task], found[task])]  # noqa: B905
@@ -346,7 +350,7 @@ def _distance(difference: Tensor, metric: Tensor) -> Tensor:
 
 def _pick(examples: list[_Example], settings: DistillSettings, generator: torch.Generator) -> _Example:
     """A few rows of a random batch (batches hold texts of similar length, so little of them is padding)."""
-    varied = float(torch.rand((), generator=generator)) >= settings.originals
+    varied = float(torch.rand((), generator=generator, dtype=torch.float32)) >= settings.originals
     pool = [example for example in examples if example.varied == varied] or examples
     chosen = pool[int(torch.randint(len(pool), (), generator=generator))]
     # Drawn on the CPU, so that a seed means the same on every device.

@@ -62,7 +62,8 @@ class NormStatistics:
 def _offset(norm: nn.Module) -> float:
     """What a norm adds to its weight before it multiplies: 1 for Gemma's, which stores the scale less one, else 0."""
     zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
-    probe = torch.linspace(-1.0, 1.0, len(zeros["weight"]), device=zeros["weight"].device).unsqueeze(0)
+    weight = zeros["weight"]
+    probe = torch.linspace(-1.0, 1.0, len(weight), dtype=weight.dtype, device=weight.device).unsqueeze(0)
     return float(bool(torch.func.functional_call(norm, zeros, (probe,)).any()))
 
 

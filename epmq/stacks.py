@@ -95,7 +95,7 @@ def hand_out(sink: Sink, merged: WeightSource, address: BlockAddress, block: nn.
         done.update((f"{name}.weight", f"{name}.bias"))
         key = f"{address.name}.{name}"
         stored = merged.dtype(f"{key}.weight")
-        bias = None if bias is None else bias.to(stored)
+        bias = None if bias is None else bias.to(merged.dtype(f"{key}.bias"))
         if quantized is not None:
             sink.linear(key, quantized, bias)
         else:
@@ -132,4 +132,4 @@ def read_stack(
 
 
 def _no_bias(weight: Tensor) -> Tensor:
-    return torch.zeros(len(weight), device=weight.device)
+    return weight.new_zeros(len(weight))

@@ -136,6 +136,28 @@ def test_dtypes_of_the_merge_are_kept(dtype: torch.dtype, toy_job: ToyJob) -> No
         assert bool(torch.isfinite(result.model.float()(**toy_job.calibration["task0"][0])).all())
 
 
+@pytest.mark.parametrize("bits", [4, None])
+def test_biases_keep_a_dtype_of_their_own(bits: int | None, toy_job: ToyJob) -> None:
+    for model in (toy_job.merged, *toy_job.experts.values()):
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            linear.weight.data = linear.weight.data.bfloat16()
+    state = run(toy_job, bits=bits).model.state_dict()
+    assert {state[f"{name}.bias"].dtype for name in LINEARS} == {torch.float32}
+    assert bits or {state[f"{name}.weight"].dtype for name in LINEARS} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [{"anchor": "auto"}, {"norm_refit": True}, {"distill": {"steps": 3}}], ids=str)
+def test_the_default_dtype_changes_nothing(settings: dict[str, Any], toy_job: ToyJob) -> None:
+    wanted = run(toy_job, **settings).model.state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ours = run(toy_job, **settings).model.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in wanted.items():
+        assert torch.equal(ours[name], tensor), name
+
+
 def test_include_and_exclude_choose_linears(toy_job: ToyJob) -> None:
     result = run(toy_job, include=("query", "up", "down"), exclude=(r"blocks\.1\.", "head"))
     quantized = [name for name, module in result.model.named_modules() if isinstance(module, QuantLinear)]
