@@ -16,6 +16,7 @@ from epmq.config import QuantConfig
 from epmq.errors import ConfigError, OutputError
 from epmq.orientation import features_of, is_linear
 from epmq.reuse import DEFAULT_LIMIT_BYTES
+from epmq.rows import SAMPLE_ROWS
 
 FLOAT = 4
 # Copies of a group's K x K matrices and of its N x K matrices that are alive at once: Hessians per task, folded,
@@ -91,6 +92,9 @@ def estimate(
     square = max((k * k for _, k in groups), default=0)
     fixed = outer + 2 * largest + RECTANGLES * rectangle + SQUARES * square
     fixed += (experts + 2) * max((t.numel() for t in skeleton.state_dict().values()), default=0)
+    # Each process keeps the samples of its share of the tasks until the group is rounded.
+    sampled = sum(max(SAMPLE_ROWS, len(stream)) for stream in calibration.values())
+    fixed += math.ceil(sampled / processes) * max((n + k for n, k in groups), default=0)
     fixed += 2 * max(batches, default=0) * sum(n + k for n, k in groups)
     if config.distill is not None:
         fixed += whole * 2 + round(3 * config.distill.last_blocks * (whole - outer))

@@ -9,8 +9,9 @@ from torch import Tensor
 from epmq.blocks import InputGroup, narrows
 from epmq.errors import CalibrationError, NumericalError
 from epmq.norms import CHANNELS_SECOND, NormStatistics
+from epmq.rows import SAMPLE_ROWS
 from epmq.sources import all_finite
-from epmq.statistics import SAMPLE_ROWS, Expert, Folded, Sample, TaskStatistics
+from epmq.statistics import Expert, Folded, Sample, TaskStatistics
 from epmq.streams import rows_of, split_held
 from epmq.visit import Visit
 

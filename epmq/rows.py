@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A task's rows at a group of linears that the report compares outputs on.
+SAMPLE_ROWS = 256
+
 
 def kept_rows(
     x: Tensor, target: Tensor | None, row_weights: Tensor | None

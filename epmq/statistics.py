@@ -18,7 +18,6 @@ from epmq.errors import CalibrationError, NumericalError
 from epmq.reference import symmetrize
 from epmq.world import World
 
-SAMPLE_ROWS = 256
 CARRIED_ROWS = 256
 
 

@@ -175,6 +175,8 @@ def test_estimates_grow_with_what_they_count(toy_job: ToyJob) -> None:
     assert of(processes=3).states == plain.states // 3
     assert of(QuantConfig(alpha=0.0)).states == 4 * rows * 32
     assert of(QuantConfig(forward_dtype="bfloat16")).states == rows * (4 * 2 * 32 + 2 * (32 + 32 + 64))
+    # 256 rows for each of the three tasks: what query, key, out and up give, taken for one group, and their input.
+    assert plain.fixed - of(processes=3).fixed == 4 * 2 * 256 * (3 * 32 + 64 + 32)
     assert of(preset("best")).fixed > plain.fixed
     assert of(QuantConfig(bits=8)).disk > plain.disk
     assert plain.blocks == 2 and plain.seconds > 0.0
