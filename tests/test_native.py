@@ -98,6 +98,19 @@ def test_linears_without_bias_and_tied_tensors(tmp_path: Path) -> None:
     assert "tensor 'head.weight', which the model needs, is not in the checkpoint" in refusal(tmp_path / "out", untied)
 
 
+def test_what_begins_where_another_tensor_does_is_stored_as_well(tmp_path: Path) -> None:
+    model = ToyModel()
+    table = model.embedding.weight.data
+    for name, view in {"row": table[:1], "turned": table[:32].T, "again": table[:1]}.items():
+        model.register_buffer(name, view)
+    fresh = copy.deepcopy(model)
+    replace_linear(model, group_size=16)
+    epmq.save(model, tmp_path / "out")
+    loaded = epmq.load(tmp_path / "out", fresh)
+    for name in ("row", "turned", "again", "embedding.weight"):
+        assert torch.equal(loaded.state_dict()[name], model.state_dict()[name])
+
+
 def test_codes_are_packed_on_disk(saved: Path) -> None:
     source = FileSource(saved)
     assert source.dtype("blocks.0.up.packed") == torch.int32

@@ -240,11 +240,12 @@ def write_model(writer: Writer, model: nn.Module) -> None:
     for name, layer in quantized.items():
         writer.linear(name, layer.quantized(), layer.bias)
     inner = {f"{name}.{part}" for name in quantized for part in (*PARTS, "bias")}
-    for key, tensor in model.state_dict().items():
-        if key in inner or (tensor.numel() and tensor.data_ptr() in seen):
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        # One parameter under several names, as readers tie it again; what only begins at the same address is another.
+        if key in inner or (isinstance(tensor, nn.Parameter) and id(tensor) in seen):
             continue
-        seen.add(tensor.data_ptr())
-        writer.tensor(key, tensor)
+        seen.add(id(tensor))
+        writer.tensor(key, tensor.detach())
 
 
 def open_shards(folder: Path) -> FileSource:
