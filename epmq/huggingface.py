@@ -16,12 +16,17 @@ from torch import nn
 from epmq import trust
 from epmq.errors import EpmqError, ModelError, first_line
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json",
+    # What sentence-transformers does after the model, without the weights that it may have for it.
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]*_*/config.json",
 )  # fmt: skip
 
 # What numbers of config.json may be at most, by a part of their name: transformers makes lists and tables of them.
@@ -59,9 +64,8 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
     """The tokenizer of a folder."""
-    for name in CARRIED:
-        if trust.exists(Path(folder) / name):
-            trust.require_file(Path(folder) / name, ModelError)
+    for path in _carried(folder):
+        trust.require_file(path, ModelError)
     if not any(trust.is_file(Path(folder) / name) for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: holds no tokenizer files ({', '.join(TOKENIZER_FILES)}).")
     with _refusing(f"{folder}: no tokenizer can be loaded from it"):
@@ -87,9 +91,11 @@ def stop_tokens(folder: str | Path) -> int | list[int] | None:
 
 def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy configuration, tokenizer and processor files; the configuration says ``dtype`` when one is given."""
-    for name in CARRIED:
-        if trust.is_file(Path(source) / name):
-            shutil.copyfile(Path(source) / name, target / name)
+    for path in _carried(source):
+        if trust.is_file(path):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = trust.read_json(config, ModelError)
@@ -100,6 +106,11 @@ def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = No
         name = str(dtype).removeprefix("torch.")
         if content.get(key) != name:
             config.write_text(json.dumps({**content, key: name}, indent=2) + "\n", encoding="utf-8")
+
+
+def _carried(folder: str | Path) -> list[Path]:
+    """Whatever lies in a folder under one of the names of CARRIED."""
+    return [path for name in CARRIED for path in sorted(Path(folder).glob(name)) if trust.exists(path)]
 
 
 def _check_config(path: Path) -> None:

@@ -17,8 +17,9 @@ from tiny import IDS, SIZES, answers, quantized, quantized_names, tiny
 
 import epmq
 from epmq import QuantConfig, QuantLinear, replace_linear, restore_linear
-from epmq.errors import ConfigError, FormatError
+from epmq.errors import ConfigError, FormatError, ModelError
 from epmq.formats.kinds import format_of
+from epmq.huggingface import tokenizer_from_folder
 
 
 def make_language_job(folder: Path) -> Job:
@@ -87,6 +88,36 @@ def test_every_format_of_a_recipe_holds_the_same_model(
         "preprocessor_config.json", "report.json", "tokenizer.json",
     } <= present  # fmt: skip
     assert ("epmq.json" in present) == (format == "native")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_what_lies_beside_the_base_travels_folders_included(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = {"default": "one {{ messages }}", "tool_use": "two {{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "base")
+    carried = [
+        "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
+        "tekken.json", "sentencepiece.bpe.model", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    (tmp_path / "base" / "1_Pooling").mkdir()
+    for name in [*carried[:-1], "2_Dense.txt", "notes.json"]:
+        (tmp_path / "base" / name).write_text('{"of": "the base"}')
+    assert in_process(capsys, verb, job.write(), "--out", tmp_path / "out").code == 0
+    for name in carried:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert not list((tmp_path / "out").glob("2_Dense*"))
+    assert not (tmp_path / "out" / "notes.json").exists()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_one_of_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"")
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from it"):
+        tokenizer_from_folder(tmp_path)
 
 
 def test_the_card_tells_what_went_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
