@@ -36,14 +36,14 @@ def home_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """The value with every tensor in it, also in dicts, lists and tuples, on ``device``."""
+def moved(value: Any, device: torch.device, floats: torch.dtype | None = None) -> Any:
+    """The value with every tensor in it, also in dicts, lists and tuples, on ``device``; those of floats in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device=device, dtype=floats if value.is_floating_point() else None)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device, floats) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(moved(item, device, floats) for item in value)
     return value
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from epmq import trust
 from epmq.augment import augmented, can_augment, token_pool
+from epmq.blocks import find_blocks
 from epmq.config import DistillSettings
 from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
 from epmq.shelf import altered, read_value, write_value
@@ -49,8 +50,11 @@ class _Example:
 
 def pooled(model: nn.Module, batch: Batch) -> Tensor:
     """Features ``[B, D]`` of a batch: the model's first output, for a language model what its output embeddings read,
-    for one that compares images and texts the features of both; averaged over unmasked positions when it has them."""
+    for one that compares images and texts the features of both, for one that scores positions (answers to questions)
+    what its last block gives; averaged over unmasked positions when it has them."""
     hidden = _last_hidden(model, batch).float()
+    if hidden.dim() == 2 and _scores_positions(model, batch, hidden):
+        hidden = _of_last_block(model, batch).float()
     if hidden.dim() < 3:
         return hidden.reshape(len(hidden), -1)
     weights = batch.output_weights()
@@ -92,6 +96,42 @@ def _first_features(model: nn.Module, output: Any) -> Tensor:
         f"{type(model).__name__}: its output holds no tensor of features, which distillation compares; return one, or"
         " leave distill out."
     )
+
+
+def _scores_positions(model: nn.Module, batch: Batch, output: Tensor) -> bool:
+    """Whether an output ``[B, S]`` has one number per position, as shorter inputs show; else it is ``[B, D]``."""
+    width = output.shape[1]
+    texts = [
+        value.shape[:2]
+        for key, value in batch.inputs.items()
+        if isinstance(value, Tensor)
+        and key in (*DECODER_SEQUENCES, *TEXT_SEQUENCES)
+        and value.dim() == (3 if key.endswith("embeds") else 2)
+    ]
+    if width < 2 or output.shape not in texts:
+        return False
+    shorter = {
+        key: value[:, :-1].contiguous() if _stands_by_position(key, value) and value.shape[1] == width else value
+        for key, value in batch.inputs.items()
+    }
+    with torch.no_grad():
+        return _last_hidden(model, Batch(shorter, None, batch.held)).shape[1] == width - 1
+
+
+def _of_last_block(model: nn.Module, batch: Batch) -> Tensor:
+    """The hidden states ``[B, S, K]`` that leave the block which the forward calls last."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        seen[:] = [_first_features(module, output)]
+
+    handles = [model.get_submodule(address.name).register_forward_hook(see) for address in find_blocks(model)]
+    try:
+        model(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]
 
 
 def distill(
@@ -370,7 +410,9 @@ def take(batch: Batch, rows: Tensor) -> Batch:
         key: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count else value
         for key, value in batch.inputs.items()
     }
-    weights = None if batch.position_weights is None else batch.position_weights[rows]
+    weights = batch.position_weights
+    if weights is not None:
+        weights = weights.unflatten(0, (count, -1))[rows].flatten(0, 1)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         width = mask.shape[1]

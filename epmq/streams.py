@@ -29,7 +29,8 @@ TIME_FIRST = ".T"
 class Batch:
     """One batch of a task: the model's keyword arguments and what counts of them, all on one device.
 
-    position_weights: fp32 ``[B, S]`` or None; 0 leaves a position out of every statistic. held: bool ``[B]``, the
+    position_weights: fp32 ``[B, S]`` (``[B·C, S]`` for C texts an example) or None; 0 leaves a position out of every
+    statistic. held: bool ``[B]``, the
     examples kept back when settings are chosen. decoder_weights: as position_weights, for the positions of a decoder.
     number: its place in the task.
     """
@@ -67,9 +68,10 @@ def make_streams(
 ) -> dict[str, list[Batch]]:
     """Batches per task from ``{task: iterable of keyword-argument dicts for the model's forward}``, on ``device``.
 
-    Positions where a 2-d ``attention_mask`` is 0 are left out of the statistics, and those of a decoder where
-    ``decoder_attention_mask`` is 0 or, without one, ``labels`` are -100. A dict may carry ``position_weights``
-    (``[B, S]``, >= 0), which replaces ``attention_mask`` there and is not passed to the model.
+    Positions where an ``attention_mask`` ``[B, S]``, or ``[B, C, S]`` for C texts an example, is 0 are left out of the
+    statistics, and those of a decoder where ``decoder_attention_mask`` is 0 or, without one, ``labels`` are -100. A
+    dict may carry ``position_weights`` (``[B, S]``, >= 0), which replaces ``attention_mask`` there and is not passed to
+    the model. Inputs of floats become fp32.
     Raises CalibrationError for an empty task or a batch that is not a dict of keyword arguments.
     """
     streams = {}
@@ -112,14 +114,20 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, devic
     unlabelled = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
     where = f"task {task!r}: batch {number}"
     held = (torch.arange(seen, seen + count) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
-    decoder = _usable_weights(inputs.get("decoder_attention_mask", unlabelled), where)
-    weights = moved(_usable_weights(weights, where), device)
-    return Batch(moved(inputs, device), weights, held.to(device), moved(decoder, device), number)
+    decoder = _usable_weights(inputs.get("decoder_attention_mask", unlabelled), None, where)
+    weights = moved(_usable_weights(weights, inputs.get("input_ids"), where), device)
+    # Weights are fp32 in every forward pass, whatever they are stored in.
+    return Batch(moved(inputs, device, torch.float32), weights, held.to(device), moved(decoder, device), number)
 
 
-def _usable_weights(weights: Any, where: str) -> Tensor | None:
-    """fp32 ``[B, S]``, or None where there is nothing to weigh."""
-    if not isinstance(weights, Tensor) or weights.dim() != 2:
+def _usable_weights(weights: Any, ids: Any, where: str) -> Tensor | None:
+    """fp32 ``[B, S]``, or None where there is nothing to weigh; several texts an example, ``[B, C, S]`` as their ids,
+    are as many examples to the blocks."""
+    if not isinstance(weights, Tensor):
+        return None
+    if weights.dim() > 2 and isinstance(ids, Tensor) and weights.shape == ids.shape:
+        weights = weights.flatten(0, -2)
+    if weights.dim() != 2:
         return None
     weights = weights.float()
     if bool((weights < 0).any()) or not bool(torch.isfinite(weights).all()):

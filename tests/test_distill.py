@@ -274,3 +274,73 @@ def test_parts_of_other_inputs_than_texts_stay_whole() -> None:
         "attention_mask": (1, 1), "inputs_embeds": (1, 1, 4), "bbox": (1, 1, 4), "pixel_values": (1, 3, 8, 8),
         "position_ids": (1, 1),
     }  # fmt: skip
+
+
+# -- models that score positions -------------------------------------------------------------------------------------
+
+
+def answering(kind: str) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    bart: dict[str, Any] = {
+        "vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
+    }  # fmt: skip
+    task, settings = {
+        "Bert": ("QuestionAnswering", sizes),
+        "Llama": ("QuestionAnswering", sizes),
+        "Bart": ("QuestionAnswering", bart),
+        "Electra": ("PreTraining", {**sizes, "embedding_size": 16}),
+    }[kind]
+    model: nn.Module = getattr(transformers, f"{kind}For{task}")(getattr(transformers, f"{kind}Config")(**settings))
+    return model.eval()
+
+
+def texts_of(length: int) -> dict[str, torch.Tensor]:
+    lengths = torch.randint(4, length + 1, (5, 1))
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": torch.randint(3, 40, (5, length)) * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama", "Electra", "Bart"])
+def test_a_model_that_scores_positions_is_followed_by_its_last_hidden_states(kind: str) -> None:
+    torch.manual_seed(0)
+    merged = answering(kind)
+    experts = {"a": varied(merged), "b": varied(merged)}
+    data = {task: [texts_of(length) for length in (9, 12)] for task in experts}
+    found = best(merged, experts, data, bits=None).report["stages"]["distill"]
+    assert found["last_loss"] > 0
+    if kind == "Bert":
+        batch = make_streams(data)["a"][0]
+        with torch.no_grad():
+            hidden = merged.bert(**batch.inputs).last_hidden_state  # type: ignore[operator]
+            for row, length in enumerate(batch.inputs["attention_mask"].sum(1).tolist()):
+                torch.testing.assert_close(pooled(merged, batch)[row], hidden[row, :length].mean(0))
+
+
+def test_as_many_classes_as_tokens_are_no_scores_of_positions() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_labels": 9,
+    }  # fmt: skip
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    inputs = texts_of(9)
+    labelled = {**inputs, "labels": torch.randint(0, 9, (5,))}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        for batch in make_streams({"a": [inputs, labelled]})["a"]:
+            assert torch.equal(pooled(model, batch), wanted)
+
+
+def test_a_model_that_writes_into_its_state_in_place_is_distilled() -> None:
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, context_length=32)
+    merged = transformers.RwkvForCausalLM(config).eval()
+    assert merged.config.use_cache
+    experts = {"a": varied(merged), "b": varied(merged)}
+    data = {task: [texts_of(9)] for task in experts}
+    assert best(merged, experts, data, bits=None).report["stages"]["distill"]["steps"] == 6

@@ -311,3 +311,46 @@ def test_a_task_without_positions_is_named_before_norms_are_refitted(toy_job: To
         CalibrationError, match=r"task 'task1' has no calibration rows at blocks\.0\.norm: all positions"
     ):
         quantize(toy_job.merged, toy_job.experts, toy_job.calibration, QuantConfig(group_size=16, norm_refit=True))
+
+
+# -- several texts an example, floats of other widths ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"distill": {"steps": 4, "copies": 1}}], ids=str)
+def test_padding_counts_nowhere_where_an_example_has_several_texts(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    merged = transformers.BertForMultipleChoice(transformers.BertConfig(**sizes)).eval()
+    expert = copy.deepcopy(merged)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    mask = (torch.arange(9) < torch.randint(3, 10, (4, 3, 1))).long()
+    ids = torch.randint(1, 40, (4, 3, 9))
+    (batch,) = make_streams({"a": [{"input_ids": ids, "attention_mask": mask}]})["a"]
+    assert batch.position_weights is not None
+    assert torch.equal(batch.position_weights, mask.view(12, 9).float())
+    config = QuantConfig(group_size=8, **settings)
+    plain, garbled = (
+        quantize(merged, {"a": expert}, {"a": [{"input_ids": tokens, "attention_mask": mask}]}, config)
+        for tokens in (ids, torch.where(mask > 0, ids, torch.randint(1, 40, ids.shape)))
+    )
+    assert_same(plain, garbled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("settings", [{}, {"distill": {"steps": 2}}, {"forward_dtype": "bfloat16"}], ids=str)
+def test_inputs_of_other_floats_are_taken_as_fp32(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)]
+    merged = nn.Sequential(nn.Linear(16, 16), nn.Sequential(*blocks)).to(dtype)
+    expert = copy.deepcopy(merged)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape).to(dtype))
+    inputs = torch.randn(10, 3, 16).to(dtype)
+    config = QuantConfig(group_size=8, **settings)
+    found, wanted = (quantize(merged, {"a": expert}, {"a": [{"input": x}]}, config) for x in (inputs, inputs.float()))
+    assert_same(found, wanted)
