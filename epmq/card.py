@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from epmq import files
+from epmq.report import told_errors
 
 CARD_NAME = "README.md"
 
@@ -42,9 +43,10 @@ def _lines(
         return lines
     lines += ["", "## Settings", "", *_block({k: v for k, v in report["settings"].items() if v not in (None, [])})]
     if report["average_error"]:
-        lines += ["", "## Measured errors", "", *_error_table(report["average_error"])]
-        told = "the distilled model's" if "distill" in report.get("stages", {}) else "each expert's own"
-        lines += ["", f"Relative squared output error against {told}, mean over layers, on calibration rows."]
+        lines += ["", "## Measured errors"]
+        for what, errors in told_errors(report):
+            lines += ["", f"{what.capitalize()}:", "", *_error_table(errors)]
+        lines += ["", "Relative squared errors of the layers' outputs, means over layers, on calibration rows."]
     before, after = report["bytes"]["merged"], report["bytes"]["quantized"]
     lines += ["", f"{before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after."]
     if report["notes"]:

@@ -121,7 +121,8 @@ def check_settings(config: QuantConfig) -> None:
     }
     for setting, given in needs.items():
         if given:
-            raise ConfigError(f"{setting} has no use for statistics, or needs the data themselves; change it.")
+            change = "remove distill or preset: best" if setting == "distill" else "change it"
+            raise ConfigError(f"{setting} has no use for statistics, or needs the data themselves; {change}.")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from epmq.memory import give_back_free_memory
 from epmq.norms import correct
 from epmq.orientation import is_linear
 from epmq.progress import Sink
+from epmq.settings import nearest
 from epmq.sources import WeightSource, all_finite, require_same_layout
 from epmq.stacks import Deployed, deploy, hand_out, parted, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Sample
@@ -224,7 +225,8 @@ def _check_tasks(config: QuantConfig, streams: Mapping[str, list[Batch]], expert
         return
     for task in streams:
         if task not in experts:
-            raise CalibrationError(f"task {task!r} has calibration data but no expert.")
+            hint = nearest(task, list(experts))
+            raise CalibrationError(f"task {task!r} has calibration data but no expert of that name; {hint}")
     for task in experts:
         if task not in streams:
             raise CalibrationError(f"expert {task!r} has no calibration data under that task name.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.blocks import find_blocks
-from epmq.config import QuantConfig
+from epmq.config import DistillSettings, QuantConfig
 from epmq.errors import ConfigError, OutputError
 from epmq.orientation import features_of, is_linear
 from epmq.reuse import DEFAULT_LIMIT_BYTES
@@ -32,19 +32,24 @@ RUNS = 4
 class Estimate:
     """fixed: bytes of memory that no setting spares. states: bytes of hidden states, in memory or on disk. seen: those
     inside one block, of ``states``. disk: bytes in the output's place while the run lasts. seconds: per block, on
-    this machine. blocks: their number."""
+    this machine. blocks: their number. walks: over all of them. tuning: seconds of distillation, 0 without it."""
 
     fixed: int
     states: int
     disk: int
     seconds: float
     blocks: int
+    walks: int = 1
+    tuning: float = 0.0
 
     def told(self) -> str:
         """The estimate in words."""
-        minutes = self.blocks * self.seconds / 60
+        minutes = (self.walks * self.blocks * self.seconds + self.tuning) / 60
+        work = f"{self.blocks} blocks of {self.seconds:.1f} s"
+        work += " twice" if self.walks == 2 else ""
+        work += f", {self.tuning:.0f} s of distillation" if self.tuning else ""
         return (
-            f"estimate: {self.blocks} blocks of {self.seconds:.1f} s, {minutes:.1f} min; memory {_mib(self.fixed)}"
+            f"estimate: {work}, {minutes:.1f} min; memory {_mib(self.fixed)}"
             f" beyond imports, and {_mib(self.states)} of hidden states there or on disk; disk {_mib(self.disk)}"
         )
 
@@ -108,8 +113,30 @@ def estimate(
     dtype: torch.dtype = getattr(torch, config.forward_dtype)
     states = FLOAT * streams + dtype.itemsize * seen
     disk = 2 * written + 2 * processes * FLOAT * streams
-    seconds = forward / _speed(dtype) + solving / _speed(torch.float32)
-    return Estimate(FLOAT * fixed, states, disk, seconds, len(blocks))
+    single = _speed(torch.float32)
+    seconds = forward / _speed(dtype) + solving / single
+    walks, tuning = 1, 0.0
+    if config.distill is not None:
+        walks = 2 if config.rounds else 1
+        tuning = tuning_operations(config.distill, calibration, width, whole - outer) / processes / single
+    return Estimate(FLOAT * fixed, states, disk, seconds, len(blocks), walks, tuning)
+
+
+def tuning_operations(
+    settings: DistillSettings, calibration: Mapping[str, Sequence[Mapping[str, Any]]], width: int, weights: int
+) -> float:
+    """Operations of a distillation of blocks with so many ``weights``: the experts' features on every text and its
+    copies, on those of a similar task too, and the steps, each a few examples of every task, through all blocks
+    forwards and through the tuned ones backwards, where a weight is multiplied twice."""
+    total, each = 0.0, 0.0
+    for batches in calibration.values():
+        positions = [_positions(inputs, width) for inputs in batches]
+        shares = [min(1.0, settings.examples / max(1, _examples(inputs))) for inputs in batches]
+        total += sum(positions)
+        each += sum(p * share for p, share in zip(positions, shares, strict=True)) / max(1, len(batches))
+    similar = 2 if settings.cross_weight and len(calibration) > 1 else 1
+    targets = 2.0 * weights * total * (1 + settings.copies) * similar
+    return targets + 2.0 * weights * (1 + 2 * settings.last_blocks) * each * settings.steps
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -131,6 +158,10 @@ def _positions(inputs: Mapping[str, Any], width: int) -> int:
     """Rows of hidden states that a batch makes: one per token, or per ``width`` numbers of anything else."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     return max((-(-t.numel() // width) if t.is_floating_point() else t.numel() for t in tensors), default=0)
+
+
+def _examples(inputs: Mapping[str, Any]) -> int:
+    return max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=1)
 
 
 def _speed(dtype: torch.dtype) -> float:

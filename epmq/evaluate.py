@@ -117,7 +117,7 @@ def score(model: nn.Module, tasks: Mapping[str, TextTask], pooling: Pooling, pad
     return {name: accuracy(model, task, pooling, pad=pad) for name, task in tasks.items()}
 
 
-def row(merge: str | None, method: str, bits: int | None, tasks: Mapping[str, float]) -> dict[str, Any]:
+def row(merge: str | None, method: str, bits: int | str | None, tasks: Mapping[str, float]) -> dict[str, Any]:
     """One row of a results table."""
     average = sum(tasks.values()) / len(tasks)
     return {"merge": merge, "method": method, "bits": bits, "average": average, "tasks": dict(tasks)}

@@ -26,13 +26,15 @@ from epmq.data import calibration_batches
 from epmq.devices import compute_device
 from epmq.errors import ConfigError, ModelError, SourceError
 from epmq.estimate import estimate
-from epmq.evaluate import check_head, load_task, row, score
+from epmq.evaluate import check_head, load_task, score
+from epmq.evaluate import row as result_row
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import format_of, open_writer
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, skeleton_from_folder, tokenizer_from_folder
+from epmq.linear import QuantLinear
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -44,7 +46,7 @@ from epmq.placement import place
 from epmq.progress import Discard, Journal
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
-from epmq.report import build_report, whole_report, write_report
+from epmq.report import build_report, told_errors, whole_report, write_report
 from epmq.shelf import Shelf
 from epmq.skeleton import fill
 from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
@@ -54,9 +56,10 @@ from epmq.texts import check_length, check_reads_texts, check_vocabulary, decode
 from epmq.trial import try_out
 from epmq.world import by_turns, processes_here, world
 
+log = logging.getLogger("epmq")
+
 # Of the memory that is free, what a run without a setting takes.
 MEMORY_SHARE = 0.8
-log = logging.getLogger("epmq")
 
 Calibration = dict[str, list[dict[str, Tensor]]]
 
@@ -149,7 +152,7 @@ def quantize_to_folder(
 
     The merged model is never written nor held: one block of one model at a time is read, computed and written. What is
     finished lies in a working folder beside ``out`` (:mod:`epmq.progress`), from which a run with ``resume`` goes on.
-    tell: gets the estimate of time, memory and disk, or that nothing is left to do. Several processes may call this
+    tell: gets the estimate of time, memory and disk. Several processes may call this
     together (:mod:`epmq.world`); those that do not write get an empty report.
     """
     at = world()
@@ -158,7 +161,7 @@ def quantize_to_folder(
     if at.from_main(at.main and journal.done(resume, lambda: digest(depends_on()))):
         if not at.main:
             return {}
-        tell(f"{journal.out}: an earlier run of this job has finished it.")
+        log.warning("%s: an earlier run of this job has finished it; nothing was done.", journal.out)
         earlier: dict[str, Any] = whole_report(journal.out)
         return earlier
     started = time.perf_counter()
@@ -400,7 +403,13 @@ def evaluate_folder(
     scores = by_turns(
         len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]
     )
-    return row(None, Path(folder).name, None, dict(zip(names, scores, strict=True)))
+    return result_row(None, Path(folder).name, bits_of(model), dict(zip(names, scores, strict=True)))
+
+
+def bits_of(model: nn.Module) -> int | str | None:
+    """The bits of a model's quantized linears, None without any; where they differ, all of them in words."""
+    found = sorted({module.bits for module in model.modules() if isinstance(module, QuantLinear)})
+    return found[0] if len(found) == 1 else " and ".join(map(str, found)) or None
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
@@ -409,10 +418,10 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"{report['seconds']:.1f} s, peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB,"
         f" {report['bytes']['merged'] / 2**20:.1f} MiB -> {report['bytes']['quantized'] / 2**20:.1f} MiB"
     ]
-    told_against = "the distilled model" if "distill" in report.get("stages", {}) else "the expert"
-    for task, errors in report["average_error"].items():
-        told = ", ".join(f"{method} {error:.4f}" for method, error in errors.items())
-        lines.append(f"{task}: mean output error against {told_against}: {told}")
+    for what, errors in told_errors(report):
+        for task, row in errors.items():
+            told = ", ".join(f"{method} {error:.4f}" for method, error in row.items())
+            lines.append(f"{task}: {what}: {told}")
     for name in report["escalated"]:
         lines.append(f"{name}: damping was raised, see report.json")
     return lines + list(report["notes"])

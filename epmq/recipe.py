@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -72,6 +72,11 @@ class Recipe(Settings):
     find no room lie on disk. None: four fifths of what the machine has free, shared by its processes.
     """
 
+    read_before: ClassVar[Mapping[tuple[str, ...], tuple[str, ...]]] = {
+        (): ("mergekit",),
+        ("quantization",): ("preset",),
+    }
+
     base: Path
     experts: dict[str, Path] = Field(default_factory=dict)
     merge: MergeConfig | None = None
@@ -110,6 +115,8 @@ def read_recipe(path: str | Path) -> Recipe:
     content = trust.read_yaml(path, ConfigError, "the recipe")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as base: and experts:.")
+    if {"kind", "rows", "published"} & content.keys():
+        raise ConfigError(f"{path}: the recipe of a paper's benchmark; run it with epmq paper {path} --out FOLDER.")
     return _recipe_of(content, path, path.parent)
 
 
@@ -137,6 +144,10 @@ def _recipe_of(content: dict[str, Any], path: Path, folder: Path) -> Recipe:
     recipe = Recipe.parse({**_without_mergekit(content, path, folder), **_with_preset(content, path)}, str(path))
     if recipe.merge is not None and recipe.merged is not None:
         raise ConfigError(f"{path}: give either merge or merged, not both.")
+    for task in recipe.calibration.tasks if recipe.calibration and recipe.experts else ():
+        if task not in recipe.experts:
+            hint = nearest(task, list(recipe.experts))
+            raise ConfigError(f"{path}: calibration.tasks.{task}: there is no expert of that name; {hint}")
     return _resolved(recipe, folder, path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +23,7 @@ RESULTS_NAME = "results.json"
 # What two runs of the same job do not share, so that report.json is the same bytes.
 RUN_NAME = "run.json"
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "machine", "device", "processes")
+AGAINST_EXPERT, OF_ROUNDING = "mean output error against the expert", "rounding the distilled model"
 # A page computes with them.
 Whole = Annotated[int, Field(ge=0, le=trust.INT64_MAX)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -160,6 +162,23 @@ def average_errors(layers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             for method, error in errors.items():
                 sums.setdefault(task, {}).setdefault(method, []).append(error)
     return {task: {m: sum(v) / len(v) for m, v in methods.items()} for task, methods in sums.items()}
+
+
+def told_errors(report: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """The mean errors by stage, each with what they are errors of, first those against the experts."""
+    closed = report.get("stages", {}).get("closed_form")
+    if closed is None or not report["average_error"]:
+        return [(AGAINST_EXPERT, report["average_error"])]
+    names = {"epmq": "closed form"}
+    first = (AGAINST_EXPERT, _renamed(average_errors(closed["layers"]), names))
+    # Where nothing is rounded the closed form's layers are the last.
+    if closed["layers"] == report["layers"]:
+        return [first]
+    return [first, (OF_ROUNDING, _renamed(report["average_error"], {"merged": "distilled"}))]
+
+
+def _renamed(errors: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    return {task: {names.get(name, name): error for name, error in row.items()} for task, row in errors.items()}
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, Self, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +31,8 @@ class Settings(BaseModel, metaclass=_RefusesWithConfigError):
     """A frozen pydantic model whose refusals are ConfigErrors: one sentence with the key, the value and a way out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Keys by their section that a reader takes out before the rest is validated, for messages.
+    read_before: ClassVar[Mapping[tuple[str, ...], tuple[str, ...]]] = {}
 
     @classmethod
     def parse(cls, values: Any, where: str) -> Self:
@@ -47,12 +50,16 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = known_keys(model, path[:-1])
+        if issubclass(model, Settings):
+            known += model.read_before.get(tuple(path[:-1]), ())
         return f"{where}: unknown key {key!r}; {nearest(path[-1], known)}"
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing."
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if not key:
         return f"{where}: {reason}."
+    if isinstance(first.get("input"), Mapping):
+        return f"{where}: {key}: {reason}."
     return f"{where}: {key}: {reason}, got {_shown(first.get('input'))}."
 
 

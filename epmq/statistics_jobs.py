@@ -16,6 +16,7 @@ from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.huggingface import skeleton_from_folder
 from epmq.jobs import calibration_notes, calibration_of, device_of, finish, open_sources, planned_writer
 from epmq.recipe import Recipe
+from epmq.settings import nearest
 from epmq.sources import FileSource, require_same_layout
 from epmq.streams import make_streams
 from epmq.trial import try_out
@@ -28,6 +29,8 @@ def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
     """Write the statistics of one expert of a recipe on its own calibration data into a new folder."""
     files.check_free(out)
     settings = recipe.calibration
+    if recipe.experts and task not in recipe.experts:
+        raise ConfigError(f"task {task!r} has no expert in the recipe; {nearest(task, list(recipe.experts))}")
     if task not in recipe.experts or settings is None or task not in settings.tasks:
         raise ConfigError(
             f"task {task!r}: name its expert under experts: and its data under calibration: in the recipe."

@@ -70,6 +70,14 @@ def expect(done: Done, *parts: str) -> None:
     ("path", "value", "message"),
     [
         (("bsae",), "x", "unknown key 'bsae'; did you mean 'base'?"),
+        (("mergekiit",), "x", "unknown key 'mergekiit'; did you mean 'mergekit'?"),
+        (("quantization", "presett"), "x", "unknown key 'quantization.presett'; did you mean 'preset'?"),
+        (
+            ("merge", "method"),
+            "slerp",
+            "merge: method 'slerp' is not known; use task_arithmetic, weighted_average or ties.\n",
+        ),
+        (("kind",), "clip", "recipe.yaml: the recipe of a paper's benchmark; run it with epmq paper "),
         (("quantization", "group_sise"), 16, "unknown key 'quantization.group_sise'; did you mean 'group_size'?"),
         (("calibration", "max_lenght"), 16, "unknown key 'calibration.max_lenght'; did you mean 'max_length'?"),
         (("quantization", "distill"), {"stepz": 3}, "unknown key 'quantization.distill.stepz'; did you mean 'steps'?"),
@@ -267,7 +275,7 @@ def test_a_calibration_line_that_is_no_text(line: str, message: str, job: Job, r
 def test_a_task_without_expert_and_an_expert_without_task(job: Job, run: Run) -> None:
     tasks = job.recipe["calibration"]["tasks"]
     tasks["extra"] = "reviews.jsonl"
-    expect(run(), "task 'extra' has calibration data but no expert")
+    expect(run(), "recipe.yaml: calibration.tasks.extra: there is no expert of that name; known are intents, reviews.")
     del tasks["extra"], tasks["reviews"]
     expect(run(), "expert 'reviews' has no calibration data under that task name")
     del tasks["intents"]

@@ -68,6 +68,8 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
         rows[folder.name] = json.loads(target.read_text())
         assert rows[folder.name]["method"] == folder.name
         assert 0.0 <= rows[folder.name]["average"] <= 100.0
+        assert rows[folder.name]["bits"] == (4 if folder == quantized else None)
+        assert ("| quantized | 4 |" if folder == quantized else f"| {folder.name} | – |") in done.out
 
 
 def test_quantizing_a_recipe_is_quantizing_its_merge_in_memory(job: Job, tmp_path: Path) -> None:
@@ -100,6 +102,25 @@ def test_presets_and_distillation_from_a_recipe(job: Job, tmp_path: Path, capsys
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stages"]["distill"]["steps"] == 3
     epmq.load(tmp_path / "out")
+    # The closed form against the experts first, then what rounding adds.
+    first, card = report["stages"]["closed_form"]["layers"], (tmp_path / "out" / "README.md").read_text()
+    for task in TASKS:
+        merged, ours = (sum(row["tasks"][task][of] for row in first) / len(first) for of in ("merged", "epmq"))
+        then = report["average_error"][task]
+        against = f"{task}: mean output error against the expert: merged {merged:.4f}, closed form {ours:.4f}\n"
+        rounding = f"{task}: rounding the distilled model: distilled {then['merged']:.4f}, gptq {then['gptq']:.4f}"
+        assert done.out.index(against) < done.out.index(rounding)
+        assert f"| {task} | {merged:.4f} | {ours:.4f} |" in card
+    assert "| task | merged | closed form |" in card and "| task | distilled | gptq | epmq |" in card
+
+
+def test_errors_of_a_distilled_model_that_is_not_rounded(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.recipe["quantization"] = {"preset": "best", "bits": None, "distill": {"steps": 2, "copies": 1}}
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "mean output error against the expert: merged" in done.out and "rounding" not in done.out
 
 
 def test_rounding_to_nearest_needs_no_calibration(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,7 +252,10 @@ def test_groups_that_are_none_of_the_model(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"preset": "best"}, "distill has no use for statistics"),
+        (
+            {"preset": "best"},
+            "distill has no use for statistics, or needs the data themselves; remove distill or preset: best.",
+        ),
         ({"anchor": "auto"}, "anchor: auto has no use for statistics"),
         ({"norm_refit": True}, "norm_refit has no use for statistics"),
         ({"method": "rtn"}, "method: rtn has no use for statistics"),

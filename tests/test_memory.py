@@ -13,9 +13,9 @@ from checkpoints import Job, in_process, make_job
 from conftest import ToyJob
 from test_resume import content
 
-from epmq.config import QuantConfig, preset
+from epmq.config import DistillSettings, QuantConfig, preset
 from epmq.errors import ConfigError, FormatError, OutputError
-from epmq.estimate import Estimate, estimate
+from epmq.estimate import Estimate, estimate, tuning_operations
 from epmq.formats.shards import write_tensors
 from epmq.memory import available_bytes, peak_memory_bytes, resident_bytes
 from epmq.recipe import Recipe
@@ -177,9 +177,21 @@ def test_estimates_grow_with_what_they_count(toy_job: ToyJob) -> None:
     assert of(QuantConfig(forward_dtype="bfloat16")).states == rows * (4 * 2 * 32 + 2 * (32 + 32 + 64))
     # 256 rows for each of the three tasks: what query, key, out and up give, taken for one group, and their input.
     assert plain.fixed - of(processes=3).fixed == 4 * 2 * 256 * (3 * 32 + 64 + 32)
-    assert of(preset("best")).fixed > plain.fixed
+    best = of(preset("best"))
+    assert best.fixed > plain.fixed
+    assert (plain.walks, plain.tuning) == (1, 0.0) and best.walks == 2 and best.tuning > 0.0
+    assert f"{best.blocks} blocks of {best.seconds:.1f} s twice, {best.tuning:.0f} s of distillation" in best.told()
     assert of(QuantConfig(bits=8)).disk > plain.disk
     assert plain.blocks == 2 and plain.seconds > 0.0
+
+
+def test_operations_of_a_distillation(toy_job: ToyJob) -> None:
+    settings = DistillSettings(steps=10, examples=2, copies=3, last_blocks=0.5)
+    # 3 tasks of 3 batches of 8 texts of 12 tokens: experts on four variants of each and on a similar task's, then steps
+    # of 2 texts a task, through all weights forwards and half of them backwards.
+    targets = 2 * 1000 * (3 * 3 * 8 * 12) * 4 * 2
+    steps = 10 * 3 * 2 * 12 * (2 * 1000 + 4 * 500)
+    assert tuning_operations(settings, toy_job.calibration, 32, 1000) == targets + steps
 
 
 def test_room_is_shared_out() -> None:

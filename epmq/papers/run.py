@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,17 @@ def run_paper(paper: Paper, out: str | Path, device: str = "cpu", rows: Rows = h
     if not wanted:
         return results
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _measure(paper, folder, wanted, results, device, rows)
+    finally:
+        # Nothing is left of a run that came to no result.
+        with suppress(OSError):
+            folder.rmdir()
+    return results
+
+
+def _measure(paper: Paper, folder: Path, wanted: list[Row], results: Results, device: str, rows: Rows) -> None:
+    """Measure rows one after the other, each kept in ``folder`` when it is known."""
     benchmark: Benchmark = KINDS[paper.kind](paper, rows)
     quantizes = any(row.method not in ("pretrained", "expert", "merged") for row in wanted)
     calibration = benchmark.calibration() if quantizes else {}
@@ -77,7 +89,6 @@ def run_paper(paper: Paper, out: str | Path, device: str = "cpu", rows: Rows = h
                 model.to("cpu")
         results["rows"].append(result_row(paper.merge.method, row.method, row.bits, scores))
         files.write_text(folder / RESULTS_NAME, json.dumps(results, indent=1))
-    return results
 
 
 def _model(benchmark: Benchmark, comparison: Comparison, row: Row, task: str) -> nn.Module:
