@@ -89,6 +89,8 @@ def make_streams(
             stream.append(batch)
         if not stream:
             raise CalibrationError(f"task {task!r}: its calibration set is empty.")
+        if examples == 0:
+            raise CalibrationError(f"task {task!r} has no calibration rows: its batches hold no example.")
         streams[task] = stream
     if not streams:
         raise CalibrationError("the calibration data names no task.")
