@@ -21,8 +21,9 @@ from epmq.rows import kept_rows
 
 TILE = 128
 LINE = 16  # columns that are read together
-# Tensor cores do not round their running sums to nearest, so sums of squares drift; the total is therefore carried in
-# the fp32 result, and a sum in registers never covers more rows than this.
+# Long sums of squares drift, on tensor cores by not being rounded to nearest (16 rows at a time), and what they drift
+# passes for a variance (epmq/statistics.py). The total is therefore carried in the fp32 result, and a sum in registers
+# never covers more rows than this, an eighth of them in fp32.
 MOST_ROWS = 8192
 # Fusion is named because Triton's default for it changes in 3.10. More depth for fp32, or four warps, spills.
 NARROW = {"DEPTH": 64, "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}  # fp16 and bf16, on the tensor cores
@@ -62,7 +63,8 @@ def plan(arch: int, processors: int, rows: int, columns: int, targets: int, exac
         # Parts of a tile are added one after the other.
         return max(waves * (length + ADDING * ratio), length + parts * ADDING * ratio)
 
-    return min((Plan(across, MOST_ROWS >> cut) for across in shapes for cut in range(5)), key=cost)
+    cuts = range(3 if exact else 0, 5)
+    return min((Plan(across, MOST_ROWS >> cut) for across in shapes for cut in cuts), key=cost)
 
 
 def accumulate(

@@ -19,6 +19,7 @@ from torch import Tensor
 from epmq import extension, ops, reference
 from epmq.quantized import column_groups, dequantize, group_count, pack, packed_words
 from epmq.rows import kept_rows
+from epmq.statistics import ROUNDING, Folded
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ON_GPU = ("cuda", "triton")
@@ -125,6 +126,57 @@ def test_accumulate_keeps_denormals_and_non_finite_numbers(form: Any) -> None:
     x = seeded(20, 10)
     x[3, 2], x[5, 4] = float("inf"), float("nan")
     check_accumulate(form, x, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("sums_in", [torch.float32, torch.float64], ids=["fp32-sums", "fp64-sums"])
+@pytest.mark.parametrize("shape", [(300, 500), (4096, 384), (10000, 40)], ids=str)
+@pytest.mark.parametrize("form", forms("accumulate"))
+def test_a_column_that_never_varies_has_no_variance(
+    form: Any, shape: tuple[int, int], sums_in: torch.dtype, dtype: torch.dtype
+) -> None:
+    """The others keep theirs, down to a hundredth of their mean."""
+    if sums_in == torch.float64 and form.backend in ON_GPU:
+        pytest.skip("its sums are fp32")
+    rows, columns = shape
+    x = (0.1 + 4 * seeded(columns).abs()).to(dtype).repeat(rows, 1)
+    x[:, ::4] = (30 + 0.3 * seeded(rows, len(x[0, ::4]))).to(dtype)
+    varies = (x != x[0]).any(0)
+    folded = Folded.empty(1, columns, sums_in)
+    given, *sums = placed(form, x, folded.hessian, folded.sum_x)
+    form.function(given, *sums)
+    folded.hessian, folded.sum_x = reference.symmetrize(sums[0].cpu()), sums[1].cpu()
+    folded.weight = float(rows)
+    found = folded.centred().hessian
+    assert varies.sum() == len(x[0, ::4])
+    assert torch.equal(found.diagonal() != 0, varies)
+    assert not found[~varies].any() and not found[:, ~varies].any()
+    wide = x.double()
+    variance = (wide - wide.mean(0)).square().sum(0)
+    noise = ROUNDING * wide.square().sum(0)
+    assert_close(found.diagonal()[varies].float(), variance[varies], noise[varies], "variance")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["ones", "weighted"])
+def test_no_fp32_sum_is_longer_than_a_part(weighted: bool, dtype: torch.dtype) -> None:
+    """A sum of d nearly equal terms is off by d/3 roundings at most: of 160 rows, then of the parts of the batch."""
+    count, columns, targets = 8192, 40, 24
+    x, target = ((30 + 0.1 * seeded(count, width)).to(dtype) for width in (columns, targets))
+    rows = 1 + 0.001 * seeded(count) if weighted else None
+    shapes = ((columns, columns), (columns,), (targets, columns), (targets,))
+    found: list[Tensor | None] = [torch.zeros(shape) for shape in shapes]
+    exact: list[Tensor | None] = [torch.zeros(shape).double() for shape in shapes]
+    run_accumulate(torch.ops.epmq_native.accumulate, x, target, found, rows)
+    run_accumulate(reference.accumulate, x.double(), target.double(), exact, rows)
+    longest = 160 + -(-count // 160)
+    for name, sums, wanted in zip(("hessian", "sum_x", "cross", "sum_target"), found, exact, strict=True):
+        assert sums is not None and wanted is not None
+        # Terms differ by 2 %; weighted ones, and those cut to bf16 parts, are rounded before.
+        bound = (1.02 * longest / 3 + 4) * 2.0**-24 * wanted.abs()
+        pair = (sums.tril(), wanted.tril(), bound.tril()) if name == "hessian" else (sums, wanted, bound)
+        assert_close(*pair, name)
 
 
 @compiled

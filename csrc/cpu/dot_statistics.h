@@ -1,5 +1,5 @@
 // Products of packed columns of bf16 numbers by dot products of pairs (AVX512_BF16), in the layout of pair_packing.h.
-// fp32 accumulators run over one chunk of rows and are then added to the running sums.
+// fp32 accumulators run over one part of a chunk; parts are added up before the chunk is added to the running sums.
 #pragma once
 
 #include "pair_packing.h"
@@ -15,14 +15,20 @@ struct DotStatistics : PairPacking {
     for (int64_t row = a.row_begin; row < a.row_end; row += pair)
       for (int64_t column = a.column_begin; column < a.column_end; column += pair) {
         if (a.triangle && column > row) break;
-        for (int64_t r = 0; r < pair; r += rows)
-          multiply(a.steps, a.left + (row + r) / kTileRows * tile + r % kTileRows * kTileDepth,
-                   a.right + column / kTileRows * tile, tile, sums + r * 16);
+        for (int64_t r = 0; r < pair; r += rows) {
+          const uint16_t* left = a.left + (row + r) / kTileRows * tile + r % kTileRows * kTileDepth;
+          const uint16_t* right = a.right + column / kTileRows * tile;
+          multiply<false>(part_end(a.steps, 0), left, right, tile, sums + r * 16);
+          for (int64_t part = part_steps; part < a.steps; part += part_steps)
+            multiply<true>(part_end(a.steps, part) - part, left + part * kTileWords, right + part * kTileWords, tile,
+                           sums + r * 16);
+        }
         add(a, row, column, sums);
       }
   }
 
-  // Rows of sums [right][pair][16].
+  // Rows of sums [right][pair][16], written or added to.
+  template <bool Add>
   static EPMQ_INLINE void multiply(int64_t steps, const uint16_t* left, const uint16_t* right, int64_t right_stride,
                                    float* sums) {
     __m512 acc[2][rows];
@@ -43,8 +49,10 @@ struct DotStatistics : PairPacking {
       }
     EPMQ_UNROLL
     for (int64_t r = 0; r < rows; r++) {
-      _mm512_storeu_ps(sums + r * 16, acc[0][r]);
-      _mm512_storeu_ps(sums + (pair + r) * 16, acc[1][r]);
+      float* const places[2] = {sums + r * 16, sums + (pair + r) * 16};
+      EPMQ_UNROLL
+      for (int v = 0; v < 2; v++)
+        _mm512_storeu_ps(places[v], Add ? _mm512_add_ps(_mm512_loadu_ps(places[v]), acc[v][r]) : acc[v][r]);
     }
   }
 };

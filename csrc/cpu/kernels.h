@@ -39,7 +39,9 @@ struct Sum {
   explicit operator bool() const { return narrow != nullptr || wide != nullptr; }
 };
 
-constexpr int64_t kPackDepth = 160;  // rows per part of a packed chunk: a rectangle's columns of it fit the first cache
+// Rows per part of a packed chunk: a rectangle's columns of it fit the first cache. No fp32 sum runs over more of them
+// before it is added to another, for what a long one loses of a column that hardly varies passes for its variance.
+constexpr int64_t kPackDepth = 160;
 
 // Rows of a batch as fp32 in parts of kPackDepth rows, [part][tile of columns][row][lanes], zero beyond `columns`.
 struct PackArgs {

@@ -11,6 +11,11 @@ struct PairPacking {
   static constexpr int64_t pair = 2 * kTileRows;  // columns of two operands
   // Parts of these numbers are normal, so they are exact; products of parts below 2^-126 count as zero.
   static constexpr uint32_t lowest = bits_of_power(-100), highest = bits_of_power(56);
+  static constexpr int64_t part_steps = epmq::kPackDepth / kTileDepth;  // that a sum runs over
+
+  static EPMQ_INLINE int64_t part_end(int64_t steps, int64_t part) {
+    return part + part_steps < steps ? part + part_steps : steps;
+  }
 
   // ---- packing --------------------------------------------------------------------------------------------------
 
@@ -88,21 +93,23 @@ struct PairPacking {
     constexpr int64_t strip = 16;  // tiles that are walked together, so that rows are read a kilobyte at a time
     for (int64_t first = tile_begin; first < tile_end; first += strip) {
       const int64_t last = first + strip < tile_end ? first + strip : tile_end;
-      __m512 sums[strip];
-      for (int64_t t = first; t < last; t++) sums[t - first] = _mm512_setzero_ps();
       Range range = {_mm512_set1_epi32(-1), _mm512_setzero_si512()};
-      for (int64_t step = 0; step < a.steps; step++)
-        for (int64_t t = first; t < last; t++) pack_tile<Weighted>(a, t, step, sums[t - first], range);
-      if (!range.ordinary()) __atomic_store_n(a.ordinary, (uint8_t)0, __ATOMIC_RELAXED);
-      for (int64_t t = first; t < last; t++) {
-        float lanes[16];
-        _mm512_storeu_ps(lanes, sums[t - first]);
-        for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++)
-          if (a.sum.wide)
-            a.sum.wide[t * 16 + l] += (double)lanes[l];
-          else
-            a.sum.narrow[t * 16 + l] += lanes[l];
+      for (int64_t part = 0; part < a.steps; part += part_steps) {
+        __m512 sums[strip];
+        for (int64_t t = first; t < last; t++) sums[t - first] = _mm512_setzero_ps();
+        for (int64_t step = part; step < part_end(a.steps, part); step++)
+          for (int64_t t = first; t < last; t++) pack_tile<Weighted>(a, t, step, sums[t - first], range);
+        for (int64_t t = first; t < last; t++) {
+          float lanes[16];
+          _mm512_storeu_ps(lanes, sums[t - first]);
+          for (int64_t l = 0; l < 16 && t * 16 + l < a.columns; l++)
+            if (a.sum.wide)
+              a.sum.wide[t * 16 + l] += (double)lanes[l];
+            else
+              a.sum.narrow[t * 16 + l] += lanes[l];
+        }
       }
+      if (!range.ordinary()) __atomic_store_n(a.ordinary, (uint8_t)0, __ATOMIC_RELAXED);
     }
   }
 

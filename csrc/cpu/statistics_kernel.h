@@ -15,25 +15,27 @@ struct StatisticsKernel {
     constexpr int64_t strip = 16;  // tiles whose sums are carried together
     for (int64_t first = tile_begin; first < tile_end; first += strip) {
       const int64_t last = first + strip < tile_end ? first + strip : tile_end;
-      Vec sums[strip];
-      for (int64_t t = first; t < last; t++) sums[t - first] = Vec::zero();
-      for (int64_t m = 0; m < a.kept; m++) {
-        const int64_t row = a.rows[m] * a.row_stride;
-        const int64_t part = m / epmq::kPackDepth * epmq::kPackDepth, steps = steps_of(a.kept, part);
-        const Vec weight = Vec::broadcast(a.weights ? a.weights[m] : 1.0f);
-        for (int64_t t = first; t < last; t++) {
-          const Vec value = read(a, row, t);
-          const int64_t place = (part * a.tiles + t * steps + m - part) * L;
-          if (a.plain) value.store(a.plain + place);
-          const Vec scaled = a.weights ? value * weight : value;
-          if (a.weighted) scaled.store(a.weighted + place);
-          sums[t - first] = sums[t - first] + scaled;
+      for (int64_t part = 0; part < a.kept; part += epmq::kPackDepth) {
+        const int64_t steps = steps_of(a.kept, part);
+        Vec sums[strip];
+        for (int64_t t = first; t < last; t++) sums[t - first] = Vec::zero();
+        for (int64_t m = part; m < part + steps; m++) {
+          const int64_t row = a.rows[m] * a.row_stride;
+          const Vec weight = Vec::broadcast(a.weights ? a.weights[m] : 1.0f);
+          for (int64_t t = first; t < last; t++) {
+            const Vec value = read(a, row, t);
+            const int64_t place = (part * a.tiles + t * steps + m - part) * L;
+            if (a.plain) value.store(a.plain + place);
+            const Vec scaled = a.weights ? value * weight : value;
+            if (a.weighted) scaled.store(a.weighted + place);
+            sums[t - first] = sums[t - first] + scaled;
+          }
         }
-      }
-      for (int64_t t = first; a.sum && t < last; t++) {
-        float lanes[L];
-        sums[t - first].store(lanes);
-        add(a.sum, t * L, lanes, a.columns - t * L < L ? a.columns - t * L : L);
+        for (int64_t t = first; a.sum && t < last; t++) {
+          float lanes[L];
+          sums[t - first].store(lanes);
+          add(a.sum, t * L, lanes, a.columns - t * L < L ? a.columns - t * L : L);
+        }
       }
     }
   }

@@ -1,7 +1,8 @@
 // Products of packed columns on matrix tiles.
 //
 // Products of parts l and r are exact and are formed for l + r <= 2; what is left out is below 2^-23 of the
-// whole product: two roundings. fp32 accumulators run over one chunk of rows and are then added to the running sums.
+// whole product: two roundings. fp32 accumulators run over one chunk of rows and are then added to the running sums: no
+// more than 144 additions of what an instruction has summed from zero (tiles.h), which is less than kPackDepth.
 #pragma once
 
 #include "pair_packing.h"

@@ -1,9 +1,12 @@
 // Second and first moments of a batch on the GPU: the lower triangle of H and all of the cross-covariance in one launch.
 //
-// One block computes one 128 x 128 tile of output over up to 8192 rows and alone adds it to the running sum, so the
-// result does not depend on scheduling, and what tensor cores lose by not rounding to nearest stays small. fp16 and bf16 rows go through the tensor cores with fp32 accumulators; fp32 rows, and
-// weighted ones (a product with a weight does not fit 16 bits), through fp32 multiply-adds. Column sums are taken
+// One block computes one 128 x 128 tile of output over the rows of a launch and alone adds it to the running sum, so the
+// result does not depend on scheduling. fp16 and bf16 rows go through the tensor cores with fp32 accumulators; fp32 rows,
+// and weighted ones (a product with a weight does not fit 16 bits), through fp32 multiply-adds. Column sums are taken
 // from the shared-memory tiles by the blocks that hold the columns anyway.
+//
+// fp32 sums stay short (epmq/statistics.py says for what): a launch takes up to 8192 rows on tensor cores, which add 16
+// at a time and do not round to nearest, and 1024 otherwise; a column's sum is one of sums of sums.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -26,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kTile = 128;     // output rows and columns per block
-constexpr int64_t kRowsPerLaunch = 8192;
+constexpr int64_t kRowsOnTensorCores = 8192, kRowsElsewhere = 1024;  // per launch
 constexpr int kThreads = 256;  // 8 warps: 4 x 2 of 32 x 64 outputs
 
 struct Operand {
@@ -81,6 +84,25 @@ __device__ float column_sum(const T* tile, int ld, const float* weights, int64_t
   return sum;
 }
 
+// A sum of tiles' column sums, 16 of them at a time.
+struct LongSum {
+  float whole = 0.0f, part = 0.0f;
+  int parts = 0;
+
+  __device__ void add(float value) {
+    part += value;
+    if (++parts % 16 == 0) close();
+  }
+  __device__ float total() {
+    close();
+    return whole;
+  }
+  __device__ void close() {
+    whole += part;
+    part = 0.0f;
+  }
+};
+
 // Which column sums a tile owes: x by the diagonal of H, target by the first column of the cross-covariance.
 __device__ bool owes_sum(const Tile& tile) { return tile.cross ? tile.column == 0 : tile.row == tile.column; }
 
@@ -109,12 +131,12 @@ __global__ void __launch_bounds__(kThreads) tensor_core_kernel(const Arguments a
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[2][4];
   for (auto& line : sums)
     for (auto& fragment : line) wmma::fill_fragment(fragment, 0.0f);
-  float sum = 0.0f;
+  LongSum sum;
   for (int64_t m = 0; m < a.rows; m += kDepth) {
     load_tile<T, kDepth>(rows_of, nullptr, a.rows, m, tile.row * kTile, left, kLd);
     load_tile<T, kDepth>(a.x, nullptr, a.rows, m, tile.column * kTile, right, kLd);
     __syncthreads();
-    if (owes_sum(tile) && threadIdx.x < kTile) sum += column_sum<T, kDepth>(left, kLd, nullptr, a.rows, m);
+    if (owes_sum(tile) && threadIdx.x < kTile) sum.add(column_sum<T, kDepth>(left, kLd, nullptr, a.rows, m));
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
       wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::col_major> l[2];
@@ -143,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) tensor_core_kernel(const Arguments a
       }
       __syncwarp();
     }
-  if (owes_sum(tile) && threadIdx.x < kTile) add_sum(a, tile, sum);
+  if (owes_sum(tile) && threadIdx.x < kTile) add_sum(a, tile, sum.total());
 }
 
 template <typename T>
@@ -157,12 +179,12 @@ __global__ void __launch_bounds__(kThreads) fp32_kernel(const Arguments a) {
   const int row = threadIdx.x / 16, column = threadIdx.x % 16;  // outputs row + 16 i, column + 16 j
 
   float sums[8][8] = {};
-  float sum = 0.0f;
+  LongSum sum;
   for (int64_t m = 0; m < a.rows; m += kDepth) {
     load_tile<T, kDepth>(rows_of, a.weights, a.rows, m, tile.row * kTile, left, kLd);
     load_tile<T, kDepth>(a.x, a.weights, a.rows, m, tile.column * kTile, right, kLd);
     __syncthreads();
-    if (owes_sum(tile) && threadIdx.x < kTile) sum += column_sum<T, kDepth>(left, kLd, a.weights, a.rows, m);
+    if (owes_sum(tile) && threadIdx.x < kTile) sum.add(column_sum<T, kDepth>(left, kLd, a.weights, a.rows, m));
 #pragma unroll 4
     for (int k = 0; k < kDepth; k++) {
       const float weight = a.weights != nullptr && m + k < a.rows ? a.weights[m + k] : 1.0f;
@@ -187,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) fp32_kernel(const Arguments a) {
       const int64_t r = tile.row * kTile + row + 16 * i, c = tile.column * kTile + column + 16 * j;
       if (r < rows_of.columns && c < a.x.columns) out[r * a.x.columns + c] += sums[i][j];
     }
-  if (owes_sum(tile) && threadIdx.x < kTile) add_sum(a, tile, sum);
+  if (owes_sum(tile) && threadIdx.x < kTile) add_sum(a, tile, sum.total());
 }
 
 template <typename T>
@@ -234,7 +256,8 @@ void accumulate(const Tensor x, const Tensor hessian, const Tensor sum_x, const 
   a.hessian = sums_of(hessian, "hessian", columns * columns, x);
   a.sum_x = sums_of(sum_x, "sum_x", columns, x);
   if (crossed) {
-    STD_TORCH_CHECK(target->dim() == 2 && target->size(0) == rows, "target: expected as many rows as x");
+    STD_TORCH_CHECK(target->dim() == 2 && target->size(0) == rows && target->size(1) < (1 << 20),
+                    "target: expected as many rows as x, and P < 2^20");
     STD_TORCH_CHECK(target->scalar_type() == dtype, "target: expected the dtype of x");
     STD_TORCH_CHECK(target->get_device_index() == x.get_device_index(), "target: expected the device of x");
     a.target = operand_of(*target, element);
@@ -254,16 +277,18 @@ void accumulate(const Tensor x, const Tensor hessian, const Tensor sum_x, const 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const auto queue = static_cast<cudaStream_t>(stream);
-  for (int64_t start = 0; start < rows; start += kRowsPerLaunch) {
+  const bool tensor_cores = element == 2 && !row_weights;
+  const int64_t most = tensor_cores ? kRowsOnTensorCores : kRowsElsewhere;
+  for (int64_t start = 0; start < rows; start += most) {
     Arguments part = a;
-    part.rows = rows - start < kRowsPerLaunch ? rows - start : kRowsPerLaunch;
+    part.rows = rows - start < most ? rows - start : most;
     part.x = advanced(a.x, start, element);
     if (crossed) part.target = advanced(a.target, start, element);
     if (row_weights) part.weights = a.weights + start;
     switch (dtype) {
-      case ScalarType::Float: launch<float>(part, blocks, false, queue); break;
-      case ScalarType::Half: launch<__half>(part, blocks, !row_weights, queue); break;
-      case ScalarType::BFloat16: launch<__nv_bfloat16>(part, blocks, !row_weights, queue); break;
+      case ScalarType::Float: launch<float>(part, blocks, tensor_cores, queue); break;
+      case ScalarType::Half: launch<__half>(part, blocks, tensor_cores, queue); break;
+      case ScalarType::BFloat16: launch<__nv_bfloat16>(part, blocks, tensor_cores, queue); break;
       default: STD_TORCH_CHECK(false, "x: expected float32, float16 or bfloat16");
     }
     const cudaError_t status = cudaGetLastError();

@@ -1,6 +1,6 @@
 // Which tiles of output one launch computes: the lower triangle of H, then all of the cross-covariance.
 //
-// Plain integer arithmetic, shared by the kernel, its launcher and the test (bound as _C.statistics_tile).
+// Plain integer arithmetic, shared by the kernel, its launcher and the test (bound as _C.statistics_tiles).
 #pragma once
 
 #ifdef __CUDACC__
