@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 TORCH_MINIMUM = (2, 11)
 CUDA_ARCHS = ("80", "90")
@@ -94,12 +96,15 @@ def extension() -> dict[str, Any]:
         """Without EPMQ_EXTENSION=1 a failed build leaves a pure-Python package, and says so."""
 
         def run(self) -> None:
+            inplace = self.inplace  # a run that fails leaves it unset
             try:
                 super().run()
             except Exception as error:
                 if switch("EPMQ_EXTENSION"):
                     raise
                 tell(f"the build failed ({error})")
+                if inplace:
+                    remove_built()
                 self.extensions = []
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
@@ -110,18 +115,44 @@ def tell(reason: str) -> None:
     print(f"epmq: no C++ extension, the package runs as pure Python: {reason}.", file=sys.stderr)
 
 
+def remove_built() -> None:
+    """Take away what an earlier build left beside the sources, or it would be loaded all the same."""
+    for built in [*Path("epmq").glob("_C*.so"), *Path("epmq").glob("_C*.pyd")]:
+        built.unlink()
+
+
+class InPlaceWithout(build_ext):
+    """``build_ext --inplace`` where there is no extension to build."""
+
+    def run(self) -> None:
+        if self.inplace:
+            remove_built()
+
+
+class EditableWithout(build_py):
+    """An editable installation without the extension."""
+
+    def run(self) -> None:
+        if self.editable_mode:
+            remove_built()
+        super().run()
+
+
+WITHOUT: dict[str, Any] = {"cmdclass": {"build_ext": InPlaceWithout, "build_py": EditableWithout}}
+
+
 def arguments() -> dict[str, Any]:
     """What this environment adds to the declarative metadata."""
     if switch("EPMQ_EXTENSION") is False:
         tell("EPMQ_EXTENSION=0")
-        return {}
+        return WITHOUT
     try:
         return extension()
     except Missing as missing:
         if switch("EPMQ_EXTENSION") or switch("EPMQ_CUDA"):
             sys.exit(f"epmq: the extension cannot be built: {missing}.")
         tell(str(missing))
-        return {}
+        return WITHOUT
 
 
 setup(

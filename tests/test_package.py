@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -63,3 +65,42 @@ def test_installed_package_runs_elsewhere_and_tells_once_that_it_is_slow(
     told = "no compiled extension: many times slower on a CPU; see README, The compiled extension."
     assert done.stderr == ("" if asked_for else f"{told}\n")
     assert done.stdout.splitlines()[-1] == ("[]" if asked_for else f"['{told}']")
+
+
+def test_source_distribution_runs_in_place(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    environment = {**os.environ, "EPMQ_EXTENSION": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("epmq-*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    place = next(tmp_path.glob("epmq-*/"))
+    sources = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")
+    }
+    assert all((place / source).is_file() for source in sources)
+    assert not (place / "tests").exists()
+    environment["PYTHONPATH"] = str(place)
+    code = f"{USE}\nimport epmq.kernels.layout"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["build_ext", "--inplace"], ["editable_wheel"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("why", [{"EPMQ_EXTENSION": "0"}, {"CXX": "false", "EPMQ_CUDA": "0"}], ids=["asked", "failed"])
+def test_an_old_extension_does_not_outlive_a_build_without(
+    why: dict[str, str], command: list[str], tmp_path: Path
+) -> None:
+    for name in ("epmq", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "epmq" / "_C.cpython-311-x86_64-linux-gnu.so"
+    old.write_bytes(b"old")
+    environment = {key: value for key, value in os.environ.items() if key not in ("EPMQ_EXTENSION", "EPMQ_CUDA")}
+    run = [sys.executable, "setup.py", "-q", *command]
+    done = subprocess.run(run, cwd=tmp_path, env=environment | why, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the package runs as pure Python" in done.stderr
+    assert not old.exists()
