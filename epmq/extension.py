@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from epmq.errors import ConfigError, EpmqError, ExtensionError, first_line
-from epmq.gradient import gradient, keep
+from epmq.gradient import gradient, in_forward_mode, keep
 from epmq.rows import kept_rows
 
 # Columns from which products with 16 significant bits, and those in fp32, are preferred.
@@ -52,11 +52,21 @@ def load() -> ModuleType | None:
             f"epmq._C is built but cannot be loaded ({error}); rebuild it for torch {torch.__version__}, "
             "or set EPMQ_EXTENSION=0 to run without it."
         ) from error
+    check_torch(module.build_info()["torch"], torch.__version__)
     try:
         module.cpu_level()
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
     return module
+
+
+def check_torch(built: str, running: str) -> None:
+    """Refuse an extension of another torch, whose symbols may be there and mean something else."""
+    if built.split(".")[:2] != running.split(".")[:2]:
+        raise ExtensionError(
+            f"epmq._C was built for torch {built}, and this is torch {running}; rebuild it, "
+            "or set EPMQ_EXTENSION=0 to run without it."
+        )
 
 
 def _loaded() -> tuple[ModuleType | None, EpmqError | None]:
@@ -128,9 +138,22 @@ def _accumulates_on_cuda(x: Tensor, *args: Any, **kwargs: Any) -> bool:
     target, row_weights = _argument(args, kwargs, 2, "target"), _argument(args, kwargs, 5, "row_weights")
     return (
         accumulates(partial(_on, "cuda"), (torch.float32,), x, *args, **kwargs)
+        and has_code(build_report()["cuda_archs"], _capability(x))
         and (target is None or target.dtype == x.dtype)
         and (row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()))
     )
+
+
+def has_code(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for ``archs`` ("sm_80 sm_90") runs on a GPU: machine code serves later ones of its generation."""
+    built = (divmod(int(arch.removeprefix("sm_")), 10) for arch in archs.split())
+    return any(capability[0] == major and capability[1] >= minor for major, minor in built)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    # Of the ways to ask this, the one that torch.compile takes for a constant.
+    facts = torch.cuda.get_device_properties(x.device)
+    return facts.major, facts.minor
 
 
 def _accumulate_on_cuda(
@@ -217,6 +240,7 @@ def _multiplies(
         and (bias is None or bias.is_cpu)
         and x.dtype in FLOATS
         and scales.dtype in FLOATS
+        and not in_forward_mode()
     )
 
 
@@ -238,20 +262,22 @@ def _dequant_matmul(
         return product(x, packed, scales, zeros, bias, bits, group_size)
 
 
+def _on_one_device(fake: Callable[..., Any], first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """One meta tensor among real ones brings a call here, where nothing is computed."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor) and given.device != first.device:
+            raise ValueError(f"all tensors must be on one device, got {first.device} and {given.device}.")
+    return fake(first, *args, **kwargs)
+
+
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile and opcheck, and the gradient of the matmul."""
 
-    def accumulate(*_: Any) -> None:
+    def writes(*_: Any) -> None:
         return None
 
     def gptq_sweep(weight: Tensor, *_: Any) -> Tensor:
         return weight.new_empty(weight.shape, dtype=torch.uint8)
-
-    def subtract_product(*_: Any) -> None:
-        return None
-
-    def subtract_gram(*_: Any) -> None:
-        return None
 
     def grid_losses(weight: Tensor, scales: Tensor, *_: Any) -> Tensor:
         return scales.new_empty(scales.shape)
@@ -259,8 +285,9 @@ def _register_fakes() -> None:
     def dequant_matmul(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
         return x.new_empty((x.shape[0], packed.shape[0]))
 
-    for fake in (accumulate, gptq_sweep, subtract_product, subtract_gram, grid_losses, dequant_matmul):
-        torch.library.register_fake(f"epmq_native::{fake.__name__}", fake)
+    fakes = {"accumulate": writes, "subtract_product": writes, "subtract_gram": writes}
+    for name, fake in (fakes | {form.__name__: form for form in (gptq_sweep, grid_losses, dequant_matmul)}).items():
+        torch.library.register_fake(f"epmq_native::{name}", partial(_on_one_device, fake))
 
     torch.library.register_autograd("epmq_native::dequant_matmul", gradient, setup_context=keep)
 

@@ -1,10 +1,11 @@
-"""The gradient of a product with packed weights, for every operator that forms one."""
+"""The gradient of a product with packed weights, for every operator that forms one, and when to form none."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from epmq.quantized import dequantize, unpack
 
@@ -26,3 +27,9 @@ def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are being carried forward (``torch.func.jvp``, ``jacfwd``): operators that are one piece to
+    autograd would drop them, so products are then composed of torch's own."""
+    return bool(forward_ad._current_level >= 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from epmq import extension, ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError, NumericalError
-from epmq.gradient import gradient, keep
+from epmq.gradient import gradient, in_forward_mode, keep
 from epmq.orientation import weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
 from epmq.sources import all_finite
@@ -188,7 +188,7 @@ class QuantLinear(nn.Module):
         """Whether codes were given up for the kernels' layout, and the kernel takes this input."""
         if self.packed is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.device != self.words.device:
             return False
-        return ops.wanted_backend() in (None, "triton")
+        return ops.wanted_backend() in (None, "triton") and not in_forward_mode()
 
     def _multiply(self, x: Tensor) -> Tensor:
         call = (x, self._rows(), self.scales, self.zeros, self.bias, self.bits, self.group_size)
@@ -196,8 +196,8 @@ class QuantLinear(nn.Module):
         y: Tensor
         if chosen.backend == "triton":
             y = self._multiply_tiles(x)
-        elif chosen.backend == "cpp":
-            y = chosen.function(*call)  # an operator with a gradient of its own
+        elif chosen.backend == "cpp" or in_forward_mode():
+            y = chosen.function(*call)  # an operator with a gradient of its own, or torch's
         else:
             if not torch.compiler.is_compiling():
                 extension.notes(x.device)

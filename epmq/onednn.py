@@ -10,10 +10,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from epmq import extension
+from epmq.gradient import in_forward_mode
 
 
 class Linears(TorchFunctionMode):
-    """While active, fp32 linears on the CPU that keep no gradient are oneDNN's: the same sums in another order."""
+    """While active, fp32 linears on the CPU that carry no gradient are oneDNN's: the same sums in another order."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -40,6 +41,7 @@ def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     given = [tensor for tensor in (input, weight, bias) if tensor is not None]
     return (
         not torch.compiler.is_compiling()
+        and not in_forward_mode()
         and not torch.is_autocast_enabled("cpu")
         and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in given)
         and all(tensor.layout == torch.strided for tensor in given)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from epmq.extension import accumulates, sweeps
+from epmq.gradient import in_forward_mode
 from epmq.kernels.layout import BITS, kernel_group, pack_rows
 
 
@@ -51,7 +52,7 @@ def _multiplies(
     """What epmq.kernels.int4_matmul takes: 4 bits, the kernels' groups, 16-bit inputs."""
     if x.dtype not in (torch.float16, torch.bfloat16) or bits != BITS or kernel_group(group_size, x.shape[1]) is None:
         return False
-    return _reachable(x, packed, scales, zeros, bias)
+    return _reachable(x, packed, scales, zeros, bias) and not in_forward_mode()
 
 
 def _dequant_matmul(

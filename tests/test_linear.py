@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ToyModel
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from epmq import QuantLinear, replace_linear, restore_linear
 from epmq.errors import ConfigError, NumericalError
@@ -112,6 +113,22 @@ def test_gradient_of_the_input_alone() -> None:
     x = torch.randn(2, 70, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)
     assert torch.allclose(gradient, layer.weight.sum(0).expand(2, 70), atol=20 * 2.0**-22)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_derivatives_are_carried_forward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPMQ_BACKEND", backend)
+    torch.manual_seed(0)
+    layer = QuantLinear.from_linear(nn.Linear(64, 8), 4, 32)
+    dense = layer.to_linear()
+    x, direction = torch.randn(3, 64), torch.randn(3, 64)
+    found, tangent = torch.func.jvp(layer, (x,), (direction,))[:2]
+    torch.testing.assert_close(found, dense(x))
+    torch.testing.assert_close(tangent, direction @ dense.weight.T)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), dense.weight)
+    with torch.no_grad(), forward_ad.dual_level():
+        pair = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction)))
+    torch.testing.assert_close(pair.tangent, direction @ dense.weight.T)
 
 
 def test_a_frozen_layer_under_an_adapter_trains_the_adapter() -> None:

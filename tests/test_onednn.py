@@ -126,6 +126,13 @@ def test_it_is_not_used_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch
         assert not onednn.preferred()
 
 
+def test_derivatives_are_carried_forward() -> None:
+    x, weight, direction = torch.randn(3, 5), torch.randn(7, 5), torch.randn(3, 5)
+    with onednn.Linears(), torch.no_grad():
+        tangent = torch.func.jvp(lambda rows: functional.linear(rows, weight), (x,), (direction,))[1]
+    torch.testing.assert_close(tangent, direction @ weight.T)
+
+
 @pytest.mark.parametrize("preferred", [False, True])
 def test_forward_passes_in_fp32_take_what_is_preferred(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "preferred", lambda: preferred)
