@@ -1,5 +1,6 @@
 // Operator schemas, and the few facts that are not tensor operators.
-#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -39,8 +40,48 @@ TORCH_LIBRARY_IMPL(epmq_native, CPU, library) {
   library.impl("dequant_matmul", epmq::dequant_matmul);
 }
 
+// The tensors among the arguments on the stack that the operator writes to.
+static std::vector<at::Tensor> written(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const auto& arguments = op.schema().arguments();
+  std::vector<at::Tensor> found;
+  for (size_t i = 0; i < arguments.size(); i++) {
+    const c10::AliasInfo* alias = arguments[i].alias_info();
+    const c10::IValue& value = stack[stack.size() - arguments.size() + i];
+    if (alias != nullptr && alias->isWrite() && value.isTensor()) found.push_back(value.toTensor());
+  }
+  return found;
+}
+
+// As torch's own operators do: a gradient that is not kept track of is refused, and what is written to counts as changed.
+static void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const at::Tensor& tensor : written(op, *stack))
+    TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()), op.schema().name(),
+                ": a tensor that requires a gradient cannot be written to; detach it, or use torch.no_grad().");
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+static void count_writes(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const std::vector<at::Tensor> tensors = written(op, *stack);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  for (const at::Tensor& tensor : tensors)
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+constexpr const char* kInPlace[] = {"accumulate", "subtract_product", "subtract_gram"};
+
+TORCH_LIBRARY_IMPL(epmq_native, Autograd, library) {
+  for (const char* name : kInPlace) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+}
+
+TORCH_LIBRARY_IMPL(epmq_native, ADInplaceOrView, library) {
+  for (const char* name : kInPlace) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_writes>());
+}
+
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Build facts, CPU features and threads; the operators are torch.ops.epmq_native.*";
+  module.doc() = "Build facts and CPU features; the operators are torch.ops.epmq_native.*";
   module.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;
@@ -59,11 +100,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_level", epmq::cpu_level,
              "The instruction set in use; EPMQ_CPU=plain|avx2|avx512|avx512bf16|amx chooses it.");
   module.def("cpu_vendor", epmq::cpu_vendor, "The processor's maker as it names itself, or ''.");
-  module.def("get_threads", [] { return at::get_num_threads(); });
-  module.def("set_threads", [](int count) {
-    if (count < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(count));
-    at::set_num_threads(count);
-  }, py::arg("count"));
   // The CUDA kernel's index arithmetic, bound so that it is tested without a GPU.
   module.def("statistics_tiles", [](int h_tiles, int cross_tiles) {
     std::vector<std::tuple<int, int, bool>> tiles;

@@ -418,6 +418,17 @@ def test_grid_losses(form: Any, shape: tuple[int, int, int], weighted: bool, pow
     assert_close(found, exact, bound + 2.0**-100, "losses")
 
 
+@pytest.mark.parametrize("power", [2.0, 2.4, 0.5])
+@pytest.mark.parametrize("form", forms("grid_losses"))
+def test_grid_losses_of_what_is_not_finite(form: Any, power: float) -> None:
+    weight, scales = seeded(5, 32), torch.full((1, 5, 1), 0.25)
+    weight[0, 3], weight[1, 4], weight[2, 5] = float("nan"), float("inf"), -float("inf")
+    weight[3, 6] = scales[0, 3] = 0.0
+    given = placed(form, weight, scales, torch.full((1, 5, 1), 8.0))
+    found = form.function(*given, 4, -1, power).cpu().flatten()
+    assert found[0].isnan() and found[3].isnan() and found[1] == found[2] == float("inf") and found[4].isfinite()
+
+
 # ---- cholesky --------------------------------------------------------------------------------------------------------
 
 
@@ -625,6 +636,27 @@ def test_operators_pass_opcheck() -> None:
 
 
 @compiled
+def test_what_is_written_to_counts_as_changed() -> None:
+    native = torch.ops.epmq_native
+    sums = [torch.zeros(4, 4), torch.zeros(4), torch.zeros(2, 4), torch.zeros(2)]
+    native.accumulate(seeded(3, 4), sums[0], sums[1], seeded(3, 2), sums[2], sums[3])
+    assert [tensor._version for tensor in sums] == [1, 1, 1, 1]
+    out, kept = torch.zeros(8, 8), torch.ones(8, 8, requires_grad=True)
+    y = (kept * out).sum()
+    native.subtract_product(out, seeded(8, 4), seeded(4, 8))
+    native.subtract_gram(out, seeded(8, 4))
+    assert out._version == 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(RuntimeError, match="subtract_product: a tensor that requires a gradient"):
+        native.subtract_product(kept, seeded(8, 4), seeded(4, 8))
+    with torch.no_grad():
+        native.subtract_product(kept, seeded(8, 4), seeded(4, 8))
+    with torch.inference_mode():
+        native.subtract_gram(torch.zeros(8, 8), seeded(8, 4))
+
+
+@compiled
 def test_matmul_has_the_gradient_of_the_dense_product() -> None:
     codes, scales, zeros = matmul_problem(20, 96, 32, 4, False)
     x, bias, pull = seeded(3, 96).requires_grad_(), seeded(20).requires_grad_(), seeded(3, 20)
@@ -664,6 +696,71 @@ def test_bad_arguments_are_refused_by_name() -> None:
         native.accumulate(seeded(3, 4), torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4))
     with pytest.raises(ValueError, match="hessian"):
         native.accumulate(seeded(3, 4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4))
+    with pytest.raises(ValueError, match="target: expected"):
+        native.accumulate(seeded(3, 4), torch.zeros(4, 4), torch.zeros(4), seeded(3), torch.zeros(3, 4), torch.zeros(3))
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        native.subtract_product(torch.zeros(1, 8).expand(8, 8), seeded(8, 4), seeded(4, 8))
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        native.subtract_gram(torch.zeros(1, 8).expand(8, 8), seeded(8, 4))
+
+
+@compiled
+def test_one_meta_tensor_among_real_ones_is_refused() -> None:
+    native = torch.ops.epmq_native
+    x, (codes, scales, _) = seeded(2, 96), matmul_problem(20, 96, 32, 4, True)
+    packed = pack(codes, 4)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        native.dequant_matmul(x, packed, scales, None, torch.zeros(20, device="meta"), 4, 32)
+    with pytest.raises(ValueError, match="one device, got meta and cpu"):
+        native.dequant_matmul(x.to("meta"), packed, scales, None, None, 4, 32)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        native.accumulate(x, torch.zeros(96, 96, device="meta"), torch.zeros(96))
+
+
+@compiled
+@pytest.mark.parametrize("size", [97, 2**31, 2**62, 2**63 - 1])
+def test_a_group_may_be_larger_than_the_row(size: int) -> None:
+    codes, scales, zeros = matmul_problem(20, 96, -1, 4, False)
+    for bits, dtype in ((4, torch.float32), (4, torch.bfloat16), (2, torch.float32)):
+        call = (seeded(3, 96).to(dtype), pack(codes & (2**bits - 1), bits), scales, zeros, None, bits)
+        assert torch.equal(
+            torch.ops.epmq_native.dequant_matmul(*call, size), torch.ops.epmq_native.dequant_matmul(*call, -1)
+        )
+    grids = (seeded(20, 96), scales[None], zeros.float()[None], 4)
+    assert torch.equal(
+        torch.ops.epmq_native.grid_losses(*grids, size, 2.4), torch.ops.epmq_native.grid_losses(*grids, -1, 2.4)
+    )
+
+
+@compiled
+def test_nan_with_all_bits_set_stays_nan() -> None:
+    """Cut to 16 bits, it must not be rounded up into a negative zero."""
+    loud = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    a, out = seeded(3, 40), torch.zeros(3, 5)
+    a[1, 7] = loud
+    torch.ops.epmq_native.subtract_product(out, a, seeded(40, 5))
+    assert out[1].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()
+
+
+@compiled
+def test_a_product_takes_no_memory_for_each_thread_and_row() -> None:
+    """Beside the result and the prepared rows of x."""
+    code = """
+import resource, torch, epmq.extension
+torch.set_num_threads(2)
+rows, columns, outputs = 150_000, 64, 192
+packed, scales = torch.zeros(outputs, columns // 8, dtype=torch.int32), torch.ones(outputs, 1)
+x = torch.zeros(rows, columns)
+product = torch.ops.epmq_native.dequant_matmul
+product(x[:1000], packed, scales, None, None, 4, -1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = product(x, packed, scales, None, None, 4, -1)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown - y.nbytes - rows * 128 * 4)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 16 * 2**20
 
 
 @compiled
@@ -693,6 +790,22 @@ def test_the_package_works_without_the_extension() -> None:
     result = run_python(code, EPMQ_EXTENSION="0")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "None reference"
+
+
+@compiled
+def test_an_extension_of_another_torch_is_refused() -> None:
+    result = run_python("import torch; torch.__version__ = '2.99.1'; from epmq import ops")
+    assert result.returncode != 0
+    assert "and this is torch 2.99.1; rebuild it, or set EPMQ_EXTENSION=0" in result.stderr
+    extension.check_torch("2.13.0", "2.13.1+cpu")
+
+
+@pytest.mark.parametrize(
+    "capability, runs", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)]
+)
+def test_cuda_code_runs_on_its_own_generation_alone(capability: tuple[int, int], runs: bool) -> None:
+    assert extension.has_code("sm_80 sm_90", capability) == runs
+    assert not extension.has_code("", capability) and not extension.has_code("sm_86", (8, 0))
 
 
 @compiled

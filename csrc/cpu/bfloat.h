@@ -11,11 +11,14 @@ constexpr int64_t kTileDepth = 32;                        // terms per product
 constexpr int64_t kTileWords = kTileRows * kTileDepth;    // bf16 numbers in a full tile
 
 // 24 significant bits are three times 8: `value` becomes value minus its nearest bf16, which is returned as 16 bits
-// in the low half of each lane. Subtraction is exact. For finite numbers whose parts are normal.
+// in the low half of each lane. Subtraction is exact. For finite numbers whose parts are normal; NaN,
+// which rounding might carry into the sign, stays NaN.
 EPMQ_INLINE __m512i take_bfloat(__m512& value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_mask_add_epi32(quiet, number, bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i top = _mm512_srli_epi32(rounded, 16);
   value = _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
   return top;

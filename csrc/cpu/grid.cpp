@@ -2,6 +2,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "../ops.h"
 #include "kernels.h"
 
@@ -14,7 +16,7 @@ Tensor grid_losses(const Tensor& weight_any, const Tensor& scales, const Tensor&
   TORCH_CHECK_VALUE(group_size == -1 || group_size > 0, "group_size: expected -1 or a positive size, got ", group_size);
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits: expected 1 to 8, got ", bits);
   TORCH_CHECK_VALUE(power > 0.0, "power: expected a positive number, got ", power);
-  const int64_t size = group_size == -1 ? columns : group_size;
+  const int64_t size = group_size == -1 ? columns : std::min(group_size, columns);
   const int64_t groups = columns == 0 ? 0 : (columns + size - 1) / size;
   TORCH_CHECK_VALUE(scales.dim() == 3 && scales.size(1) == rows && scales.size(2) == groups, "scales: expected [S, ",
                     rows, ", ", groups, "], got ", scales.sizes());

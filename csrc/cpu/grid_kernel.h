@@ -25,7 +25,7 @@ struct GridKernel {
   }
 
   // v^p for v >= 0 by polynomials of log2, for numbers between the roots of 1/2 and 2, and of exp2 between -1/2 and
-  // 1/2, within 3e-6 in all; zero gives 2^-126.
+  // 1/2, within 3e-6 in all; zero gives 2^-126. What is not finite stays as it is.
   static EPMQ_INLINE Vec power_of(Vec v, Vec p) {
     static constexpr float log2[] = {0.170658488f, -0.272686605f, 0.297250453f, -0.358963202f,
                                      0.480466248f, -0.721375828f, 1.4426997f};
@@ -33,7 +33,9 @@ struct GridKernel {
     const Ints bits = (Ints)v.r, exponent = (bits - root_half) >> 23;
     const Vec t = Vec{(Register)(bits - (exponent << 23))} - Vec::broadcast(1.0f);
     const Vec log = Vec::fma(polynomial(log2, t), t, Vec{(Register)__builtin_convertvector(exponent, Floats)});
-    return power_of_two(p * log);
+    const Vec power = power_of_two(p * log);
+    const Ints finite = (bits & 0x7fffffff) < 0x7f800000;  // NaN may carry a sign
+    return Vec{(Register)((finite & (Ints)power.r) | (~finite & bits))};
   }
 
   // 2^y, y at least -126: below, results would be denormal, which costs.

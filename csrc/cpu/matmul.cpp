@@ -68,7 +68,8 @@ void check(const Tensor& x, const Tensor& packed, const Tensor& scales, const st
   const int64_t k = x.size(1), words = (k * bits + 31) / 32;
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt && packed.dim() == 2 && packed.size(1) == words,
                     "packed: expected int32 [N, ", words, "], got ", packed.scalar_type(), " ", packed.sizes());
-  const int64_t n = packed.size(0), groups = group_size == -1 ? 1 : (k + group_size - 1) / group_size;
+  // Not by adding group_size - 1, which may be any number.
+  const int64_t n = packed.size(0), groups = group_size == -1 ? 1 : k == 0 ? 0 : (k - 1) / group_size + 1;
   TORCH_CHECK_VALUE(scales.sizes() == at::IntArrayRef({n, groups}), "scales: expected [", n, ", ", groups, "], got ",
                     scales.sizes());
   if (zeros)
@@ -176,7 +177,7 @@ Tensor dequant_matmul(const Tensor& x, const Tensor& packed_any, const Tensor& s
   args.n = n;
   args.k = k;
   args.groups = scales.size(1);
-  args.group_size = group_size == -1 ? k : group_size;
+  args.group_size = group_size == -1 ? k : std::min(group_size, k);
   args.bits = static_cast<int>(bits);
   const Kernels& kernel = kernels();
   if (kernel.word_matmul != nullptr && kernel.word_matmul->takes(args)) return by_words(kernel, args, x);

@@ -19,7 +19,9 @@ struct MatmulKernel {
   static constexpr int64_t single_rows = 16;   // weight rows together when x has one row
   static constexpr int64_t panel_rows = 96;    // weight rows decoded together for a large batch
   static constexpr int64_t batch_rows = 32;    // rows of x whose part of a pass stays in the second cache
-  static_assert(depth % kBlock == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0, "tiles must fill panels");
+  static constexpr int64_t slice_rows = 512;   // rows of x that share a decoded panel: their sums are a thread's memory
+  static_assert(depth % kBlock == 0 && panel_rows % sub_rows == 0 && batch_rows % RM == 0 && slice_rows % RM == 0,
+                "tiles must fill panels and slices");
   static_assert(RM == 4, "Vec::totals reduces four vectors");
 
   static int64_t blocks_of(const epmq::MatmulArgs& a) { return (a.k + kBlock - 1) / kBlock; }
@@ -29,7 +31,8 @@ struct MatmulKernel {
   static int64_t units_of(const epmq::MatmulArgs& a) { return blocks_of(a) * (uniform(a) ? 1 : kBlockChunks); }
   // A small batch reads its panel back at once; a large one shares it between many rows of x.
   static int64_t panel_of(const epmq::MatmulArgs& a) { return a.m <= batch_rows ? sub_rows : panel_rows; }
-  static int64_t padded_m(const epmq::MatmulArgs& a) { return (a.m + RM - 1) / RM * RM; }
+  // Rows of x that sums are kept of at a time, in whole tiles.
+  static int64_t padded_m(const epmq::MatmulArgs& a) { return ((a.m < slice_rows ? a.m : slice_rows) + RM - 1) / RM * RM; }
 
   // Per thread: groups of units, sums, decoded panel, converted scales.
   static int64_t scratch(const epmq::MatmulArgs& a) {
@@ -225,19 +228,20 @@ struct MatmulKernel {
     }
   }
 
-  // One pass over the codes: `rows` decoded weight rows against all rows of x.
-  static void multiply(const epmq::MatmulArgs& a, int64_t rows, int64_t from, int64_t to, const float* weights,
-                       float* sums) {
+  // One pass over the codes: `rows` decoded weight rows against rows [first, end_m) of x.
+  static void multiply(const epmq::MatmulArgs& a, int64_t rows, int64_t first, int64_t end_m, int64_t from, int64_t to,
+                       const float* weights, float* sums) {
     const int64_t row_floats = blocks_of(a) * kBlock, steps = (to - from) * 8, stride = padded_m(a);
-    for (int64_t batch = 0; batch < a.m; batch += batch_rows) {
-      const int64_t last = batch + batch_rows < a.m ? batch + batch_rows : a.m;
+    for (int64_t batch = first; batch < end_m; batch += batch_rows) {
+      const int64_t last = batch + batch_rows < end_m ? batch + batch_rows : end_m;
       for (int64_t sub = 0; sub < rows; sub += sub_rows) {
         const int64_t end = sub + sub_rows < rows ? sub + sub_rows : rows;
         for (int64_t m = batch; m < last; m += RM) {
           const int64_t count = a.m - m < RM ? a.m - m : RM;
           const float* x = a.prepared + m * row_floats + from * kBlock * count;
           for (int64_t n = sub; n < end; n += height_at(n, rows))
-            tile_any(count, height_at(n, rows), steps, x, weights + n * steps * L, sums + n * stride + m, stride);
+            tile_any(count, height_at(n, rows), steps, x, weights + n * steps * L,
+                     sums + n * stride + m - first, stride);
         }
       }
     }
@@ -255,17 +259,20 @@ struct MatmulKernel {
     float* converted = weights + height * depth;
     for (int64_t row = row_begin; row < row_end; row += height) {
       const int64_t rows = row_end - row < height ? row_end - row : height;
-      memset(sums, 0, sizeof(float) * (size_t)(rows * stride));
-      for (int64_t from = 0; from < blocks; from += pass) {
-        const int64_t to = from + pass < blocks ? from + pass : blocks;
-        decode<Fast, Uniform>(a, row, rows, from, to, common, converted, weights);
-        multiply(a, rows, from, to, weights, sums);
-      }
-      for (int64_t m = 0; m < a.m; m++)
-        for (int64_t r = 0; r < rows; r++) {
-          const float sum = sums[r * stride + m];
-          a.out[m * a.n + row + r] = a.bias ? sum + a.bias[row + r] : sum;
+      for (int64_t first = 0; first < a.m; first += slice_rows) {
+        const int64_t last = first + slice_rows < a.m ? first + slice_rows : a.m;
+        memset(sums, 0, sizeof(float) * (size_t)(rows * stride));
+        for (int64_t from = 0; from < blocks; from += pass) {
+          const int64_t to = from + pass < blocks ? from + pass : blocks;
+          decode<Fast, Uniform>(a, row, rows, from, to, common, converted, weights);
+          multiply(a, rows, first, last, from, to, weights, sums);
         }
+        for (int64_t m = first; m < last; m++)
+          for (int64_t r = 0; r < rows; r++) {
+            const float sum = sums[r * stride + m - first];
+            a.out[m * a.n + row + r] = a.bias ? sum + a.bias[row + r] : sum;
+          }
+      }
     }
   }
 

@@ -1,5 +1,6 @@
 // out -= a * b: checks and threads. With 16 significant bits on matrix tiles (tile_product.h); in fp32 through the
 // packing and the products of the statistics, which compute sums of outer products too.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -27,6 +28,7 @@ void check_out(const Tensor& out, int64_t rows, int64_t columns) {
                     "], got ", out.sizes());
   TORCH_CHECK_VALUE(out.stride(1) == 1 || columns <= 1, "out: expected rows without gaps, got strides ",
                     out.strides());
+  at::assert_no_internal_overlap(out);
 }
 
 // One operand: its columns (rows of a, columns of b) packed depth by depth, `weights` times if there are any.

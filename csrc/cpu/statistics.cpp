@@ -239,10 +239,11 @@ void accumulate(const Tensor& x, Tensor& hessian, Tensor& sum_x, const std::opti
   check_sum(hessian, "hessian", {columns, columns}, dtype);
   check_sum(sum_x, "sum_x", {columns}, dtype);
   const bool crossed = target && cross && sum_target;
-  const int64_t targets = crossed ? target->size(1) : 0;
-  if (crossed) {
+  if (crossed)
     TORCH_CHECK_VALUE(target->dim() == 2 && target->size(0) == count, "target: expected [", count, ", P], got ",
                       target->sizes());
+  const int64_t targets = crossed ? target->size(1) : 0;
+  if (crossed) {
     check_sum(*cross, "cross", {targets, columns}, dtype);
     check_sum(*sum_target, "sum_target", {targets}, dtype);
   }
