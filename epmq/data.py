@@ -19,14 +19,14 @@ IGNORED_LABEL = -100
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first ``limit`` objects of a jsonl file; blank lines are passed over.
+    """The first ``limit`` objects of a jsonl file; blank lines and a byte order mark are passed over.
 
     Raises CalibrationError naming file and line for anything that is not a JSON object.
     """
     rows: list[dict[str, Any]] = []
     number = 0
     try:
-        with io.TextIOWrapper(trust.open_file(path, CalibrationError), encoding="utf-8") as handle:
+        with io.TextIOWrapper(trust.open_file(path, CalibrationError), encoding="utf-8-sig") as handle:
             while limit is None or len(rows) < limit:
                 number += 1
                 line = handle.readline(LONGEST_LINE + 1)

@@ -29,7 +29,7 @@ from epmq.estimate import estimate
 from epmq.evaluate import check_head, load_task, score
 from epmq.evaluate import row as result_row
 from epmq.fingerprint import digest, fingerprint
-from epmq.formats.kinds import format_of, open_writer
+from epmq.formats.kinds import format_of, open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
@@ -76,7 +76,16 @@ class Sources:
 
 
 def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
-    """Base, experts and their merge; named as in ``model`` when one is given, else as in the files."""
+    """Base, experts and their merge; named as in ``model`` when one is given, else as in the files.
+
+    Raises SourceError for a checkpoint that is quantized, or does not fit the others.
+    """
+
+    models = {"base": recipe.base, "merged": recipe.merged}
+    models |= {f"expert {task!r}": path for task, path in recipe.experts.items()}
+    for label, path in models.items():
+        if path is not None and (method := quantized_by(path)) is not None:
+            raise SourceError(f"{label}: {path} is quantized already ({method}); give the model that it was made from.")
 
     def named(path: Path) -> WeightSource:
         return FileSource(path) if model is None else NamedForModel(FileSource(path), model)
@@ -123,7 +132,7 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
 
 def _model_for_names(base: Path) -> nn.Module | None:
     """The model whose names the tensors go by, or None where they keep those of the files."""
-    if not trust.is_file(base / "config.json"):
+    if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
     source = FileSource(base)
     try:

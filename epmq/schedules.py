@@ -13,6 +13,8 @@ from pydantic import PlainSerializer, PlainValidator
 from epmq.errors import ConfigError
 
 Gradient = tuple[float, ...]
+# A number that YAML reads as a text for want of a decimal point or a sign.
+EXPONENTIAL = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def _choice(given: Mapping[str, Any] | Choice) -> Choice:
 
 
 def _number(given: Any) -> float:
+    if isinstance(given, str) and EXPONENTIAL.fullmatch(given):
+        given = float(given)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError("Input should be a valid number")
     if not math.isfinite(given):

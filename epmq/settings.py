@@ -53,6 +53,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         if issubclass(model, Settings):
             known += model.read_before.get(tuple(path[:-1]), ())
         return f"{where}: unknown key {key!r}; {nearest(path[-1], known)}"
+    if path and path[-1] == "[key]":
+        return f"{where}: {'.'.join(path[:-2])}: the name {_shown(first.get('input'))} is no text; put it in quotes."
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing."
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")

@@ -26,6 +26,7 @@ SAFETENSORS_DTYPES = {
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class WeightSource(Protocol):
@@ -130,6 +131,11 @@ class FileSource:
         found = sorted(self.path.glob("*.safetensors"))
         if len(found) == 1:
             return self._keys_of(found[0])
+        if pickled := sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern)):
+            raise SourceError(
+                f"{self.path}: holds {pickled[0]} but no {SINGLE_NAME}, and pickles are not read; load it with"
+                " transformers and save it again (save_pretrained), which writes safetensors."
+            )
         raise SourceError(
             f"{self.path}: expected {SINGLE_NAME} or {INDEX_NAME} there, found {len(found)} other safetensors files."
         )

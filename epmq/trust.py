@@ -3,6 +3,7 @@ shard names that stay in their folder. docs/security.md says what follows from i
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import stat
@@ -97,6 +98,8 @@ def read_json(path: str | Path, error: type[EpmqError], kind: str = "a JSON file
     Raises ``error`` for what cannot be read or is not ``kind``: names that are there twice, nesting beyond DEEPEST.
     """
     text = _read(path, error, JSON_BYTES, "the file")
+    if text.startswith(codecs.BOM_UTF8):
+        raise error(f"{path}: begins with a byte order mark, which JSON has not; save it as UTF-8 without one.")
     try:
         return parse_json(text.decode("utf-8"))
     except (ValueError, RecursionError) as cause:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import Done, Job, in_process, make_job
 from conftest import ToyJob
+from safetensors.torch import load_file
 from torch import nn
 
 from epmq import QuantConfig, preset, quantize
@@ -107,6 +108,9 @@ def expect(done: Done, *parts: str) -> None:
         (("merge",), {"method": "ties"}, "dialect"),
         (("experts",), ["experts/reviews"], "experts"),
         (("experts", "reviews"), 3, "experts.reviews"),
+        (("experts", False), "experts/reviews", "experts: the name False is no text; put it in quotes."),
+        (("experts", 2024), "experts/reviews", "experts: the name 2024 is no text; put it in quotes."),
+        (("calibration", "tasks", True), "a.jsonl", "calibration.tasks: the name True is no text; put it in quotes."),
         (("calibration", "examples"), 0, "calibration.examples"),
         (("calibration", "examples"), "many", "calibration.examples"),
         (("calibration", "tasks"), None, "calibration.tasks"),
@@ -119,9 +123,9 @@ def expect(done: Done, *parts: str) -> None:
         (("merged",), "base", "give either merge or merged, not both"),
         (("shard_bytes",), -1, "shard_bytes"),
     ],
-    ids=lambda value: ".".join(value) if isinstance(value, tuple) else None,
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_a_recipe_that_cannot_be_used(path: tuple[str, ...], value: Any, message: str, job: Job, run: Run) -> None:
+def test_a_recipe_that_cannot_be_used(path: tuple[Any, ...], value: Any, message: str, job: Job, run: Run) -> None:
     section = job.recipe
     for key in path[:-1]:
         section = section[key]
@@ -213,6 +217,40 @@ def test_an_expert_that_is_truncated(verb: str, job: Job, run: Run) -> None:
     expect(run(verb), "experts/reviews/model.safetensors: not a complete safetensors file")
 
 
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+@pytest.mark.parametrize("where", ["base", "experts/reviews"])
+def test_a_checkpoint_of_pickles(where: str, verb: str, job: Job, run: Run) -> None:
+    tensors = load_file(job.folder / where / "model.safetensors")
+    (job.folder / where / "model.safetensors").unlink()
+    torch.save(tensors, job.folder / where / "pytorch_model.bin")
+    expect(run(verb), f"{where}: holds pytorch_model.bin but no model.safetensors", "save it again (save_pretrained)")
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+@pytest.mark.parametrize("where", ["base", "experts/reviews", "merged"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "native"])
+def test_a_checkpoint_that_is_quantized_already(
+    format: str, where: str, verb: str, job: Job, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.recipe["quantization"] = {"method": "rtn", "group_size": 16}
+    job.recipe["format"] = format
+    assert run("quantize", tmp_path / "first").code == 0
+    if where == "merged":
+        del job.recipe["merge"]
+        job.recipe["merged"] = "merged"
+    shutil.rmtree(job.folder / where, ignore_errors=True)
+    shutil.copytree(tmp_path / "first", job.folder / where)
+    label = "expert 'reviews'" if where.startswith("experts") else where
+    expect(run(verb), f"{label}: {job.folder / where} is quantized already ({format}); give the model that it was made")
+    assert caplog.text == ""
+
+
+def test_a_configuration_with_a_byte_order_mark(job: Job, run: Run) -> None:
+    path = job.folder / "base" / "config.json"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    expect(run(), f"{path}: begins with a byte order mark, which JSON has not; save it as UTF-8 without one.")
+
+
 def test_a_base_without_configuration_or_tokenizer(job: Job, run: Run) -> None:
     for name in ("tokenizer.json", "config.json"):
         (job.folder / "base" / name).unlink()
@@ -254,6 +292,15 @@ def test_experts_of_modules_in_memory(toy_job: ToyJob) -> None:
 def test_an_empty_calibration_file(content: str, job: Job, run: Run) -> None:
     (job.folder / "reviews.jsonl").write_text(content)
     expect(run(), "reviews.jsonl: holds no calibration text")
+
+
+def test_a_byte_order_mark_before_texts_is_passed_over(job: Job, run: Run, tmp_path: Path) -> None:
+    assert run("quantize", tmp_path / "plain").code == 0
+    path = job.folder / "reviews.jsonl"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert run("quantize", tmp_path / "marked").code == 0
+    plain, marked = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "marked"))
+    assert plain == marked
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from epmq.errors import ConfigError
 from epmq.merge_config import MergeConfig
@@ -38,6 +39,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     (FB | {"density": 100.0}, "cannot keep everything; got 100"),
     (FB | {"density": -0.5}, "got -0.5"),
     ({"scaling": "0.3"}, "scaling: Input should be a valid number, got '0.3'"),
+    ({"scaling": "1e999"}, "scaling: Input should be a finite number"),
+    ({"scaling": "1e"}, "scaling: Input should be a valid number, got '1e'"),
     ({"scaling": float("nan")}, "scaling: Input should be a finite number"),
     ({"weights": {"A": True, "B": 1.0}}, "weights.A: Input should be a valid number"),
     ({"weights": {}}, "weights is empty"),
@@ -95,6 +98,13 @@ def test_an_average_of_weights_that_cancel_in_one_tensor() -> None:
     assert at("h.0.attn").weight_of("AB") == {"A": 1.0, "B": 1.0}
     with pytest.raises(ConfigError, match="the weights sum to 0"):
         at("h.0.mlp").weight_of("AB")
+
+
+def test_numbers_that_yaml_reads_as_texts() -> None:
+    section = yaml.safe_load("{scaling: 1e-1, weights: {A: 2E+0, B: [1.e-2, 1]}}")
+    assert section["scaling"] == "1e-1"
+    config = MergeConfig.read(section)
+    assert (config.scaling, config.weights) == (0.1, {"A": 2.0, "B": (0.01, 1.0)})
 
 
 def test_config_is_frozen_and_shows_what_was_used() -> None:

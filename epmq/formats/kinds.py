@@ -39,6 +39,17 @@ def format_of(folder: str | Path) -> Format | None:
     return "gptq" if gptq_settings(folder) is not None else None
 
 
+def quantized_by(folder: str | Path) -> str | None:
+    """What a folder's files say it was quantized by, also where epmq cannot read it; None for a plain checkpoint."""
+    manifest = Path(folder) / MANIFEST_NAME
+    try:
+        if trust.exists(manifest):
+            return "native" if read_config(manifest).get("linears") else None
+        return format_of(folder) or _method(Path(folder)) or None
+    except FormatError:
+        return None
+
+
 def open_reader(folder: str | Path) -> PackedReader:
     """A reader of the format that ``folder`` is in; raises FormatError when it is in none."""
     folder = Path(folder)
