@@ -77,7 +77,10 @@ def test_files_hold_what_the_format_says_and_come_back(
 ) -> None:
     model = write(tmp_path / "out", bits, sym, group_size, dtype)
     tensors, settings = tensors_of(tmp_path / "out"), settings_of(tmp_path / "out")
-    assert settings["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    assert settings == {
+        "quant_method": "gptq", "checkpoint_format": "gptq" if sym else "gptq_v2", "bits": bits,
+        "group_size": group_size, "sym": sym, "desc_act": False, "lm_head": False, "pack_dtype": "int32",
+    }  # fmt: skip
     assert (settings["bits"], settings["group_size"], settings["sym"]) == (bits, group_size, sym)
     groups = 1 if group_size == -1 else 3
     assert {key.removeprefix(f"{NAME}."): (t.dtype, list(t.shape)) for key, t in tensors.items() if NAME in key} == {

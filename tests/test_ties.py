@@ -17,6 +17,17 @@ def test_equal_magnitudes_at_the_limit_keep_the_lowest_index() -> None:
     assert ties.keep_largest(delta, 3).tolist() == [[0, -2, 2], [0, 0, 3]]
 
 
+@pytest.mark.parametrize("norm", [0.0, 5e-8, 5e-7], ids=["frozen", "hardly moved", "hardly anything kept"])
+def test_what_is_almost_nothing_is_not_rescaled(norm: float) -> None:
+    """As mergekit, whose limit of 1e-7 holds before the trim and after it; a frozen layer would be 0 / 0."""
+    delta = torch.full((10,), norm / 10)
+    assert ties.trim_mergekit(delta, 0.1, rescale=True).equal(ties.trim_mergekit(delta, 0.1, rescale=False))
+
+
+def test_a_trimmed_delta_is_rescaled_to_its_norm() -> None:
+    assert ties.trim_mergekit(torch.tensor([2.0, -8.0, 1.0, 5.0]), 0.25, rescale=True).tolist() == [0, -16, 0, 0]
+
+
 # Few distinct magnitudes, so that ties are the rule: zeros of both signs, denormals, the largest float32.
 POOL = [0.0, -0.0, 1.5, -1.5, 2.0, 1e-45, -1e-45, 2e-45, 1e-39, 3.4028235e38, 0.1]
 ENTRIES = st.one_of(st.sampled_from(POOL), st.floats(width=32, allow_nan=False, allow_infinity=False))
