@@ -40,11 +40,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def stored_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names in the module's state dict with their (possibly meta) tensors, each alias of a tied tensor included."""
-    yield from module.state_dict(keep_vars=True).items()
-
-
 def fill(
     module: nn.Module,
     prefix: str,
@@ -58,7 +53,7 @@ def fill(
     Raises SourceError when a tensor is absent under all its names, has another shape, or holds NaN or Inf.
     """
     aliases: dict[int, list[str]] = {}
-    for name, tensor in stored_names(module):
+    for name, tensor in module.state_dict(keep_vars=True).items():
         aliases.setdefault(id(tensor), []).append(name)
     present = set(source.keys())
     for names in aliases.values():
