@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import epmq
 from epmq.errors import CalibrationError, ConfigError, ModelError, SourceError
+from epmq.language import text_perplexity
 from epmq.linear import QuantLinear
 from epmq.papers.clip import PROMPTS, ClipBenchmark
 from epmq.papers.glue import GlueBenchmark, number_in, spearman
@@ -364,7 +365,8 @@ def test_language_models_are_left_for_others_to_score(tmp_path: Path) -> None:
     content: dict[str, Any] = {
         "title": "tiny", "kind": "causal", "base": str(tmp_path / "base"), "experts": {}, "data": {},
         "merge": {"method": "task_arithmetic", "scaling": 0.4}, "examples": 6, "batch_size": 4, "max_length": 12,
-        "group_size": 16, "quantization": {"sym": True}, "rows": [{"method": "epmq-closed", "bits": 4}],
+        "group_size": 16, "quantization": {"sym": True},
+        "rows": [{"method": "merged"}, {"method": "epmq-closed", "bits": 4}],
     }  # fmt: skip
     splits = {}
     for task in ("math", "coding"):
@@ -374,12 +376,19 @@ def test_language_models_are_left_for_others_to_score(tmp_path: Path) -> None:
         splits[f"{task}/train"] = [{"query": f"w{i} w4", "answer": "w5 " * i} for i in range(1, 9)]
     paper = read_paper(written(tmp_path, content))
     results = run_paper(paper, tmp_path / "out", rows=rows_from(splits))
+    words = tmp_path / "words.txt"
+    words.write_text("w1 w2 w3")
     assert results["rows"] == []
     assert "| epmq-closed | 4 | not measured | – | |" in tables(paper, results)
     model: Any = epmq.load(tmp_path / "out" / "epmq-closed-4bit")
     assert type(model.model.layers[0].mlp.up_proj) is QuantLinear
     assert model.lm_head.weight.dtype == torch.bfloat16
+    for name in ("merged", "epmq-closed-4bit"):
+        assert text_perplexity(tmp_path / "out" / name, words)["scored"] == 4
     run_paper(paper, tmp_path / "out", rows=rows_from({}))  # what is there is not made again
+    content["merge"]["scaling"] = 0.5
+    with pytest.raises(ConfigError, match=r"results\.json: made with other settings than this paper's"):
+        run_paper(read_paper(written(tmp_path, content)), tmp_path / "out", rows=rows_from(splits))
     content["data"]["math"].pop("template")
     with pytest.raises(ConfigError, match=r"data\.math\.template"):
         run_paper(read_paper(written(tmp_path, content)), tmp_path / "other", rows=rows_from(splits))

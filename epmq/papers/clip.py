@@ -29,10 +29,10 @@ class ClipBenchmark:
         import transformers
 
         self.paper, self.rows = paper, rows
-        folder = model_folder(paper.base)
-        clip = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+        self.folder = model_folder(paper.base)
+        clip = transformers.CLIPModel.from_pretrained(self.folder, use_safetensors=True).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        self.processor = transformers.CLIPImageProcessor.from_pretrained(self.folder)
         self.base = image_tower(clip)
         tuned = self.base.get_submodule(TUNED)
         parts: dict[str, WeightSource] = {

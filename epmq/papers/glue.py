@@ -29,11 +29,11 @@ class GlueBenchmark:
         import transformers
 
         self.paper, self.rows = paper, rows
-        folder = model_folder(paper.base)
+        self.folder = model_folder(paper.base)
         self.base: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True
+            self.folder, trust_remote_code=False, use_safetensors=True
         ).eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.experts: dict[str, WeightSource] = {
             task: ForModule(FileSource(model_folder(name)), self.base) for task, name in paper.experts.items()
         }

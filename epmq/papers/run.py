@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from epmq import files, trust
-from epmq.api import save
+from epmq.api import write_result
 from epmq.compare import Comparison
 from epmq.console import progress_bar
 from epmq.errors import ConfigError
 from epmq.evaluate import row as result_row
+from epmq.huggingface import carry_files
 from epmq.papers.causal import CausalBenchmark
 from epmq.papers.clip import ClipBenchmark
 from epmq.papers.glue import GlueBenchmark
@@ -31,11 +32,13 @@ Results = dict[str, Any]
 
 
 class Benchmark(Protocol):
-    """What a kind of paper is made of. score: percent of a task's test split, or None where others have to score."""
+    """What a kind of paper is made of. score: percent of a task's test split, or None where others have to score.
+    folder: of the base, with its tokenizer."""
 
     base: nn.Module
     merged: nn.Module
     experts: dict[str, WeightSource]
+    folder: Path
     score: Callable[[nn.Module, str], float] | None
 
     def calibration(self) -> dict[str, list[dict[str, Tensor]]]: ...
@@ -52,7 +55,8 @@ def run_paper(paper: Paper, out: str | Path, device: str = "cpu", rows: Rows = h
     """Measure the rows of a paper that ``out`` has no result of yet; returns all results, which are left there.
 
     device: where models are scored. rows: ``(data, split, seed)`` to rows, each a mapping of columns. Models without a
-    score here are saved to folders in ``out``. Raises ConfigError when ``out`` holds results of other settings.
+    score here are saved to folders in ``out``, with the base's tokenizer. Raises ConfigError when ``out`` holds results
+    of other settings.
     """
     folder = Path(out)
     results = read_results(paper, folder)
@@ -78,7 +82,12 @@ def _measure(paper: Paper, folder: Path, wanted: list[Row], results: Results, de
     for row in wanted:
         if benchmark.score is None:
             if row.method != "expert":
-                save(_model(benchmark, comparison, row, ""), _folder_of(folder, row))
+                model = _model(benchmark, comparison, row, "")
+                # First, so that no folder is without the settings that it was made with.
+                files.write_text(folder / RESULTS_NAME, json.dumps(results, indent=1))
+                with files.new_folder(_folder_of(folder, row)) as working:
+                    carry_files(benchmark.folder, working)
+                    write_result(model, working)
             continue
         scores = {}
         with progress_bar(_label(row.method, row.bits)) as progress:
