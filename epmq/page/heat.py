@@ -153,7 +153,7 @@ def _grid(
                 )
             )
         rows.append(tag("tr", tag("th", _breakable(kind), scope="row"), *cells))
-    return _table(name, _mean(task, panel, values), panel, rows)
+    return _table(name, _mean(task, panel, values), panel, rows, "grid")
 
 
 def _mean(task: str, panel: Panel, values: Mapping[tuple[str, str], float]) -> str:
@@ -161,7 +161,7 @@ def _mean(task: str, panel: Panel, values: Mapping[tuple[str, str], float]) -> s
     return f"mean {percent(sum(here) / len(here))} %" if here else ""
 
 
-def _table(name: str, aside: str, panel: Panel, rows: list[Html]) -> Html:
+def _table(name: str, aside: str, panel: Panel, rows: list[Html], role: str | None = None) -> Html:
     dense = len(panel.blocks) > NUMBERED_COLUMNS
     every = max(1, -(-len(panel.blocks) // 8)) if dense else 1
     head = [
@@ -174,7 +174,7 @@ def _table(name: str, aside: str, panel: Panel, rows: list[Html]) -> Html:
         tag("thead", tag("tr", tag("td", "block", class_="corner"), *head)),
         tag("tbody", *rows),
         class_="heat dense" if dense else "heat",
-        role="grid",
+        role=role,
     )
 
 
@@ -215,5 +215,4 @@ def layer_map(report: RunReport, name: str, value: Callable[[LayerRow], float], 
                 )
             lines.append(tag("tr", tag("th", _breakable(kind), scope="row"), *cells))
         pieces.append(_table(f"{name}{' · ' + panel.list_name if panel.list_name else ''}", "", panel, lines))
-    grids = [Html(piece.replace(' role="grid"', "")) for piece in pieces]
-    return join(legend(scale, lambda number: f"{number:.2g}", name), tag("div", *grids, class_="grids cool"))
+    return join(legend(scale, lambda number: f"{number:.2g}", name), tag("div", *pieces, class_="grids cool"))

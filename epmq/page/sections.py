@@ -196,11 +196,11 @@ def _drift(blocks: Sequence[BlockRow]) -> Html | None:
 
 def size_and_time(report: RunReport) -> Html:
     """Bytes before and after, seconds per block."""
-    names = {"merged": "merged", "quantized": "quantized"}
-    bars = size_bars({names.get(name, name): count for name, count in report.sizes.items()})
     seconds = [(block.block, block.seconds) for block in report.blocks]
     told = f"{duration(report.seconds)} in all, at most {size(report.peak_memory_bytes)} of memory."
-    return join(tag("p", told), bars, time_columns(seconds) if seconds else None, distillation(report))
+    return join(
+        tag("p", told), size_bars(report.sizes), time_columns(seconds) if seconds else None, distillation(report)
+    )
 
 
 def distillation(report: RunReport) -> Html | None:
