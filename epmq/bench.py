@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from epmq.devices import compute_device
 from epmq.errors import ConfigError
 from epmq.linear import QuantLinear
 
@@ -60,16 +61,15 @@ def time_layers(
     seconds: float = 1.0,
 ) -> Iterator[LayerTime]:
     """One result per shape (out, in) and number of tokens, as they are measured. ``seconds`` is spent on each."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: torch finds no GPU here; use cpu.")
-    wait: Call = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    home = compute_device(device)
+    wait: Call = torch.cuda.synchronize if home.type == "cuda" else lambda: None
     for rows, columns in shapes:
         dense = nn.Linear(columns, rows, bias=False, dtype=dtype)
-        quantized = QuantLinear.from_linear(dense, bits, group_size).to(device)
-        dense = dense.to(device)
+        quantized = QuantLinear.from_linear(dense, bits, group_size).to(home)
+        dense = dense.to(home)
         stored = sum(t.numel() * t.element_size() for t in quantized.state_dict().values())
         for count in tokens:
-            x = torch.randn(count, columns, dtype=dtype, device=device)
+            x = torch.randn(count, columns, dtype=dtype, device=home)
             times = interleaved({"quantized": lambda: quantized(x), "dense": lambda: dense(x)}, seconds, wait)  # noqa: B023
             size = dense.weight.numel() * dense.weight.element_size()
             yield LayerTime(rows, columns, count, times["quantized"], times["dense"], stored, size)

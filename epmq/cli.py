@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from epmq import __version__, extension, ops
-from epmq.errors import EpmqError
+from epmq.errors import EpmqError, OutputError
 
 if TYPE_CHECKING:
     from epmq.recipe import Recipe
@@ -28,6 +29,23 @@ DEVICE = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is a GPU where there is one."
 )
 DTYPE = click.option("--dtype", type=click.Choice(FLOATS), help="What the model runs in.  [default: the checkpoint's]")
+SEED = click.IntRange(0, 2**63 - 1)
+
+
+def _say(text: str, nl: bool = True) -> None:
+    """Print; raises OutputError when the standard output takes no more."""
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Nothing that waits there may be tried again at the interpreter's end.
+        _drop_output()
+        raise OutputError(f"the standard output cannot be written ({error.strerror}); nothing else failed.") from error
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(help="Merge fine-tuned experts and quantize towards them.")
@@ -47,8 +65,10 @@ MERGEKIT = click.option("--mergekit", type=FOLDER, help="A mergekit configuratio
 def merge(recipe: Path | None, mergekit: Path | None, out: Path) -> None:
     from epmq.jobs import merge_to_folder
 
+    if _stands_by():
+        return
     merge_to_folder(_recipe(recipe, mergekit, ()), out)
-    click.echo(f"merged model in {out}")
+    _say(f"merged model in {out}")
 
 
 @app.command(help=f"Merge and quantize in one go; the merged model is not written. {RECIPE_HELP}")
@@ -75,13 +95,13 @@ def quantize(
     dry_run: bool,
 ) -> None:
     from epmq.jobs import estimate_job, quantize_to_folder, summary
-    from epmq.statistics_jobs import quantize_statistics_to_folder
+    from epmq.statistics_jobs import estimate_statistics_job, quantize_statistics_to_folder
 
     if statistics and resume:
         raise click.UsageError("--resume and --statistics do not go together: such a run is short and begins anew.")
     job = _recipe(recipe, mergekit, calibration)
     if dry_run:
-        click.echo(estimate_job(job, out))
+        _say(estimate_statistics_job(job, statistics, out) if statistics else estimate_job(job, out))
         return
     told = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
     if statistics:
@@ -89,8 +109,8 @@ def quantize(
     else:
         report = quantize_to_folder(job, out, resume, told)
     if report:
-        click.echo("\n".join(summary(report)))
-        click.echo(f"quantized model, report.json and report.html in {out}")
+        _say("\n".join(summary(report)))
+        _say(f"quantized model, report.json and report.html in {out}")
 
 
 @app.command(help=f"Gather what quantize --statistics needs of one expert and its data. {RECIPE_HELP}")
@@ -101,8 +121,17 @@ def collect(recipe: Path, task: str, out: Path) -> None:
     from epmq.recipe import read_recipe
     from epmq.statistics_jobs import collect_to_folder
 
+    if _stands_by():
+        return
     collect_to_folder(read_recipe(recipe), task, out)
-    click.echo(f"statistics of {task} in {out}")
+    _say(f"statistics of {task} in {out}")
+
+
+def _stands_by() -> bool:
+    """Whether this is one of several processes of which the first does all the work."""
+    from epmq.world import world
+
+    return not world().main
 
 
 def _recipe(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, ...]) -> Recipe:
@@ -115,11 +144,15 @@ def _recipe(recipe: Path | None, mergekit: Path | None, calibration: tuple[str, 
         if calibration:
             raise click.UsageError("--calibration belongs to --mergekit; a recipe has a calibration: section.")
         return read_recipe(recipe)
-    pairs = [entry.partition("=") for entry in calibration]
-    for name, _, file in pairs:
+    texts: dict[str, Path] = {}
+    for entry in calibration:
+        name, _, file = entry.partition("=")
         if not name or not file:
             raise click.UsageError("--calibration expects EXPERT=FILE.")
-    return recipe_of_mergekit(mergekit, {name: Path(file) for name, _, file in pairs})
+        if name in texts:
+            raise click.UsageError(f"--calibration: expert {name!r} is given twice; give one file for each.")
+        texts[name] = Path(file)
+    return recipe_of_mergekit(mergekit, texts)
 
 
 @app.command(name="eval")
@@ -184,18 +217,22 @@ def evaluate(
         told = lines(result)
     if not world().main:
         return
-    click.echo("\n".join(told))
+    _say("\n".join(told))
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1))
 
 
 @app.command(help="Train a small vision transformer and experts on digits, merge, quantize, print the table.")
 @click.option("--out", default=Path("demo"), type=FOLDER, show_default=True, help="New folder for all results.")
-@click.option("--seed", default=0, show_default=True, help="Seed of data, training and calibration.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of data, training and calibration.")
 def demo(out: Path, seed: int) -> None:
     from epmq.demo import run_demo
+    from epmq.evaluate import markdown_table
 
-    run_demo(out, seed)
+    if _stands_by():
+        return
+    _say(markdown_table(run_demo(out, seed)["rows"]))
+    _say(f"int4 checkpoint, report.html, report.json, results.json and accuracy.png in {out}")
 
 
 @app.command(
@@ -205,7 +242,7 @@ def demo(out: Path, seed: int) -> None:
 def report(folder: Path) -> None:
     from epmq.page.document import write_page
 
-    click.echo(f"report in {write_page(folder)}")
+    _say(f"report in {write_page(folder)}")
 
 
 @app.command(help="Continue a prompt with the causal language model in FOLDER; tokens per second go to stderr.")
@@ -213,7 +250,7 @@ def report(folder: Path) -> None:
 @click.option("--prompt", required=True, help="The text to continue, used as it is.")
 @click.option("--max-new-tokens", default=128, show_default=True, help="At most so many.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token, above draws.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the drawing.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the drawing.")
 @DEVICE
 @DTYPE
 def generate(
@@ -222,7 +259,7 @@ def generate(
     from epmq.language import generate_text
 
     def write(piece: str) -> None:
-        click.echo(piece, nl=False)
+        _say(piece, nl=False)
 
     speed = generate_text(folder, prompt, write, max_new_tokens, temperature, seed, device, dtype)
     click.echo("\n".join(speed.lines()), err=True)
@@ -245,12 +282,12 @@ def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, devi
     from epmq.report import machine
 
     facts = machine()
-    click.echo(f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {device}, {dtype}")
-    click.echo("| out | in | tokens | quantized, ms | dense, ms | speed-up | weight, quantized / dense |")
-    click.echo("|---|---|---|---|---|---|---|")
+    _say(f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {device}, {dtype}")
+    _say("| out | in | tokens | quantized, ms | dense, ms | speed-up | weight, quantized / dense |")
+    _say("|---|---|---|---|---|---|---|")
     wanted: torch.dtype = getattr(torch, dtype)
     for row in time_layers(parse_shapes(shapes), parse_counts(tokens), bits, group_size, wanted, device, seconds):
-        click.echo(
+        _say(
             f"| {row.rows} | {row.columns} | {row.tokens} | {row.quantized_ms:.3f} | {row.dense_ms:.3f}"
             f" | {row.dense_ms / row.quantized_ms:.2f} | {row.quantized_bytes / row.dense_bytes:.3f} |"
         )
@@ -267,16 +304,18 @@ def paper(paper: Path, out: Path, device: str, table: bool) -> None:
     from epmq.papers.run import read_results, run_paper, tables
     from epmq.papers.settings import read_paper
 
+    if _stands_by():
+        return
     settings = read_paper(paper)
     results = read_results(settings, out) if table else run_paper(settings, out, device)
-    click.echo(tables(settings, results))
+    _say(tables(settings, results))
 
 
 @app.command(help="Tell versions, the machine, and which implementation of each operation is used.")
 def env() -> None:
     from epmq.environment import describe
 
-    click.echo("\n".join(describe()))
+    _say("\n".join(describe()))
 
 
 @app.command(help="Time the int4 kernels on this GPU for layers of a size and keep the fastest configurations.")
@@ -287,7 +326,7 @@ def env() -> None:
 def tune(shapes: tuple[str, ...], tokens: tuple[int, ...], group_size: int, dtype: str) -> None:
     from epmq.kernels.tune import tune_command
 
-    click.echo("\n".join(tune_command(shapes, tokens, group_size, dtype)))
+    _say("\n".join(tune_command(shapes, tokens, group_size, dtype)))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -324,6 +363,9 @@ def main() -> None:
     # Of several processes that do the same, one tells.
     level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal's encoding lacks is written as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _orderly_end():
             _run()
@@ -350,7 +392,7 @@ def _run() -> None:
         _tell(f"{ended}." if hasattr(cause, "__notes__") else f"{ended}; nothing half-written was left.", cause)
         sys.exit(143 if isinstance(cause, _Terminated) else 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     _leave_the_others()
 

@@ -20,7 +20,7 @@ from epmq.compare import METHODS, Comparison
 from epmq.config import preset
 from epmq.console import progress_bar
 from epmq.errors import ConfigError
-from epmq.evaluate import markdown_table, row
+from epmq.evaluate import row
 from epmq.merge import merge
 from epmq.page.document import write_page
 from epmq.report import machine, write_report
@@ -121,7 +121,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Train, merge, quantize, print the table; leave checkpoint, report, results and picture in ``out``."""
+    """Train, merge, quantize; returns the results, and leaves checkpoint, report, results and picture in ``out``."""
     files.check_free(out)
     # Matrices of 64 columns: a second thread only adds waiting, and one makes sums come out the same everywhere.
     torch.set_num_threads(1)
@@ -155,8 +155,6 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
         (working / "results.json").write_text(json.dumps(results, indent=1))
         draw(rows, working / "accuracy.png")
         write_page(working)
-    print(markdown_table(rows))
-    print(f"int4 checkpoint, report.html, report.json, results.json and accuracy.png in {out}")
     return results
 
 

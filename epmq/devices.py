@@ -22,8 +22,10 @@ def compute_device(wanted: str | torch.device | None, home: torch.device | None 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(f"device: {wanted!r} is not a device; use auto, cpu, cuda or cuda:0.") from None
+        if device.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device: {wanted!r} is not a device here; use auto, cpu, cuda or cuda:0.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {wanted!r} is not there, CUDA offers {torch.cuda.device_count()}; use auto or cpu.")
     return device

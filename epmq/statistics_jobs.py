@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from epmq import files
 from epmq.collected import check_settings, collect, quantize_collected
 from epmq.console import progress_bar
 from epmq.errors import CalibrationError, ConfigError
+from epmq.estimate import estimate
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.huggingface import skeleton_from_folder
-from epmq.jobs import calibration_notes, calibration_of, device_of, finish, open_sources, planned_writer
+from epmq.jobs import Sources, calibration_notes, calibration_of, device_of, finish, open_sources, planned_writer
 from epmq.recipe import Recipe
 from epmq.settings import nearest
 from epmq.sources import FileSource, require_same_layout
@@ -60,9 +64,44 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
     """
     if not world().main:
         return {}
+    started = time.perf_counter()
+    job = _opened(recipe, folders, out)
+    device = device_of(recipe)
+    with files.new_folder(out) as working, progress_bar("quantizing") as progress:
+        writer = planned_writer(recipe, working, job.skeleton, job.sources)
+        found = quantize_collected(
+            job.skeleton,
+            job.sources.merged,
+            job.sources.base,
+            job.sources.experts,
+            job.statistics,
+            recipe.quantization,
+            writer,
+            progress,
+            device,
+        )
+        return finish(recipe, working, writer, job.skeleton, job.sources, found, started)
+
+
+def estimate_statistics_job(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> str:
+    """What :func:`quantize_statistics_to_folder` would take, in words; raises what it would refuse before it starts."""
+    job = _opened(recipe, folders, out)
+    planned_writer(recipe, Path(out), job.skeleton, job.sources)
+    return estimate(job.skeleton, {}, recipe.quantization, len(recipe.experts), 1).told()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A recipe's model, weights and statistics, the last in the recipe's order of tasks."""
+
+    skeleton: nn.Module
+    sources: Sources
+    statistics: dict[str, StatisticsReader]
+
+
+def _opened(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> _Job:
     files.check_free(out)
     check_settings(recipe.quantization)
-    started = time.perf_counter()
     statistics: dict[str, StatisticsReader] = {}
     for folder in folders:
         reader = StatisticsReader(folder)
@@ -74,23 +113,8 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
     for task in recipe.experts:
         if task not in statistics:
             raise CalibrationError(f"expert {task!r} has no statistics; give the folder that its owner collected.")
-    # In the recipe's order, so that the order of the folders does not matter to the sums.
-    statistics = {task: statistics[task] for task in recipe.experts}
     skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
     sources = open_sources(recipe, skeleton)
     require_same_layout(sources.merged, sources.experts)
-    device = device_of(recipe)
-    with files.new_folder(out) as working, progress_bar("quantizing") as progress:
-        writer = planned_writer(recipe, working, skeleton, sources)
-        found = quantize_collected(
-            skeleton,
-            sources.merged,
-            sources.base,
-            sources.experts,
-            statistics,
-            recipe.quantization,
-            writer,
-            progress,
-            device,
-        )
-        return finish(recipe, working, writer, skeleton, sources, found, started)
+    # In the recipe's order, so that the order of the folders does not matter to the sums.
+    return _Job(skeleton, sources, {task: statistics[task] for task in recipe.experts})

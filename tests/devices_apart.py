@@ -101,7 +101,7 @@ def test_auto_is_the_models_own_device_then_a_gpu_then_the_cpu(monkeypatch: pyte
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="'gpu' is not a device; use auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match="'gpu' is not a device here; use auto, cpu, cuda"):
         compute_device("gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert compute_device("cuda:0") == torch.device("cuda:0")

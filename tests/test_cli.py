@@ -196,6 +196,39 @@ def test_misuse_is_one_message(arguments: list[str], message: str, capsys: pytes
     assert "Traceback" not in done.err
 
 
+def test_texts_are_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--calibration", "X=a.jsonl", "--calibration", "X=b.jsonl"]
+    done = in_process(capsys, "quantize", "--mergekit", tmp_path / "c.yml", *twice, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "--calibration: expert 'X' is given twice; give one file for each." in done.err
+
+
+def test_a_name_that_is_too_long_is_refused(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("quantize", "merge"):
+        done = in_process(capsys, verb, job.write(), "--out", tmp_path / ("n" * 300))
+        assert (done.code, done.out) == (2, "")
+        assert done.err.endswith("n: the output folder cannot be made (File name too long).\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_takes_nothing_is_told(job: Job, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "epmq", "merge", str(job.write()), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    told = "epmq: the standard output cannot be written (No space left on device); nothing else failed.\n"
+    assert (done.returncode, done.stderr) == (2, told)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_signs_that_the_terminal_lacks_are_escaped(job: Job) -> None:
+    command = [sys.executable, "-m", "epmq", "eval", str(job.folder / "base"), "--recipe", str(job.write())]
+    narrow = {**environment(), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=narrow, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| \\u2013 | base | \\u2013 |" in done.stdout
+
+
 def heed_interrupts() -> None:
     """A job started in the background of a shell inherits that SIGINT is ignored; a person's does not."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

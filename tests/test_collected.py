@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_a_quantized_merge_from_statistics_alone(
     for errors in report["average_error"].values():
         assert 0.0 < errors["epmq"] < errors["merged"]
     assert report["notes"] == []
+
+
+def test_a_dry_run_needs_no_data_either(
+    given: tuple[Job, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, folders = given
+    before = sorted(tmp_path.iterdir())
+    arguments = [part for folder in folders.values() for part in ("--statistics", folder)]
+    start: list[str | Path] = ["quantize", job.write(), "--out", tmp_path / "out", "--dry-run"]
+    done = in_process(capsys, *start, *arguments)
+    assert (done.code, done.err) == (0, "")
+    assert re.match(r"estimate: 2 blocks of .* s, .* min; memory .* disk ", done.out)
+    done = in_process(capsys, *start, *arguments[:2])
+    assert (done.code, done.out) == (2, "") and "has no statistics; give the folder" in done.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_a_folder_holds(owned: tuple[Job, dict[str, Path]]) -> None:

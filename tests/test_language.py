@@ -16,8 +16,10 @@ from checkpoints import in_process, make_job
 from language_models import POSITIONS, TEXT, make_llama, quantized_folder
 from torch import Tensor, nn
 
+import epmq
 from epmq.bench import interleaved, parse_counts, parse_shapes
 from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
+from epmq.huggingface import stop_tokens
 from epmq.jobs import load_any
 from epmq.language import generate_text, open_language_model, text_perplexity
 from epmq.perplexity import perplexity
@@ -221,14 +223,31 @@ def test_drawing_follows_the_seed(packed: Path) -> None:
         (["--prompt", "a", "--max-new-tokens", "64"], "more than the 64 that the model reads"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
-        (["--prompt", "a", "--device", "gpu"], "'gpu' is not a device"),
+        (["--prompt", "a", "--device", "gpu"], "'gpu' is not a device here"),
+        (["--prompt", "a", "--device", "mps"], "'mps' is not a device here"),
+        (["--prompt", "a", "--seed", "99999999999999999999999"], "Invalid value for '--seed'"),
         (["--prompt", "a", "--dtype", "int8"], "'int8' is not one of"),
         ([], "Missing option '--prompt'"),
     ],
 )
 def test_generate_refuses(packed: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "mps" in arguments and torch.backends.mps.is_available():
+        pytest.skip("there is such a device")
     done = in_process(capsys, "generate", packed, *arguments)
     assert done.code == 2 and told in done.err and done.out == ""
+
+
+def test_a_model_is_saved_with_settings_that_its_generation_does_not_use(llama: Path, tmp_path: Path) -> None:
+    """transformers refuses to write them, but for those it has read from a file."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.generation_config.temperature = 0.7
+    epmq.replace_linear(model, group_size=16)
+    epmq.save(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
+    epmq.load(tmp_path / "out")
+    assert stop_tokens(tmp_path / "out") == 1
 
 
 def test_a_model_runs_in_the_dtype_asked_for(packed: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,12 +351,17 @@ def test_bench_prints_a_line_per_shape_and_size(capsys: pytest.CaptureFixture[st
         (["--shape", "0x4"], "shape '0x4'"),
         (["--tokens", "1,x"], "tokens 'x'"),
         (["--bits", "5", "--shape", "8x8"], "bits"),
-        (["--device", "cuda"], "torch finds no GPU here"),
+        (["--device", "cuda"], "device: 'cuda' is not there, CUDA offers 0"),
+        (["--device", "foo"], "device: 'foo' is not a device here; use auto, cpu, cuda or cuda:0."),
+        (["--device", "mps"], "device: 'mps' is not a device here"),
+        (["--device", "meta"], "device: 'meta' is not a device here"),
     ],
 )
 def test_bench_refuses(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    if "mps" in arguments and torch.backends.mps.is_available():
+        pytest.skip("there is such a device")
     done = in_process(capsys, "bench", *arguments)
     assert done.code == 2 and told in done.err
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Job, environment, in_process, make_job
+from checkpoints import TASKS, Job, environment, in_process, make_job
 from test_resume import content
 
 from epmq import quantized
@@ -201,6 +201,14 @@ def test_sums_have_a_fixed_order(job: Job, tmp_path: Path, capsys: pytest.Captur
     one, two = (whole_report(tmp_path / name)["stages"]["distill"] for name in ("one", "two"))
     assert two["first_loss"] == pytest.approx(one["first_loss"], rel=1000 * torch.finfo(torch.float32).eps)
     assert one["pairs"] == two["pairs"]
+
+
+def test_what_is_not_shared_out_is_done_by_one(job: Job, tmp_path: Path) -> None:
+    for verb, *more in (["merge"], ["collect", "--task", TASKS[0]]):
+        code, out, err = together(2, "-m", "epmq", verb, job.write(), *more, "--out", tmp_path / verb)
+        assert code == 0, err
+        assert len(out.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["collect", "merge"]
 
 
 def test_a_refusal_is_told_once_and_ends_all(job: Job, tmp_path: Path) -> None:
