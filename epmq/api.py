@@ -117,8 +117,9 @@ def write_result(
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
     generation: Any = getattr(model, "generation_config", None)
-    if hasattr(generation, "save_pretrained"):
-        generation.save_pretrained(folder)
+    if hasattr(generation, "to_json_file"):
+        # Not save_pretrained, which refuses a temperature beside do_sample=False; it was the model's own before.
+        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     writer.finish()
     write_card(folder, type(model).__name__, format, writer.limits(), report)
     if report is not None:
