@@ -24,8 +24,11 @@ def try_out(skeleton: nn.Module, inputs: Mapping[str, Tensor]) -> None:
             if parameter.is_meta:
                 zeros = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
                 setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
         if isinstance(module, nn.Linear):
-            # A product would write the zeros of a head of many rows out.
+            # A product would write out the zeros of a head of many rows.
             module.forward = _zero_rows(module.out_features)  # type: ignore[method-assign]
     try:
         runner.follow({name: value[:1] for name, value in inputs.items()})
@@ -34,4 +37,4 @@ def try_out(skeleton: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 
 def _zero_rows(features: int) -> Any:
-    return lambda x: x.new_zeros(()).expand(*x.shape[:-1], features)
+    return lambda x: x.new_zeros(*x.shape[:-1], features)

@@ -20,6 +20,9 @@ from epmq.huggingface import tokenizer_from_folder
 from epmq.jobs import calibration_of
 from epmq.jobs import load_any as model_of_folder
 from epmq.recipe import read_recipe
+from epmq.skeleton import meta_copy
+from epmq.texts import decoder_inputs
+from epmq.trial import try_out
 
 SIZES: dict[str, Any] = {
     "vocab_size": 34, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
@@ -112,6 +115,17 @@ def test_an_encoder_decoder_is_calibrated_whole(kind: str, tmp_path: Path, capsy
     assert notes == ["calibration.target_key is not given: the decoder was calibrated on the texts themselves."]
     done = in_process(capsys, "collect", job.write(), "--task", TASKS[0], "--out", tmp_path / "statistics")
     assert (done.code, done.err) == (0, "")
+
+
+def test_a_trial_needs_no_weights() -> None:
+    """Nor buffers of the checkpoint, of which BART's head has one."""
+    ids = torch.tensor([[2, 5, 3], [2, 3, 0]])
+    labels = torch.where(ids > 0, ids, -100)
+    skeleton = meta_copy(model_of("bart"))
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), **decoder_inputs(skeleton, labels)}
+    try_out(skeleton, given)
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    assert given["decoder_input_ids"].tolist() == [[3, 2, 5], [3, 2, 3]]
 
 
 def test_the_decoder_reads_what_the_model_makes_of_its_labels(tmp_path: Path) -> None:
