@@ -350,27 +350,38 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 def open_model(what: Any, name: str, base: WeightSource | None = None, model: nn.Module | None = None) -> WeightSource:
     """A model's weights: a checkpoint (path, hub id, module, state dict, source), or the path or hub id of a LoRA
     adapter, which is read as ``base`` with the adapter on it. ``name`` is how messages call it. model: the module whose
-    names files are to be read under; tied tensors are listed once if they are so in ``base``.
+    names they are to be read under; tied tensors are listed once if they are so in ``base``.
 
     Raises SourceError, also for an adapter where no base is given, and for files that do not fit ``model``.
     """
     if not isinstance(what, (str, Path)):
-        return open_source(what, name)
+        source = open_source(what, name)
+        # A source of the caller's own is taken as it is, and so are tensors that are called as in the model.
+        as_it_is = model is None or not isinstance(source, DictSource) or set(source.keys()) == set(model.state_dict())
+        return source if model is None or as_it_is else _named(source, name, base, model)
     try:
         path = find_model(what)
     except SourceError as error:
         raise SourceError(f"{name}: {error}") from error
     if not trust.exists(path / ADAPTER_CONFIG):
         source = open_source(path, name)
-        if model is None:
-            return source
-        of_base = base.dropped if isinstance(base, NamedForModel) else None
-        named = NamedForModel(source, model, aliases=of_base is None)
-        named.require_known(name, of_base or ())
-        return named
+        return source if model is None else _named(source, name, base, model)
     if base is None:
         raise SourceError(f"{name}: {path} is an adapter, which needs the model it was trained on; give that as base.")
     return AdapterSource(path, base, model)
+
+
+def notes_on(sources: Mapping[str, WeightSource]) -> list[str]:
+    """What was passed over when models were opened."""
+    named = [source for source in sources.values() if isinstance(source, NamedForModel | AdapterSource)]
+    return [note for source in named for note in source.notes]
+
+
+def _named(source: WeightSource, name: str, base: WeightSource | None, model: nn.Module) -> NamedForModel:
+    other = base if isinstance(base, NamedForModel) else None
+    named = NamedForModel(source, model, aliases=other is None or other.aliases)
+    named.require_known(name, () if other is None else other.dropped)
+    return named
 
 
 def _by_pattern(given: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from epmq import files
-from epmq.adapters import open_model
+from epmq.adapters import notes_on, open_model
 from epmq.card import write_card
 from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
@@ -26,7 +26,7 @@ from epmq.pipeline import ModuleSink, run
 from epmq.placement import place
 from epmq.report import build_report, write_report
 from epmq.skeleton import meta_copy
-from epmq.sources import main_dtype, open_source, total_bytes
+from epmq.sources import main_dtype, open_source, total_bytes, unwrapped
 
 
 @dataclass
@@ -53,11 +53,14 @@ def quantize(
     left out. base: what the experts were tuned from, needed for adapters and when ``config.rho`` is not 1. device:
     where blocks are computed, ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` (None: the model's own GPU, else the first one,
     else the CPU); weights come there block by block, the result is where ``model`` is. The inputs stay as they were.
+    Of modules inside torch.compile's or DataParallel's wrapper the wrapper is left away. Experts may have heads that
+    ``model`` has not; the notes name them.
 
     Raises CalibrationError, SourceError, ModelError, NumericalError or ConfigError, each naming what is at fault.
     """
     config = config or QuantConfig()
     started = time.perf_counter()
+    model = unwrapped(model, "merged model")
     merged = open_source(model, "merged model")
     base_source = None if base is None else open_model(base, "base", model=model)
     expert_sources = {
@@ -70,6 +73,7 @@ def quantize(
     streams = {task: list(batches) for task, batches in calibration.items()}
     with progress_bar("quantizing") as progress:
         found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress, where)
+    found["notes"] += notes_on(expert_sources)
     result = sink.assemble(skeleton, merged).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import files, trust
-from epmq.adapters import AdapterSource, open_model
+from epmq.adapters import notes_on, open_model
 from epmq.api import load
 from epmq.blocks import find_blocks
 from epmq.card import write_card
@@ -96,10 +96,7 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     if merged is None:
         merged = MergedSource(base, experts, recipe.merge or MergeConfig()) if experts else base
     dropped = base.dropped if isinstance(base, NamedForModel) else []
-    notes = [
-        n for source in experts.values() if isinstance(source, NamedForModel | AdapterSource) for n in source.notes
-    ]
-    return Sources(base, experts, merged, dropped, notes)
+    return Sources(base, experts, merged, dropped, notes_on(experts))
 
 
 def merge_to_folder(recipe: Recipe, out: str | Path) -> None:

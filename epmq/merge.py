@@ -8,6 +8,7 @@ dtype asks for another, as packages do that merge bfloat16 models in bfloat16.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, reduce
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from epmq import ties
-from epmq.adapters import open_model
+from epmq.adapters import notes_on, open_model
 from epmq.errors import ConfigError, NumericalError, SourceError
 from epmq.merge_config import ZERO_WEIGHT, MergeConfig
-from epmq.sources import WeightSource, read_finite, require_same_layout
+from epmq.sources import WeightSource, read_finite, require_same_layout, unwrapped
 
+log = logging.getLogger("epmq")
 Value = TypeVar("Value")
 
 
@@ -287,7 +289,8 @@ def merge(
 
     Returns:
         For a module as base a new module of the same kind, with the base's dtypes and devices; base and experts stay as
-        they are. Otherwise a :class:`MergedSource`, from which nothing is read yet.
+        they are. Heads that the base has not are left out, and a warning names them. Otherwise a
+        :class:`MergedSource`, from which nothing is read yet.
 
     Raises:
         ConfigError: settings that are unknown, out of range or of no use to the method.
@@ -297,9 +300,11 @@ def merge(
     config = MergeConfig.read({"method": method, **settings})
     if not isinstance(experts, Mapping):
         raise ConfigError(f"merge: experts must map a name to each expert, got a {type(experts).__name__}.")
-    module = base if isinstance(base, nn.Module) else None
+    module = unwrapped(base, "base") if isinstance(base, nn.Module) else None
     base_source = None if base is None else open_model(base, "base")
     sources = {str(label): open_model(e, f"expert {label!r}", base_source, module) for label, e in experts.items()}
+    for note in notes_on(sources):
+        log.warning(note)
     merged = MergedSource(base_source, sources, config)
     return merged if module is None else _as_module(module, merged)
 

@@ -93,6 +93,14 @@ def _rule_of_4(model: Any) -> Rule:
     return rename
 
 
+def _outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:
+    """Those of the tensors left out that stand beside the model where it is the base of another, as heads do."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    if not used or not prefix or hasattr(model, prefix) or not all(key.startswith(f"{prefix}.") for key in used):
+        return set()
+    return {key for key in dropped if not key.startswith(f"{prefix}.")}
+
+
 class NamedForModel:
     """A checkpoint seen under a model's own tensor names (:func:`names_in_model`).
 
@@ -105,6 +113,7 @@ class NamedForModel:
 
     def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
         self._source = source
+        self.aliases = aliases
         names = names_in_model(source.keys(), model)
         for key, name in names.computed.items():
             raise SourceError(
@@ -134,6 +143,7 @@ class NamedForModel:
         self._ignored = [COMPUTED, *map(re.compile, ignored)]
         self._model = type(model).__name__
         self.dropped = sorted(set(source.keys()) - set(names.of))
+        self._of_heads = _outside(self._key_of.values(), self.dropped, model)
         self.notes: list[str] = []
 
     @property
@@ -171,12 +181,14 @@ class NamedForModel:
     def require_known(self, label: str, known: Collection[str] = ()) -> None:
         """Refuse a tensor that neither the model nor its base (``known``) has; SourceError, naming it and ``label``.
 
-        Tables of positions and the like, which are not float or which transformers passes over too, are noted instead.
+        Noted instead are heads on the model, and tables of positions and the like, which are not float or which
+        transformers passes over too.
         """
         for key in self.dropped:
             if key in known:
                 continue
-            if self._source.dtype(key).is_floating_point and not any(pattern.search(key) for pattern in self._ignored):
+            passed_over = key in self._of_heads or any(pattern.search(key) for pattern in self._ignored)
+            if self._source.dtype(key).is_floating_point and not passed_over:
                 raise SourceError(
                     f"{label} ({self.name}) has an extra tensor {key!r}, which {self._model} has no place for; remove"
                     " it, or give a base with the same head."

@@ -215,13 +215,33 @@ def open_source(what: Any, name: str | None = None) -> WeightSource:
     if isinstance(what, (str, Path)):
         return FileSource(what)
     if isinstance(what, nn.Module):
-        return DictSource(what.state_dict(), name or type(what).__name__)
+        inner = unwrapped(what, name or "model")
+        return DictSource(inner.state_dict(), name or type(inner).__name__)
     if isinstance(what, Mapping):
         return DictSource(what, name or "state dict")
     if all(hasattr(what, method) for method in ("name", "keys", "shape", "dtype", "tensor")):
         source: WeightSource = what
         return source
     raise SourceError(f"{name or 'weights'}: expected a path, a module or a state dict, got {type(what).__name__}.")
+
+
+def unwrapped(module: nn.Module, name: str) -> nn.Module:
+    """The module that torch.compile, DataParallel or DistributedDataParallel was put around, else the module itself.
+
+    Raises SourceError, calling it ``name``, for a module of peft, whose weights are not those that it computes with.
+    """
+    while True:
+        if hasattr(module, "peft_config") and hasattr(module, "merge_and_unload"):
+            raise SourceError(
+                f"{name}: a {type(module).__name__} keeps its adapter beside the weights; give what its"
+                " merge_and_unload() returns or, for an expert, the folder that its save_pretrained writes."
+            )
+        inner: Any = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def require_same_layout(reference: WeightSource, others: Mapping[str, WeightSource]) -> None:
@@ -235,7 +255,7 @@ def require_same_layout(reference: WeightSource, others: Mapping[str, WeightSour
         if missing := sorted(expected - present):
             raise SourceError(
                 f"expert {label!r} ({source.name}) lacks tensor {missing[0]!r}"
-                f"{_and_more(missing)}, which {reference.name} has."
+                f"{_and_more(missing)}, which {reference.name} has; give a base without, or an expert with it."
             )
         if extra := sorted(present - expected):
             raise SourceError(

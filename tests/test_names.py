@@ -252,6 +252,112 @@ def test_a_head_that_only_an_expert_has_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def with_classifier(tensors: Model) -> Model:
+    """A BertModel's tensors as a classifier stores them."""
+    return {
+        **{f"bert.{name}": tensor for name, tensor in tensors.items()},
+        "classifier.weight": torch.ones(3, 32),
+        "classifier.bias": torch.ones(3),
+    }
+
+
+def test_heads_on_experts_of_a_bare_base_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job(tmp_path)
+    merged, quantized = results(job, capsys, "m1", "q1")
+    for task in TASKS:
+        change_file(places(job)[task], with_classifier)
+    merged_again, quantized_again = results(job, capsys, "m2", "q2")
+    assert_same(merged_again, merged)
+    assert_same(quantized_again, quantized)
+    notes = json.loads((tmp_path / "q2" / "report.json").read_text())["notes"]
+    for task in TASKS:
+        assert f"classifier.weight: in expert {task!r} but not in the model; left out." in notes
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.7.output.dense.weight", "bert.encoder.layer.0.gate.weight"])
+def test_what_an_expert_with_a_head_has_more_inside_the_model_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path)
+    change_file(places(job)["reviews"], lambda tensors: {**with_classifier(tensors), name: torch.ones(3)})
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert f"has an extra tensor {name!r}" in done.err
+
+
+def test_what_only_the_base_has_is_told_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job(tmp_path)
+    change_file(places(job)["reviews"], lambda tensors: {k: v for k, v in tensors.items() if "layer.1." not in k})
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "give a base without, or an expert with it" in done.err
+
+
+def bert_and_classifiers() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    base = transformers.BertModel(transformers.BertConfig(**ENCODER)).eval()
+    experts: dict[str, Any] = {}
+    for task in TASKS:
+        experts[task] = transformers.BertForSequenceClassification(base.config).eval()
+        state = {key: tensor + 0.02 * torch.randn(tensor.shape) for key, tensor in base.state_dict().items()}
+        experts[task].bert.load_state_dict(state)
+    return base, experts
+
+
+def wrapped(kind: str, module: nn.Module) -> Any:
+    return torch.compile(module) if kind == "compile" else nn.DataParallel(module)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "state", "compile", "DataParallel"])
+def test_modules_with_heads_and_in_wrappers_are_read(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    base, classifiers = bert_and_classifiers()
+    plain = {task: expert.bert for task, expert in classifiers.items()}
+    given: dict[str, Any] = {
+        "classifier": classifiers,
+        "state": {task: expert.state_dict() for task, expert in classifiers.items()},
+        "compile": {task: wrapped(kind, expert) for task, expert in plain.items()},
+        "DataParallel": {task: wrapped(kind, expert) for task, expert in plain.items()},
+    }[kind]
+    their_base = wrapped(kind, base) if kind in ("compile", "DataParallel") else base
+    merged = epmq.merge(base, plain)
+    again: nn.Module = epmq.merge(their_base, given)
+    assert_same(again.state_dict(), merged.state_dict())
+    calibration = {task: [{"input_ids": torch.randint(3, 60, (4, 8))}] for task in TASKS}
+    config = epmq.QuantConfig(group_size=16, rho=0.5)
+    wanted = epmq.quantize(merged, plain, calibration, config, base)
+    model = wrapped(kind, again) if kind in ("compile", "DataParallel") else again
+    found = epmq.quantize(model, given, calibration, config, their_base)
+    assert_same(found.model.state_dict(), wanted.model.state_dict())
+    told = "classifier.weight: in expert 'reviews' but not in the model; left out."
+    assert (told in found.report["notes"]) == (told in caplog.text) == (kind in ("classifier", "state"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_of_peft_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    base, _ = bert_and_classifiers()
+    adapted = peft.get_peft_model(transformers.BertModel(base.config), peft.LoraConfig(target_modules=["query"]))
+    calibration = {"a": [{"input_ids": torch.randint(3, 60, (4, 8))}]}
+    for refused in (
+        lambda: epmq.merge(base, {"a": adapted}),
+        lambda: epmq.quantize(base, {"a": adapted}, calibration),
+        lambda: epmq.quantize(adapted, {"a": base}, calibration),
+    ):
+        with pytest.raises(SourceError, match=r"a PeftModel keeps .* give what its merge_and_unload\(\) returns"):
+            refused()
+
+
+@pytest.mark.parametrize("where", ["module", "path"])
+def test_tied_experts_in_files_beside_a_base_of_any_kind(where: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)).eval()
+    model.save_pretrained(tmp_path / "base")
+    calibration = {"a": [{"input_ids": torch.randint(3, 60, (4, 8))}]}
+    base: Any = model if where == "module" else tmp_path / "base"
+    found = epmq.quantize(model, {"a": tmp_path / "base"}, calibration, epmq.QuantConfig(group_size=8), base)
+    assert len(found.report["layers"]) == 14
+
+
 def test_a_base_without_a_known_model_is_merged_under_its_own_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
