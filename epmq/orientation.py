@@ -69,3 +69,15 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
 def set_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a linear a weight ``[N, K]``, which becomes a new parameter."""
     module.weight = nn.Parameter(oriented(module, weight), requires_grad=False)
+
+
+def stored_as(linear: nn.Linear, kind: str) -> nn.Module:
+    """A linear as the class of that name stores it: transformers' Conv1D with its own weight and bias, or itself."""
+    if kind != "Conv1D":
+        return linear
+    from transformers.pytorch_utils import Conv1D
+
+    turned: nn.Module = Conv1D(linear.out_features, linear.in_features)
+    set_weight(turned, linear.weight.detach())
+    turned.bias = linear.bias
+    return turned

@@ -12,7 +12,7 @@ from torch import nn
 from epmq import self_saving
 from epmq.config import ClipSearch, QuantConfig
 from epmq.linear import QuantLinear, require_quantizable
-from epmq.orientation import is_linear, weight_of
+from epmq.orientation import is_linear, stored_as, weight_of
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -74,13 +74,16 @@ def pack_for_gpu(model: nn.Module, dtype: torch.dtype | None = None) -> list[str
 
 
 def restore_linear(model: nn.Module) -> list[str]:
-    """Swap every QuantLinear back for an nn.Linear with the dequantized weight, in place; returns their names."""
-    linears: dict[nn.Module, nn.Linear] = {}
+    """Swap every QuantLinear back for a linear with the dequantized weight, in place; returns their names.
+
+    They are nn.Linear, or Conv1D where there was one: what save_pretrained then writes is of the model's own layout.
+    """
+    linears: dict[nn.Module, nn.Module] = {}
     restored = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantLinear) and name:
             if module not in linears:
-                linears[module] = module.to_linear().train(module.training)
+                linears[module] = stored_as(module.to_linear(), module.stands_for).train(module.training)
             set_submodule(model, name, linears[module])
             restored.append(name)
     self_saving.allow(model)

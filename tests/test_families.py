@@ -225,7 +225,7 @@ def test_the_textbook_asks_for_other_codes_when_padding_counts(family: str) -> N
 @pytest.mark.parametrize("family", KINDS)
 def test_a_reloaded_model_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     job, result = job_of(family), quantized(family)
-    epmq.save(result, tmp_path / "quantized")
+    epmq.save(result, tmp_path / "quantized", format="native" if family == "gpt2" else None)
     loaded = epmq.load(tmp_path / "quantized")
     assert type(loaded) is type(job.base)
     for first, second in zip(job.kind.tied, job.kind.tied[1:], strict=False):

@@ -242,3 +242,15 @@ def test_restored_linears_can_be_written_again(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "out")
     theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(answers(theirs), answers(model))
+
+
+def test_a_restored_conv1d_is_written_the_way_round_that_it_was(tmp_path: Path) -> None:
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    model.eval()
+    replace_linear(model, group_size=32)
+    wanted = answers(model)
+    restore_linear(model)
+    model.save_pretrained(tmp_path / "out")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(answers(theirs), answers(model))
+    assert (answers(theirs) - wanted).norm() <= 1e-5 * wanted.norm()
