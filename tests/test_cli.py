@@ -20,6 +20,7 @@ from epmq import QuantLinear, extension
 from epmq.jobs import load_any
 
 pytest.importorskip("transformers")
+no_amx = pytest.mark.skipif("amx" in extension.build_report().get("cpu_levels", ["amx"]), reason="has AMX")
 compiled = pytest.mark.skipif(extension.module is None, reason="needs the compiled extension")
 
 
@@ -56,6 +57,11 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
     report = json.loads((quantized / "report.json").read_text())
     assert "seconds" not in json.dumps(report)
     assert len(report["layers"]) == 2 * 6
+    again = in_new_process("quantize", recipe, "--out", quantized, "--resume")
+    assert (again.code, again.err) == (
+        0,
+        f"{quantized}: an earlier run of this job has finished it; nothing was done.\n",
+    )
     model = epmq.load(quantized)
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 2 * 6
 
@@ -156,6 +162,7 @@ def test_env_tells_what_is_used_here(
     ("variable", "value", "told"),
     [
         pytest.param("EPMQ_CPU", "sse9", "is not an instruction set of this build; use one of plain", marks=compiled),
+        pytest.param("EPMQ_CPU", "amx", "asks for instructions that this CPU does not have", marks=no_amx),
         ("EPMQ_EXTENSION", "x", "is not understood; use 0 to ignore the extension"),
         ("EPMQ_BACKEND", "x", "is not a backend; use one of reference"),
     ],

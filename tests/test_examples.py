@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,42 @@ def run(name: str, *arguments: str | Path) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"own_experts.py", "train_adapter.py", "use_folder.py"}
+    assert {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")} == {
+        "own_experts.py", "tiny/make.py", "train_adapter.py", "use_folder.py",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_readmes_first_job_and_its_python(tmp_path: Path) -> None:
+    """The commands under "First job", one after the other, then the block of Python on what they left."""
+    pytest.importorskip("transformers")
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## First job\n")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in section.splitlines() if line.startswith("    ")]
+    assert [command[:2] for command in commands] == [
+        ["python", "examples/tiny/make.py"], ["epmq", "quantize"], ["epmq", "eval"], ["epmq", "report"],
+    ]  # fmt: skip
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    told = ""
+    for name, *arguments in commands:
+        told = here([*([] if name == "python" else ["-m", "epmq"]), *arguments], tmp_path)
+        if arguments[0] == "eval":
+            average = float(told.splitlines()[-1].split("**")[1])
+    assert average > 90.0 and told == "report in tiny/quantized/report.html\n"
+    block = readme.partition("```python\n")[2].partition("```")[0]
+    here(
+        ["-c", block + "assert epmq.load('quantized').state_dict().keys() == result.model.state_dict().keys()"],
+        tmp_path,
+    )
+
+
+def here(arguments: list[str], folder: Path) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=300, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_own_experts_beat_their_merge_at_4_bits() -> None:

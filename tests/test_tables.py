@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from tables import PAGES, REGION, ROOT, TABLES, filled
 
@@ -17,6 +21,16 @@ def test_every_table_is_shown_somewhere() -> None:
         found[1] for page in PAGES if (ROOT / page).is_file() for found in REGION.findall((ROOT / page).read_text())
     ]
     assert sorted(TABLES) == sorted(set(shown))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["minilm8", "whole-job", "statistics"])
+def test_without_its_data_a_benchmark_says_so(target: str, tmp_path: Path) -> None:
+    command = ["make", "-o", ".venv/ready", f"MINILM8={tmp_path}", f"UNFOLDED={tmp_path / 'unfolded'}", target]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode != 0
+    told = f"The data of minilm8 are not in this repository and not in {tmp_path}; see docs/minilm8.md.\n"
+    assert done.stdout == told and not list(tmp_path.iterdir())
 
 
 def test_a_changed_figure_is_noticed() -> None:
