@@ -2,9 +2,10 @@
 
     python examples/tiny/make.py FOLDER
 
-Takes about a quarter of a minute. FOLDER/base and FOLDER/experts/TASK are checkpoints as transformers saves them, trained here
-on made-up sentences: the mood of a review, the intent of a request, the kind of a question. FOLDER/data/TASK.jsonl has
-the calibration texts, TASK-test.jsonl labelled ones, FOLDER/heads/TASK.safetensors the expert's classifier.
+Takes about a quarter of a minute. FOLDER/base and FOLDER/experts/TASK are checkpoints as transformers saves them,
+trained here on made-up sentences: the mood of a review, the intent of a request, the kind of a question.
+FOLDER/data/TASK.jsonl has the calibration texts, TASK-test.jsonl labelled ones, FOLDER/heads/TASK.safetensors the
+expert's classifier.
 """
 
 from __future__ import annotations
