@@ -8,6 +8,7 @@ every number of tokens, without which few and many tokens may differ by half a s
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +22,30 @@ from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_part
 from epmq.kernels.launch import interpreted, on_device, readable, row_stride
 from epmq.kernels.layout import BITS, TILE_COLUMNS, PackedWeight, grid_words, pack_rows, pack_weight, packed_shapes
 from epmq.kernels.tune import Config
-from epmq.quantized import QuantizedTensor
+from epmq.quantized import QuantizedTensor, group_count
 
 SWIZZLED_FROM = 256  # tokens; fewer see each weight once, and their order does not matter
 SUM_BLOCK = 1024
-_checked: set[tuple[int | None, Config, int, torch.dtype]] = set()
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that decides which compiled programs a product runs. ``parts`` are those that are really summed.
+
+    out_features and in_features: 1, or 16 for its multiples, or 0 for others, as Triton tells them apart.
+    """
+
+    config: Config
+    parts: int
+    group_size: int
+    dtype: torch.dtype
+    bias: torch.dtype | None
+    out_features: int
+    in_features: int
+    swizzled: bool
+
+
+_checked: set[tuple[Any, ...]] = set()  # by device, calls and the cases that they are
 
 
 def int4_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
@@ -77,7 +97,7 @@ def product(
     config = tune.fixed(key) if batch_invariant else tune.choose(key)
     with on_device(x):
         if x.is_cuda:
-            ensure_checked(x, config, group_size)
+            ensure_checked(x, bias, out_features, group_size, config)
         return run(x, words, scale_words, bias, out_features, group_size, config)
 
 
@@ -189,71 +209,113 @@ def run(
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     x = readable(x, TILE_COLUMNS)
     blocks = words.shape[1]
-    per_part = -(-blocks // config.split_k)
-    parts = -(-blocks // per_part)
+    per_part, parts = cut(blocks, config)
+    # A bias of x's dtype is added by the product, any other by the sum, so that none compiles the product anew.
+    split = parts > 1 or (bias is not None and bias.dtype != x.dtype)
     # sm_90 can launch the sum before the product has ended, which hides most of what a launch costs.
-    early = parts > 1 and not interpreted() and tune.device_facts(x.device)[0] >= 90
+    early = split and not interpreted() and tune.device_facts(x.device)[0] >= 90
     out = x.new_empty(tokens, out_features)
-    sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=x.device) if parts > 1 else out
+    sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=x.device) if split else out
     grid = (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts)
     product_tiles[grid](
-        x, words, scale_words, bias, sums, tokens, out_features, scale_words.shape[1], blocks,
+        x, words, scale_words, None if split else bias, sums, tokens, out_features, scale_words.shape[1], blocks,
         row_stride(x), per_part,
-        BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=parts > 1,
-        BIAS=bias is not None and parts == 1, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
+        BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split,
+        BIAS=bias is not None and not split, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
         EARLY=early, ASM=not interpreted() if assembly is None else assembly,
         WIDE=interpreted() and x.dtype == torch.bfloat16,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
-    if parts > 1:
-        count = tokens * out_features
-        sum_parts[(-(-count // SUM_BLOCK),)](
-            sums, bias, out, count, out_features,
+    if split:
+        sum_parts[(-(-tokens * out_features // SUM_BLOCK),)](
+            sums, bias, out, tokens, out_features,
             SPLITS=parts, BIAS=bias is not None, EARLY=early, WIDE=interpreted() and x.dtype == torch.bfloat16,
             BLOCK=SUM_BLOCK, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
 
 
+def cut(blocks: int, config: Config) -> tuple[int, int]:
+    """(blocks of 128 columns in a part, parts): the parts asked for, less where that leaves some without a block."""
+    per_part = -(-blocks // config.split_k)
+    return per_part, -(-blocks // per_part)
+
+
 # ---- the check before first use --------------------------------------------------------------------------------------
 
 
-def ensure_checked(x: Tensor, config: Config, group_size: int) -> None:
-    """Check a configuration once per device before its first product. Raises NumericalError for wrong results.
+def case_of(x: Tensor, bias: Tensor | None, out_features: int, group_size: int, config: Config) -> Case:
+    """The case of a product of x ``[M, K]``."""
+
+    def kind(size: int) -> int:
+        return 1 if size == 1 else 16 if size % 16 == 0 else 0
+
+    # The product pads K itself; the two stages have no parts, and know of N only where rows end.
+    parts = 1 if config.two_stages else cut(-(-x.shape[1] // TILE_COLUMNS), config)[1]
+    return Case(
+        replace(config, split_k=1),
+        parts,
+        group_size,
+        x.dtype,
+        None if bias is None else bias.dtype,
+        16 if config.two_stages else kind(out_features),
+        kind(x.shape[1]) if config.two_stages else 16,
+        not config.two_stages and x.shape[0] >= SWIZZLED_FROM,
+    )
+
+
+def ensure_checked(x: Tensor, bias: Tensor | None, out_features: int, group_size: int, config: Config) -> None:
+    """Check what a product runs, once per device before the first one. Raises NumericalError for wrong results.
 
     While a CUDA graph is captured nothing can be checked: run the product once before.
     """
-    what = (x.device.index, config, group_size, x.dtype)
-    if what in _checked:
+    device, tokens, in_features = x.device, *x.shape
+    call = (
+        device.index, config, group_size, x.dtype, None if bias is None else bias.dtype, out_features, in_features,
+        tokens >= SWIZZLED_FROM,
+    )  # fmt: skip
+    if call in _checked:
         return
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("int4_matmul: run it once on this device before a CUDA graph is captured, to check it.")
-    check(x.device, config, group_size, x.dtype)
-    _checked.add(what)
+    case = case_of(x, bias, out_features, group_size, config)
+    if (device.index, case) not in _checked:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("int4_matmul: run it once on this device before a CUDA graph is captured, to check it.")
+        check(device, case)
+    _checked.update(((device.index, case), call))
 
 
-def check(device: torch.device, config: Config, group_size: int, dtype: torch.dtype) -> None:
+def check(device: torch.device, case: Case) -> None:
     """Multiply small integers whose product is exact in every step and compare. Raises NumericalError."""
-    generator = torch.Generator().manual_seed(0)
-    group = group_size or -1
-    columns = TILE_COLUMNS * max(2 * config.split_k, 3 * group // TILE_COLUMNS)
-    rows, tokens = max(config.block_n, 64) + 41, config.block_m + 3
-    groups = 1 if group == -1 else columns // group
-    codes, zeros = (torch.randint(0, 16, (rows, n), dtype=torch.uint8, generator=generator) for n in (columns, groups))
-    scales = 2.0 ** torch.randint(-1, 2, (rows, groups), generator=generator)
-    x = torch.zeros(tokens, columns)
-    # Four tokens of every row are not zero, so that no sum leaves the integers (and halves) that 8 bits hold.
-    places = torch.randint(0, columns, (tokens, 4), generator=generator)
-    x.scatter_(1, places, torch.randint(0, 2, (tokens, 4), generator=generator) * 2.0 - 1.0)
+    cpu = torch.device("cpu")  # whatever the caller's defaults for device and dtype are
+    generator = torch.Generator(cpu).manual_seed(0)
+
+    def draw(least: int, stop: int, *shape: int) -> Tensor:
+        return torch.randint(least, stop, shape, generator=generator, device=cpu, dtype=torch.int64)
+
+    config, group = replace(case.config, split_k=case.parts), case.group_size or -1
+    # Parts of at least two blocks each, and three groups.
+    whole = TILE_COLUMNS * case.parts * max(2, -(-3 * case.group_size // (TILE_COLUMNS * case.parts)))
+    columns = {1: 1, 16: whole, 0: whole - 5}[case.in_features]
+    # With swizzling ten tiles of rows: one more than it takes together, and the one that is moved back.
+    tiles = 9 if case.swizzled else 1
+    rows = {1: 1, 16: tiles * max(config.block_n, 64) + 48, 0: tiles * max(config.block_n, 64) + 41}[case.out_features]
+    tokens = config.block_m + 3 + (SWIZZLED_FROM if case.swizzled else 0)
+    groups = group_count(columns, group)
+    codes, zeros = (draw(0, 16, rows, n).to(torch.uint8) for n in (columns, groups))
+    scales = torch.tensor([0.5, 1.0, 2.0], device=cpu, dtype=torch.float32)[draw(0, 3, rows, groups)]
+    # Up to four tokens of every row are not zero, so that no sum leaves the integers (and halves) that 8 bits hold.
+    x = torch.zeros(tokens, columns, device=cpu, dtype=torch.float32)
+    x.scatter_(1, draw(0, columns, tokens, 4), draw(0, 2, tokens, 4).float() * 2.0 - 1.0)
+    offset = None if case.bias is None else draw(-2, 3, rows).float()
     exact = QuantizedTensor(codes, scales, zeros, BITS, group)
-    weight = pack_weight(exact, dtype)
+    weight = pack_weight(exact, case.dtype)
     words, scale_words = weight.words.to(device), weight.scale_words.to(device)
-    y = run(x.to(device, dtype), words, scale_words, None, rows, group_size, config)
-    wanted = x @ exact.dequantize().T
+    bias = None if offset is None else offset.to(device, case.bias)
+    y = run(x.to(device, case.dtype), words, scale_words, bias, rows, case.group_size, config)
+    wanted = x @ exact.dequantize().T + (0.0 if offset is None else offset)
     wrong = y.float().cpu() != wanted
     if bool(wrong.any()):
         raise NumericalError(
             f"int4_matmul: {int(wrong.sum())} of {wrong.numel()} products of small integers are wrong on {device} "
-            f"with {config}, group {group}, {dtype}; this GPU, driver or Triton {triton.__version__} computes wrongly, "
-            "set EPMQ_BACKEND=reference."
+            f"in {case}; this GPU, driver or Triton {triton.__version__} computes wrongly, set EPMQ_BACKEND=reference."
         )

@@ -299,12 +299,12 @@ def product_tiles(
         tl.store(out + places, y.to(out.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["count", "N"])
+@triton.jit(do_not_specialize=["M"])
 def sum_parts(
     parts,
     bias,
     out,
-    count,
+    M,
     N,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -312,25 +312,29 @@ def sum_parts(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [count] = Σ over parts [SPLITS, count] in order, plus bias [N] along the last axis, rounded once.
+    """out [M, N] = Σ over parts [SPLITS, M, N] in order, plus bias [N], rounded once.
 
     EARLY: launched while the programs that write the parts still run.
     """
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # What N is a multiple of, the size is too: that lets accesses be wide.
+    count = M.to(tl.int64) * N
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    place = start + tl.arange(0, BLOCK)
     inside = place < count
     if EARLY:
         tl.extra.cuda.gdc_wait()
     total = tl.load(parts + place, mask=inside, other=0.0)
     for part in tl.static_range(1, SPLITS):
-        total += tl.load(parts + part * count.to(tl.int64) + place, mask=inside, other=0.0)
+        total += tl.load(parts + part * count + place, mask=inside, other=0.0)
     if BIAS:
-        total += tl.load(bias + place % N, mask=inside, other=0.0).to(tl.float32)
+        column = ((start % N).to(tl.int32) + tl.arange(0, BLOCK)) % N
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if WIDE:
         total = nearest_bf16(total)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "K", "KB"])
+@triton.jit(do_not_specialize=["N", "KB"])
 def dequantize_tiles(words, scales, out, N, NP, K, KB, GROUP: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr):
     """out [N, K]: the weight in its 16-bit dtype, one tile of 64 rows by 128 columns per program."""
     FP16: tl.constexpr = out.dtype.element_ty == tl.float16

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from epmq.kernels import tune
 from epmq.kernels.int4_matmul import ensure_checked, run
@@ -16,7 +18,9 @@ from epmq.kernels.tune import DTYPE_NAMES, Config, Key
 from epmq.quantized import group_count
 
 Call = Callable[[], Any]
-LAUNCHES, REPLAYS = 20, 7
+LAUNCHES, REPLAYS, ROUNDS = 20, 7, 4
+WARM_SECONDS = 0.02  # an idle GPU takes some milliseconds to reach its clocks
+HEAD_START = 4_000_000  # cycles, about 2 ms
 ROTATION_BYTES = 2  # times the second-level cache that the rotating data must exceed
 
 
@@ -28,16 +32,21 @@ def copies_needed(bytes_each: int, device: torch.device) -> int:
     return max(1, min(64, -(-ROTATION_BYTES * cache // max(bytes_each, 1)) + 1))
 
 
-def microseconds(calls: Sequence[Call]) -> tuple[float, str]:
+def microseconds(calls: Sequence[Call], seconds: float = 0.5) -> tuple[float, str]:
     """Median time of one call, and how it was taken. ``calls`` do the same on different copies of the data.
 
-    At least 20 launches are captured in one graph, which is replayed 7 times between events, so that the cost of a
-    launch from Python is not timed; what cannot be captured is timed without a graph, that cost included.
+    At least 20 launches are captured in one graph, which is replayed several times between two events, and all that
+    seven times. The GPU is busy before the first event until all is queued, so that no launch is timed; what cannot be
+    captured is timed without a graph, the cost of its launches included. Slow calls are made less often, so that all
+    takes about ``seconds``; one that takes half of them is made twice, and its wall time taken.
     """
-    many = [calls[i % len(calls)] for i in range(max(LAUNCHES, len(calls)))]
     for call in calls:
         call()
-    torch.cuda.synchronize()
+    once = wall(calls[0])
+    if 2 * once > seconds:
+        return 1e6 * once, "wall"
+    launches = at_most(max(LAUNCHES, len(calls)), seconds / (2 * REPLAYS * once))
+    many = [calls[i % len(calls)] for i in range(launches)]
     how, replay = "graph", _captured(many)
     if replay is None:
         how = "events"
@@ -46,15 +55,39 @@ def microseconds(calls: Sequence[Call]) -> tuple[float, str]:
             for call in many:
                 call()
 
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    rounds = at_most(ROUNDS, seconds / (2 * REPLAYS * launches * once))
+    begun = time.perf_counter()
+    while True:
         replay()
+        torch.cuda.synchronize()
+        if time.perf_counter() - begun >= WARM_SECONDS:
+            break
+    times = []
+    for _ in range(at_most(REPLAYS, seconds / (2 * launches * once))):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if how == "graph":
+            torch.cuda._sleep(HEAD_START)
+        start.record()
+        for _ in range(rounds):
+            replay()
         stop.record()
         stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / len(many))
+        times.append(1e3 * start.elapsed_time(stop) / (rounds * launches))
     return statistics.median(times), how
+
+
+def at_most(most: int, wanted: float) -> int:
+    """``wanted`` as a whole number from 1 to ``most``."""
+    return max(1, min(most, int(wanted)))
+
+
+def wall(call: Call) -> float:
+    """Seconds of one call and of the GPU's work for it."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 def _captured(calls: Sequence[Call]) -> Call | None:
@@ -67,6 +100,16 @@ def _captured(calls: Sequence[Call]) -> Call | None:
         torch.cuda.synchronize()
         return None
     return graph.replay
+
+
+def replayed(call: Callable[[], Tensor]) -> Tensor:
+    """What a call that has run before gives when it is captured in a graph, and the graph replayed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    out.fill_(float("nan"))
+    graph.replay()
+    return out.clone()
 
 
 def tune_on_gpu(
@@ -93,10 +136,11 @@ def milliseconds(key: Key, config: Config) -> float:
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == key.dtype)
     words_shape, grid_shape = packed_shapes(key.out_features, key.in_features, key.group_size or -1)
-    scales = torch.full((key.out_features, group_count(key.in_features, key.group_size or -1)), 0.01, device=device)
+    groups = group_count(key.in_features, key.group_size or -1)
+    scales = torch.full((key.out_features, groups), 0.01, dtype=torch.float32, device=device)
     grid = grid_words(scales, None, grid_shape, dtype)
-    x = torch.randn(key.tokens, key.in_features, device=device).to(dtype)
-    ensure_checked(x, config, key.group_size)
+    x = torch.randn(key.tokens, key.in_features, dtype=dtype, device=device)
+    ensure_checked(x, None, key.out_features, key.group_size, config)
     calls = []
     for _ in range(copies_needed(key.out_features * key.in_features // 2, device)):
         words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16, device=device)

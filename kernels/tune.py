@@ -7,7 +7,6 @@ the table ``SHIPPED``, and :func:`default`. Nothing is ever tuned behind a calle
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -129,7 +128,9 @@ def joins(arch: int, block_m: int) -> bool:
 
     For tiles of 8 tokens that depends on Triton: 3.6 compiles them to mma, 3.9 to wgmma.
     """
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    import triton  # which a distribution of another name may have brought
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return has_wgmma(arch) and (block_m >= 16 or version >= (3, 9))
 
 

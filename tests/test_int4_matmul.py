@@ -18,7 +18,7 @@ from torch import Tensor
 from epmq.kernels import int4_matmul as kernels
 from epmq.kernels import tune
 from epmq.kernels.int4_matmul import int4_matmul
-from epmq.kernels.int4_programs import centred, nibble_assembly
+from epmq.kernels.int4_programs import centred, nibble_assembly, sum_parts
 from epmq.kernels.launch import interpreted, readable
 from epmq.kernels.layout import PackedWeight, pack_weight
 from epmq.kernels.tune import Config
@@ -150,6 +150,7 @@ PROBLEMS = [
     (70, 129, 64, True, 33, 32, 128, 1, True),
     (300, 256, 128, False, 70, 64, 128, 1, False),
     (320, 256, 64, True, 130, 128, 256, 2, True),
+    (650, 128, 128, False, 270, 64, 64, 1, True),  # eleven tiles of rows by five of tokens, in the order of many tokens
 ]
 
 
@@ -159,7 +160,7 @@ def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.
     rows, columns, group, symmetric, tokens, block_m, block_n, parts, joined = case
     x, tensor, weight, bias = problem(rows, columns, group, symmetric, dtype, tokens, device)
     config = Config(block_m, block_n, parts, 8 if block_n == 256 else 4, 3, joined)
-    for offset in (bias, None):
+    for offset in (bias, bias.float(), None):
         y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
         check(y, x, tensor, offset, config)
 
@@ -169,6 +170,25 @@ def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.
 def test_dequantized_weight_is_rounded_once(group: int, dtype: torch.dtype, device: torch.device) -> None:
     _, tensor, weight, _ = problem(70, 300, group, False, dtype, 1, device)
     assert torch.equal(kernels.dequantize(weight).cpu(), tensor.dequantize(dtype))
+
+
+@pytest.mark.parametrize("columns", [1, 256, 272])
+def test_dequantized_rows_may_begin_anywhere(columns: int, device: torch.device) -> None:
+    """Rows of 16 columns and more are written 16 bytes at a time, which the odd widths above are not."""
+    _, tensor, weight, _ = problem(70, columns, -1, False, FP16, 1, device)
+    assert torch.equal(kernels.dequantize(weight).cpu(), tensor.dequantize(FP16))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 512), (16, 515), (5, 2064)], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, torch.float32], ids=str)
+def test_parts_are_summed_in_order(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    tokens, rows = shape
+    parts, bias = torch.randn(3, *shape, device=device), torch.randn(rows, device=device).to(dtype)
+    out = torch.empty(shape, dtype=FP16, device=device)
+    sum_parts[(-(-out.numel() // 1024),)](
+        parts, bias, out, tokens, rows, SPLITS=3, BIAS=True, EARLY=False, WIDE=False, BLOCK=1024, enable_fp_fusion=False
+    )
+    assert torch.equal(out, (parts[0] + parts[1] + parts[2] + bias.float()).half())
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)

@@ -67,6 +67,14 @@ def test_buckets(tokens: int, wanted: int) -> None:
     assert tune.bucket(tokens) == wanted
 
 
+@pytest.mark.parametrize(("version", "joined"), [("3.6.0+git1234", False), ("3.9.0", True), ("4.0.1.post2", True)])
+def test_tiles_of_8_tokens_follow_triton(version: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own version: a distribution of another name may have brought it."""
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    assert tune.joins.__wrapped__(90, 8) == joined
+    assert tune.joins.__wrapped__(90, 16) and not tune.joins.__wrapped__(80, 16)
+
+
 def test_the_fixed_choice_does_not_know_the_tokens() -> None:
     assert len({tune.fixed(key(tokens)) for tokens in tune.BUCKETS}) == 1
 
