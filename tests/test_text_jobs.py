@@ -297,4 +297,4 @@ def test_evaluation_needs_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[s
     job = make_job(tmp_path / "job")
     job.recipe["evaluation"]["tasks"] = {}
     done = in_process(capsys, "eval", job.folder / "base", "--recipe", job.write())
-    refused(done, "recipe.yaml: evaluation.tasks: name a task, or leave evaluation: out, got {}.\n")
+    refused(done, "recipe.yaml: evaluation.tasks: name a task, or leave evaluation: out.\n")
