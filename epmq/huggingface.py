@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq import trust
+from epmq import files, trust
 from epmq.errors import EpmqError, ModelError, first_line
 
 TOKENIZER_FILES = (
@@ -94,8 +94,9 @@ def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = No
     for path in _carried(source):
         if trust.is_file(path):
             copy = target / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+            with files.naming_space(copy):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = trust.read_json(config, ModelError)
