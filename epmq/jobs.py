@@ -80,7 +80,6 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
 
     Raises SourceError for a checkpoint that is quantized, or does not fit the others.
     """
-
     models = {"base": recipe.base, "merged": recipe.merged}
     models |= {f"expert {task!r}": path for task, path in recipe.experts.items()}
     for label, path in models.items():
