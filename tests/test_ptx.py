@@ -192,6 +192,24 @@ def test_mma_has_the_layouts_of_the_isa() -> None:
     assert torch.allclose(found, a.float() @ b.float(), atol=16 * 2**-22)
 
 
+@pytest.mark.parametrize(
+    ("before", "product", "after"),
+    [
+        (1.0, 2.0**-30, 1.0),
+        (1.0, -(2.0**-30), 1 - 2.0**-24),
+        (-1.0, 1.75 * 2.0**-23, -1 + 2.0**-22),
+        (1.0, 1.75 * 2.0**-23, 1 + 2.0**-23),
+        (-1.0, -1.75 * 2.0**-23, -1 - 2.0**-23),
+        (3.0e38, 6.0e37, math.inf),
+        (0.0, 2.0**-20, 2.0**-20),
+    ],
+)
+def test_sums_of_tensor_cores_are_cut_off(before: float, product: float, after: float) -> None:
+    with np.errstate(over="ignore"):
+        sums = fragments.cut_off(np.array([np.float64(np.float32(before)) + product]))
+    assert sums.dtype == np.float32 and float(sums[0]) == after
+
+
 def test_matrices_are_loaded_and_stored_by_rows_and_turned() -> None:
     matrix = torch.arange(64, dtype=torch.int16).view(8, 8)
     for turn_out in ("", ".trans"):

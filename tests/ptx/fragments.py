@@ -1,8 +1,9 @@
 """The tensor cores' instructions: matrices spread over a warp's or a warpgroup's registers, and their products.
 
 Layouts are those of the PTX ISA (mma.m16n8k16, ldmatrix, stmatrix, wgmma with its shared memory descriptors), but for
-wmma, whose fragments are opaque: any layout that load, product and store share is right. Products of 16-bit floats are
-exact in fp32 and summed in fp32 in no stated order, as the ISA leaves it open.
+wmma, whose fragments are opaque: any layout that load, product and store share is right. The ISA leaves open how sums
+of products are rounded. Tensor cores cut them off: here a step's products are summed exactly with what was there
+before, and the sum is rounded to fp32 towards zero.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ def halves(words: Bits) -> Bits:
 
 
 def floats(bits: Bits, kind: str) -> Bits:
-    return number(bits, kind).astype(np.float32)
+    """fp64, in which sums of a step's products have no error that fp32 shows."""
+    return number(bits, kind).astype(np.float64)
+
+
+def cut_off(sums: Bits) -> Bits:
+    """fp64 rounded to fp32 towards zero; what is too large is infinite."""
+    nearest = sums.astype(np.float32)
+    beyond = np.isfinite(nearest) & (np.abs(nearest.astype(np.float64)) > np.abs(sums))
+    cut: Bits = np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
+    return cut
 
 
 # ---- 8 x 8 matrices --------------------------------------------------------------------------------------------------
@@ -93,9 +103,9 @@ def left_operand(registers: list[Bits]) -> Bits:
 
 
 def add(s: State, target: Operand, sums: Operand, products: Bits, lanes: Lanes, i: Instruction) -> None:
-    """target = sums + products fp32 [W, 32, registers]."""
+    """target = sums + products fp64 [W, 32, registers]."""
     for place, (out, part) in enumerate(zip(vector(target), vector(sums), strict=True)):
-        total = read(s, part, lanes, i).view(np.float32) + products[:, :, place]
+        total = cut_off(read(s, part, lanes, i).view(np.float32) + products[:, :, place])
         s.write_lanes(out, lanes, total.view(np.uint32), i)
 
 
@@ -327,4 +337,4 @@ def finish(s: State, i: Instruction, lanes: Lanes, left: Bits, right: Bits, keep
             raise i.fault(f"{register.name} is read before it is written")
         before = np.zeros(lanes.shape, np.uint32) if old is None else old[lanes]
         sums = np.where(keeps.reshape(lanes.shape), before.view(np.float32), np.float32(0)) + spread[:, :, place]
-        s.write_lanes(register, lanes, sums.astype(np.float32).view(np.uint32), i)
+        s.write_lanes(register, lanes, cut_off(sums).view(np.uint32), i)
