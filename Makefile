@@ -10,7 +10,9 @@ UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
-GPU_MINUTES ?= 8
+GPU_MINUTES ?= 9
+GPU_PARTS ?= tests int4 launch gram gptq block
+GPU_OUT ?=
 GPU_PYTHON ?= 3.12
 WHEELS ?= build/wheels
 STRESS ?= 10000
@@ -141,16 +143,11 @@ stress: $(READY)  ## STRESS random problems of every Triton kernel against float
 fuzz: $(READY)  ## 100,000 spoilt files over every reader; findings in tests/corpus/
 	$(BIN)/python tests/fuzz.py --inputs 100000
 
-# No network and no virtual environment: the machine's own Python, with its CUDA build of torch and Triton. The tests
-# mostly compile, several at a time where pytest-xdist is there. A failed one does not keep the benchmarks from running.
-gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks; goes on where it stopped
+# No network and no virtual environment: the machine's own Python, with its CUDA build of torch and Triton.
+gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchmarks (GPU_PARTS, GPU_MINUTES, GPU_OUT)
 	$(PYTHON) benchmarks/gpu/packages.py $(WHEELS) build/packages
-	PYTHONPATH=build/packages EPMQ_CUDA=1 EPMQ_EXTENSION=1 $(PYTHON) setup.py -q build_ext --inplace
-	status=0; \
-	PYTHONPATH=.:build/packages $(PYTHON) -m pytest -m gpu -p no:cacheprovider \
-	  $$($(PYTHON) -c "import importlib.util; print('-n 8' if importlib.util.find_spec('xdist') else '')") || status=1; \
-	PYTHONPATH=.:benchmarks:build/packages $(PYTHON) -m gpu.suite --minutes $(GPU_MINUTES) || status=1; \
-	exit $$status
+	PYTHONPATH=.:benchmarks:build/packages $(PYTHON) -m gpu.job --part $(GPU_PARTS) --minutes $(GPU_MINUTES) \
+	  $(if $(GPU_OUT),--out $(GPU_OUT))
 
 gpu-wheels: $(READY)  ## wheels of what a GPU machine without network may lack, for its GPU_PYTHON, into build/wheels
 	$(BIN)/python -m pip download --quiet --dest $(WHEELS) --only-binary=:all: --python-version $(GPU_PYTHON) \

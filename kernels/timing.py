@@ -38,12 +38,12 @@ def microseconds(calls: Sequence[Call], seconds: float = 0.5) -> tuple[float, st
     At least 20 launches are captured in one graph, which is replayed several times between two events, and all that
     seven times. The GPU is busy before the first event until all is queued, so that no launch is timed; what cannot be
     captured is timed without a graph, the cost of its launches included. Slow calls are made less often, so that all
-    takes about ``seconds``; one that takes half of them is made twice, and its wall time taken.
+    takes about ``seconds``; one that takes a quarter of them is made twice, and its wall time taken.
     """
     for call in calls:
         call()
     once = wall(calls[0])
-    if 2 * once > seconds:
+    if 4 * once > seconds:
         return 1e6 * once, "wall"
     launches = at_most(max(LAUNCHES, len(calls)), seconds / (2 * REPLAYS * once))
     many = [calls[i % len(calls)] for i in range(launches)]

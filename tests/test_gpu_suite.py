@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import re
+import subprocess
+import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +19,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gpu import packages, parts, suite, tables
+from gpu import job, packages, parts, rivals, suite, tables
+from gpu import timing as walls
+from triton.runtime.errors import OutOfResources
 
-from epmq import reference
+from epmq import ops, reference
+from epmq.errors import NumericalError
 from epmq.kernels import timing
 
 FACTS = {"device": "a card", "torch": "2"}
@@ -28,54 +38,177 @@ def run(*arguments: str) -> int:
     return code if isinstance(code, int) else 1
 
 
-def setting() -> parts.Setting:
-    return parts.Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True, {}, {})
+def inside(part: str, folder: Path) -> dict[str, Any]:
+    """What a part's own process writes, run in this one."""
+    suite.main(["--tiny", "--inside", "--part", part, "--out", str(folder)])
+    items: dict[str, Any] = json.loads((folder / "gpu.json").read_text())["items"]
+    return items
 
 
-@pytest.mark.parametrize("part", ["gptq", "gram", "block"])
+def setting(timed: bool = False) -> parts.Setting:
+    return parts.Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True, {}, {}, timed)
+
+
+@pytest.mark.parametrize("part", ["launch", "gram", "gptq", "block"])
 def test_each_part_checks_itself_on_small_shapes(part: str, tmp_path: Path) -> None:
-    assert run("--tiny", "--part", part, "--out", str(tmp_path)) == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name.split()[0] for name in found["items"]} == {part}
-    assert all(item["rows"] for item in found["items"].values())
+    found = inside(part, tmp_path)
+    assert {name.split()[0] for name in found} == {part}
+    assert all(item["rows"] and "error" not in item for item in found.values())
+    assert not any("failed" in row for item in found.values() for row in item["rows"])
     text = (tmp_path / "gpu.md").read_text()
-    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096" in text
+    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=2," in text
 
 
-def test_an_item_of_the_int4_part_checks_itself_on_a_small_shape() -> None:
-    assert [row["M"] for row in parts.int4(setting(), "llama-3-8b o", 4096, 4096)] == list(parts.TOKENS[:3])
+@pytest.mark.parametrize("tokens", parts.TOKENS[:3])
+def test_an_item_of_the_int4_part_checks_itself_on_a_small_shape(tokens: int) -> None:
+    (row,) = parts.int4(setting(), "llama-3-8b o", 4096, 4096, tokens)
+    assert row["M"] == tokens and "failed" not in row
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--tiny", "--part", "gptq", "--minutes", "-1", "--out", str(tmp_path)) == 0
+    some = ["--tiny", "--part", "block", "launch", "--out", str(tmp_path)]
+    assert run(*some, "--minutes", "-1") == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["items"] == {}
-    first = next(iter(parts.items(setting())))
+    first, second, third, fourth = (name for name in parts.items(setting()) if name.split()[0] in ("block", "launch"))
     kept = {"rows": [{"N": 1}], "seconds": 0.0}
     results = tables.read(tmp_path, suite.facts(True))
-    tables.write(tmp_path, {**results, "items": {first: kept}}, [first])
-    suite.main(["--tiny", "--list", "--out", str(tmp_path)])
+    broken = {"rows": [{"N": 2, "failed": "wrong"}], "seconds": 0.0}
+    half = {"rows": [{"N": 3}], "error": suite.BEGUN}
+    tables.write(tmp_path, {**results, "items": {first: kept, second: broken, third: half}}, [first])
+    suite.main([*some, "--list"])
     listed = capsys.readouterr().out
-    assert f"done  {first}" in listed and "open  block" in listed
-    assert run("--tiny", "--part", "gptq", "--out", str(tmp_path)) == 0
+    assert f"done  {first}" in listed and f"open  {second}" in listed and f"open  {fourth}" in listed
+    # Each part in a process of its own; what failed or was cut off is run again.
+    assert run(*some) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())["items"]
-    assert found[first] == kept and len(found) == len(parts.SWEEPS)
+    assert found[first] == kept and set(found) == {first, second, third, fourth}
+    for name in (second, third, fourth):
+        (row,) = found[name]["rows"]
+        assert "error" not in found[name] and "failed" not in row and ("M" in row or "forward" in row)
 
 
-def test_a_failed_check_is_written_down_and_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> list[parts.Row]:
-        raise AssertionError("relative error 1")
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("wrong"), OutOfResources(300_000, 232_448, "shared memory"), NumericalError("wrong"), TypeError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_an_item_throws_ends_only_that_item(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    right, calls = parts.launch, []
 
-    monkeypatch.setattr(parts, "block", broken)
-    assert run("--tiny", "--part", "block", "--out", str(tmp_path)) == 1
-    text = (tmp_path / "gpu.md").read_text()
-    assert "block llama-3-8b, eight experts, bfloat16: AssertionError: ['relative error 1']" in text
+    def broken(*arguments: Any) -> Iterator[parts.Row]:
+        calls.append(arguments)
+        if len(calls) > 1:
+            yield from right(*arguments)
+            return
+        row: parts.Row = {"M": 1}
+        yield row
+        row["µs"] = 2.0
+        yield row
+        raise error
+
+    monkeypatch.setattr(parts, "launch", broken)
+    first, second = inside("launch", tmp_path).values()
+    assert first["rows"] == [{"M": 1, "µs": 2.0}] and first["error"].startswith(type(error).__name__)
+    assert "error" not in second and second["rows"]
+    assert "in broken" in capfd.readouterr().err  # the traceback
+    assert f"launch {parts.LAUNCHED[0]}: {first['error']}" in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access: what was begun is named, the next item has a process of its own."""
+    names = [name for name in parts.items(setting()) if name.startswith("gptq")]
+    commands: list[list[str]] = []
+
+    def dies(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        results = tables.read(tmp_path, suite.facts(True))
+        results["items"][names[len(commands) - 1]] = {"rows": [], "error": suite.BEGUN}
+        tables.write(tmp_path, results, names)
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(subprocess, "run", dies)
+    assert run("--tiny", "--part", "gptq", "--out", str(tmp_path)) == 1
+    assert len(commands) == len(names) and suite.BEGUN in (tmp_path / "gpu.md").read_text()
+
+    def cannot_begin(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", cannot_begin)
+    assert run("--tiny", "--part", "gptq", "--out", str(tmp_path)) == 1
+    assert len(commands) == len(names) + 1
+
+
+def test_a_failed_check_is_written_into_its_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = reference.gptq_sweep
     monkeypatch.setattr(reference, "gptq_sweep", lambda *problem: right(*problem) ^ 1)
-    with pytest.raises(AssertionError, match="of the codes differ"):
-        parts.gptq(setting(), 4096, 4096)
+    rows = [row for item in inside("gptq", tmp_path).values() for row in item["rows"]]
+    assert len(rows) == len(parts.SWEEPS) and all("of the codes differ" in row["failed"] for row in rows)
+    assert "## Failed" in (tmp_path / "gpu.md").read_text()
+
+
+def test_moments_that_miss_a_row_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = next(form for form in ops.implementations("accumulate") if form.backend == "triton")
+    short = dataclasses.replace(
+        form,
+        function=lambda x, h, s, target, *rest: form.function(
+            x[1:], h, s, None if target is None else target[1:], *rest
+        ),
+    )
+    monkeypatch.setattr(ops, "implementations", lambda op: [short])
+    (row,) = parts.gram(setting(), *parts.GRAMS[2])
+    assert "moments of small integers" in row["failed"]
+
+
+@pytest.mark.parametrize(("places", "step"), [(2, 16), (1, 8)], ids=["sm_90", "sm_80"])
+def test_drift_is_what_sums_that_are_cut_off_have(places: int, step: int) -> None:
+    """A part of 8192 rows: addends cut off ``places`` binary places behind the last one of the largest, then their
+    sum. For sums of squares a hundred thousandth, which 512 sums rounded to nearest would keep to, is too little."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8192, 12, generator=generator).bfloat16().double() for _ in range(2))
+    for left in (x, y):
+        sums = torch.zeros(12, 12, dtype=torch.float64)
+        for first in range(0, len(x), step):
+            rows = slice(first, first + step)
+            addends = torch.cat([sums[None], left[rows, :, None] * x[rows, None, :]])
+            unit = torch.exp2(addends.abs().amax(0).clamp_min(2.0**-60).log2().floor() - 23)
+            cut = (torch.trunc(addends / unit * 2**places) * unit / 2**places).sum(0)
+            unit = torch.exp2(cut.abs().clamp_min(2.0**-60).log2().floor() - 23)
+            sums = torch.trunc(cut / unit) * unit
+        error = parts.relative(sums, left.T @ x)
+        print(f"{error:.3g} of {parts.drift(8192):.3g}")
+        assert error < parts.drift(8192)
+        assert left is y or error > 1e-5
+
+
+@pytest.mark.parametrize("part", ["int4", "launch", "gram", "gptq"])
+def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, with clocks that stand still: all rivals fail, our numbers stay, and why is written down."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MemoryError("too large")
+
+    for name, fake in {
+        "microseconds": lambda calls, *a: ([call() for call in calls], (1.0, "graph"))[1],
+        "milliseconds": lambda call, *a, **k: (call(), 1.0)[1],
+        "launch_microseconds": lambda call, *a: (call(), 1.0)[1],
+        "clocks": lambda: "1980, 3201",
+        "replayed": lambda call: call(),
+    }.items():
+        monkeypatch.setattr(parts, name, fake)
+    monkeypatch.setattr(rivals, "PRODUCTS", {"cublas": rivals.cublas, "gemlite": fails})
+    for module, name in ((rivals, "llm_compressor"), (torch, "compile"), (torch, "addmm")):
+        monkeypatch.setattr(module, name, fails)
+    here = setting(timed=True)
+    item = next(item for name, item in parts.items(here).items() if name.startswith(part))
+    rows = list({id(row): row for row in item()}.values())
+    assert len(rows) == 1 and "failed" not in rows[0]
+    own = {"int4": "epmq µs", "launch": "from Python µs", "gram": "triton ms", "gptq": "sweep ms"}[part]
+    assert rows[0][own] == 1.0
+    assert all(reason.startswith("failed: MemoryError") for name, reason in here.absent.items() if "form" not in name)
+    assert len(here.absent) >= 1
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
@@ -134,9 +267,111 @@ def test_rotating_data_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> Non
     assert timing.copies_needed(1, torch.device("cpu")) == 1
 
 
+class Card:
+    """A GPU for the timer: calls take ``each`` seconds of its own clock, and events read it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float):
+        card, seen = self, list[str]()
+        self.now, self.each, self.seen = 0.0, each, seen
+
+        class Graph:
+            def replay(self) -> None:
+                card.seen.append("replay")
+                card.now += len(card.captured) * each
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                self.at = 0.0
+
+            def record(self) -> None:
+                card.seen.append("record")
+                self.at = card.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Any) -> float:
+                return 1e3 * float(other.at - self.at)
+
+        @contextlib.contextmanager
+        def graph(made: Any) -> Iterator[None]:
+            before = self.now
+            self.captured: list[int] = []
+            yield
+            self.captured, self.now = list(range(round((self.now - before) / each))), before
+
+        for name, fake in {
+            "CUDAGraph": Graph, "Event": Event, "graph": graph, "synchronize": lambda: None,
+            "_sleep": lambda cycles: self.seen.append("sleep"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def call(self) -> None:
+        self.now += self.each
+
+
+@pytest.mark.parametrize("each", [5e-6, 1e-3, 0.1, 0.2, 3.0])
+def test_the_timer_counts_right_and_keeps_to_its_seconds(each: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, each)
+    found, how = timing.microseconds([card.call], 0.5)
+    assert found == pytest.approx(1e6 * each)
+    assert card.now < max(0.6, 3 * each)
+    assert how == ("graph" if each < 0.125 else "wall")
+    if how == "wall":
+        return
+    # The GPU waits until all is queued; it has its clocks by then.
+    first = card.seen.index("sleep")
+    assert first * len(card.captured) * each >= min(timing.WARM_SECONDS, each)
+    assert card.seen[first : first + 2] == ["sleep", "record"] and card.seen[-1] == "record"
+    if each < 1e-5:
+        assert len(card.captured) == timing.LAUNCHES
+        assert card.seen[first + 2 : first + 7] == ["replay"] * timing.ROUNDS + ["record"]
+        assert card.seen.count("sleep") == timing.REPLAYS
+
+
+def test_a_step_ends_in_its_time_and_is_written_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", "import os, time; print(os.environ['SAID'], flush=True); time.sleep(60)"]
+    begun = time.monotonic()
+    assert job.step(command, 5, tmp_path / "log", SAID="here") != 0
+    assert time.monotonic() - begun < 30
+    assert (tmp_path / "log").read_text() == capfd.readouterr().out == "here\n"
+    assert job.step([sys.executable, "-c", "pass"], 60, tmp_path / "log") == 0
+
+
+def test_without_the_extension_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[tuple[list[str], float, dict[str, str]]] = []
+
+    def step(command: list[str], seconds: float, log: Path, **variables: str) -> int:
+        assert log.parent == tmp_path.resolve()
+        steps.append((command, seconds, variables))
+        return int("setup.py" in command)
+
+    monkeypatch.setattr(job, "step", step)
+    with pytest.raises(SystemExit) as left:
+        job.main(["--part", "tests", "int4", "gram", "--minutes", "9", "--out", str(tmp_path)])
+    assert left.value.code == 0 and "goes on without it" in capsys.readouterr().out
+    (built, *_), (tested, _, for_tests), (measured, seconds, for_suite) = steps
+    assert "setup.py" in built and for_tests == for_suite == {"EPMQ_EXTENSION": "0"}
+    assert all((job.ROOT / path).is_file() for path in tested if path.startswith("tests/"))
+    assert measured[3:6] == ["--part", "int4", "gram"] and measured[-2:] == ["--out", str(tmp_path.resolve())]
+    assert 480 < seconds < 600
+    assert job.BUILD_SECONDS + job.TESTS_SECONDS < 60 * 9 - 120
+
+
+def test_the_files_with_tests_for_a_gpu_are_all_named() -> None:
+    marked = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\bdevice: torch\.device", re.MULTILINE)
+    found = [path.name for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())]
+    assert sorted(found) == sorted(job.TESTS)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_times_on_a_gpu_are_positive_and_graphs_are_used() -> None:
     x = torch.randn(256, 256, device="cuda")
     taken, how = timing.microseconds([lambda: x @ x])
     assert taken > 0 and how == "graph"
+    assert torch.equal(timing.replayed(lambda: x @ x), x @ x)
+    assert walls.launch_microseconds(lambda: x @ x) > 0 and walls.milliseconds(lambda: x @ x) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,26 +62,28 @@ class Job:
     tokens: int
 
 
-def random_job(tiny: bool) -> Job:
-    """bf16 weights on the CPU; an expert is the base and a little noise, the merge their mean."""
+@functools.lru_cache(maxsize=1)
+def random_job(tiny: bool, device: torch.device) -> Job:
+    """bf16 weights on the CPU; an expert is the base and a little noise, the merge their mean. Drawn on ``device``,
+    where 1.8e9 normal numbers take no time."""
     width, inner, heads, groups = (32, 64, 4, 2) if tiny else (4096, 14336, 32, 8)
     experts, batches, examples, length = (2, 1, 2, 16) if tiny else (EXPERTS, BATCHES, EXAMPLES, LENGTH)
-    generator = torch.Generator().manual_seed(0)
-    merged = Model(width, inner, heads, groups).bfloat16()
+    with device:
+        merged = Model(width, inner, heads, groups).bfloat16()
+    generator = torch.Generator(device).manual_seed(0)
+    totals = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in merged.state_dict().items()}
     states: dict[str, dict[str, Tensor]] = {}
     for number in range(experts):
-        states[f"task{number}"] = {
-            name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            if tensor.dim() > 1
-            else tensor.clone()
-            for name, tensor in merged.state_dict().items()
-        }
-    for name, parameter in merged.named_parameters():
-        parameter.data = sum((state[name] for state in states.values()), torch.zeros(())).div(experts).bfloat16()
+        states[f"task{number}"] = {}
+        for name, tensor in merged.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device)
+            moved = tensor + 0.1 * tensor.std() * noise if tensor.dim() > 1 else tensor
+            totals[name] += moved
+            states[f"task{number}"][name] = moved.cpu()
+    merged.load_state_dict({name: total / experts for name, total in totals.items()})
+    drawn = torch.Generator().manual_seed(0)
     calibration = {
-        task: [
-            {"input_ids": torch.randint(0, VOCABULARY, (examples, length), generator=generator)} for _ in range(batches)
-        ]
+        task: [{"input_ids": torch.randint(0, VOCABULARY, (examples, length), generator=drawn)} for _ in range(batches)]
         for task in states
     }
-    return Job(merged, states, calibration, width, batches * examples * length)
+    return Job(merged.cpu(), states, calibration, width, batches * examples * length)

@@ -69,6 +69,8 @@ def marlin(x: Tensor, weight: QuantizedTensor) -> Call:
     raise Absent("vLLM is there, but this version's Marlin signature is not known here")
 
 
+# Made for few tokens: from so many on they take seconds.
+MOST_TOKENS = {"tinygemm": 512}
 PRODUCTS: dict[str, Multiply] = {
     "cublas": cublas,
     "tinygemm": tinygemm,

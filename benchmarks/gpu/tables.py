@@ -1,7 +1,8 @@
-"""Results as JSON and Markdown: written after every item, read again when the suite goes on."""
+"""Results as JSON and Markdown: written after every row, read again when the suite goes on."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,16 @@ def markdown(results: Results, planned: list[str]) -> str:
             lines += ["", f"## {part}", "", *table(rows)]
     missing = [name for name in planned if name not in results["items"]]
     if missing:
-        lines += ["", "## Not measured", "", *[f"- {name}" for name in missing]]
-    failed = {name: item["error"] for name, item in results["items"].items() if "error" in item}
+        lines += ["", "## Not measured", ""]
+        for same, names in itertools.groupby(missing, lambda name: name.split(" M=")[0]):
+            tokens = [name.removeprefix(f"{same} ") for name in names if name != same]
+            lines.append(f"- {same}" + (f", {', '.join(tokens)}" if tokens else ""))
+    failed = [(name, item["error"]) for name, item in results["items"].items() if "error" in item]
+    failed += [
+        (name, row["failed"]) for name, item in results["items"].items() for row in item["rows"] if "failed" in row
+    ]
     if failed:
-        lines += ["", "## Failed", "", *[f"- {name}: {error}" for name, error in failed.items()]]
+        lines += ["", "## Failed", "", *[f"- {name}: {error}" for name, error in failed]]
     return "\n".join(lines) + "\n"
 
 

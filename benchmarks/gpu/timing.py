@@ -1,25 +1,59 @@
-"""Wall time of a call that may wait for the GPU by itself, and what this very card can reach."""
+"""Times of calls that a graph cannot hold, what this very card can reach, and its clocks."""
 
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 
 import torch
 
-from epmq.kernels.timing import Call, microseconds
+from epmq.kernels.timing import Call, at_most, microseconds, wall
+
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+_without_clocks: list[str] = []
 
 
-def milliseconds(call: Call, repeats: int = 5) -> float:
-    """Median wall time of a call that may synchronise by itself; the first one is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+def milliseconds(call: Call, repeats: int = 5, seconds: float = 3.0) -> float:
+    """Median wall time of a call that may synchronise by itself; the first one is not counted.
+
+    Of a slow one fewer are counted, so that all takes about ``seconds``.
+    """
+    first: float = wall(call)
+    return 1e3 * statistics.median([float(wall(call)) for _ in range(at_most(repeats, seconds / first))])
+
+
+def launch_microseconds(call: Call, calls: int = 300) -> float:
+    """Wall time of a call in a row of them that nothing waits for: what Python and the driver take to launch it, where
+    that is longer than the GPU's work."""
+    for _ in range(20):
         call()
+    times = []
+    for _ in range(5):
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append(time.perf_counter() - begun)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(times) / calls
+
+
+def clocks() -> str | None:
+    """SM and memory clock (MHz), temperature and power of the first GPU as nvidia-smi tells them; None where it does
+    not, or not in a second: then it is not asked again."""
+    if _without_clocks:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "--id=0"]
+    begun = time.perf_counter()
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        _without_clocks.append(str(error))
+        return None
+    if time.perf_counter() - begun > 1:
+        _without_clocks.append("slow")
+    return said or None
 
 
 def card_limits() -> dict[str, float]:
