@@ -46,9 +46,7 @@ def new_folder(target: str | Path, working: Path | None = None) -> Iterator[Path
         os.rename(working, target)
         _flush(target.parent)
     except OSError as error:
-        # Of a copy that fails the second name is the copy's.
-        place = error.filename2 or error.filename or target
-        raise _refused(error, Path(place), f"{target}: writing the output failed") from error
+        raise _refused(error, Path(error.filename or target), f"{target}: writing the output failed") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
         if held is not None:
