@@ -794,7 +794,8 @@ def test_the_package_works_without_the_extension() -> None:
 
 @compiled
 def test_an_extension_of_another_torch_is_refused() -> None:
-    result = run_python("import torch; torch.__version__ = '2.99.1'; from epmq import ops")
+    use = "from epmq import ops; ops.subtract_gram(torch.eye(2), torch.ones(2, 1))"
+    result = run_python(f"import torch; torch.__version__ = '2.99.1'; {use}")
     assert result.returncode != 0
     assert "and this is torch 2.99.1; rebuild it, or set EPMQ_EXTENSION=0" in result.stderr
     extension.check_torch("2.13.0", "2.13.1+cpu")
