@@ -16,25 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from epmq import extension
-from epmq.blocks import (
-    BlockAddress,
-    BlockRunner,
-    InputGroup,
-    StreamState,
-    find_blocks,
-    hidden_of,
-    input_groups,
-    observe,
-)
+from epmq.blocks import find_blocks
+from epmq.calls import BlockAddress, StreamState, hidden_of
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
+from epmq.inputs import InputGroup, input_groups, observe
 from epmq.memory import give_back_free_memory
 from epmq.orientation import features_of, is_linear
 from epmq.progress import Sink
+from epmq.runner import BlockRunner
 from epmq.skeleton import fill, without_cache
 from epmq.sources import WeightSource, all_finite
 from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from epmq.blocks import BlockAddress, InputGroup
+from epmq.calls import BlockAddress
 from epmq.group import GroupOutcome
+from epmq.inputs import InputGroup
 from epmq.orientation import is_linear, weight_of
 from epmq.statistics import Expert, Moments, Sample
 

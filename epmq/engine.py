@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq.blocks import BlockAddress, InputGroup
+from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError, NumericalError
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
+from epmq.inputs import InputGroup
 from epmq.memory import give_back_free_memory
 from epmq.norms import correct
 from epmq.orientation import is_linear

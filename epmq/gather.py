@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from epmq.blocks import InputGroup, narrows
 from epmq.errors import CalibrationError, NumericalError
+from epmq.inputs import InputGroup, narrows
 from epmq.norms import CHANNELS_SECOND, NormStatistics
 from epmq.rows import SAMPLE_ROWS
 from epmq.sources import all_finite

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epmq.blocks import BlockCall, observe
+from epmq.calls import BlockCall
+from epmq.inputs import observe
 from epmq.precision import Precision
 
 Seen = dict[str, Tensor]

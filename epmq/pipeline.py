@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq import extension, self_saving
-from epmq.blocks import BlockAddress, find_blocks
+from epmq.blocks import find_blocks
+from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.distill import distill

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from epmq.blocks import Versions, intact, versions_of
+from epmq.calls import Versions, intact, versions_of
 
 DEFAULT_LIMIT_BYTES = 2 * 2**30
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import BlockAddress, InputGroup
+from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.group import GroupOutcome
+from epmq.inputs import InputGroup
 from epmq.orientation import oriented, set_weight, weight_of
 from epmq.progress import Sink
 from epmq.quantized import QuantizedTensor

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from epmq import trust
-from epmq.blocks import ArgumentPlace, BlockAddress, BlockCall, Origin, StreamState, hidden_of
+from epmq.calls import ArgumentPlace, BlockAddress, BlockCall, Origin, StreamState, hidden_of
 from epmq.inside import Seen
 from epmq.shelf import Shelf, bytes_of
 from epmq.streams import Batch
@@ -20,7 +20,7 @@ from epmq.streams import Batch
 @dataclass(frozen=True)
 class Inside:
     """A batch inside its expert. outputs: per block list the expert's latest output. hidden, shared: what the expert's
-    own outer weights made of it for the first block of a list, and for later ones (:class:`epmq.blocks.Origin`)."""
+    own outer weights made of it for the first block of a list, and for later ones (:class:`epmq.calls.Origin`)."""
 
     outputs: dict[str, Any]
     hidden: Tensor

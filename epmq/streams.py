@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.blocks import BlockAddress, BlockRunner, StreamState
+from epmq.calls import BlockAddress, StreamState
 from epmq.data import IGNORED_LABEL
 from epmq.devices import moved
 from epmq.errors import CalibrationError
+from epmq.runner import BlockRunner
 from epmq.world import World, shares
 
 POSITION_WEIGHTS = "position_weights"

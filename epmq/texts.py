@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import unrunnable
 from epmq.data import IGNORED_LABEL
 from epmq.errors import ConfigError, EpmqError, ModelError, first_line
+from epmq.runner import unrunnable
 
 # The inputs of a model's forward that no text gives.
 OF_OTHER_KINDS = ("pixel_values", "input_features", "input_values")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.blocks import BlockRunner
+from epmq.runner import BlockRunner
 from epmq.texts import unreadable
 
 

@@ -9,20 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq.blocks import (
-    BlockAddress,
-    BlockCall,
-    InputGroup,
-    StreamState,
-    hidden_of,
-    input_groups,
-    input_of,
-    is_norm,
-    narrows,
-    observe,
-    running_order,
-)
+from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.errors import NumericalError
+from epmq.inputs import InputGroup, input_groups, input_of, is_norm, narrows, observe, running_order
 from epmq.inside import Seen, outputs, run_inside
 from epmq.orientation import is_linear
 from epmq.reuse import OutputStore

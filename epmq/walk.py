@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from epmq.blocks import BlockAddress, BlockCall, BlockRunner, StreamState, hidden_of
+from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.config import QuantConfig
 from epmq.precision import Precision
+from epmq.runner import BlockRunner
 from epmq.skeleton import fill
 from epmq.sources import WeightSource
 from epmq.states import States

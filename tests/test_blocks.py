@@ -12,10 +12,13 @@ from conftest import ToyBlock, ToyModel
 from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, quantize
-from epmq.blocks import BlockRunner, StreamState, find_blocks, hidden_of, input_groups, input_of, running_order
+from epmq.blocks import find_blocks
+from epmq.calls import StreamState, hidden_of
 from epmq.engine import Engine
 from epmq.errors import ModelError
+from epmq.inputs import input_groups, input_of, running_order
 from epmq.pipeline import ModuleSink
+from epmq.runner import BlockRunner
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource, open_source
 

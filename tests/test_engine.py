@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, QuantResult, quantize, restore_linear
-from epmq.blocks import BlockRunner
 from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.norms import RIDGE, NormStatistics
+from epmq.runner import BlockRunner
 from epmq.skeleton import without_cache
 from epmq.solve import ANCHOR_GRID
 

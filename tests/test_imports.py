@@ -16,7 +16,9 @@ ORDER: list[tuple[str, ...]] = [
     ("extension",),
     ("onednn",),
     ("precision",),
-    ("settings", "schedules", "hub", "files", "sources", "blocks", "data", "devices", "world"),
+    ("settings", "schedules", "hub", "files", "sources", "data", "devices", "world", "calls"),
+    ("blocks", "inputs"),
+    ("runner",),
     ("reference", "blocked", "names", "texts"),
     ("triton_forms",),
     (

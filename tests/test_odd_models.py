@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq import QuantConfig, quantize
-from epmq.blocks import find_blocks, hidden_of
+from epmq.blocks import find_blocks
+from epmq.calls import hidden_of
 from epmq.engine import Engine
 from epmq.errors import ModelError
 from epmq.pipeline import ModuleSink

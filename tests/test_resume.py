@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq import files, progress
-from epmq.blocks import BlockAddress
+from epmq.calls import BlockAddress
 from epmq.engine import Engine
 from epmq.errors import OutputError
 from epmq.fingerprint import fingerprint

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, QuantResult, quantize
-from epmq.blocks import InputGroup
+from epmq.inputs import InputGroup
 from epmq.visit import _with_new
 
 WIDTH = 16

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq.blocks import BlockAddress
+from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.engine import Engine
 from epmq.pipeline import ModuleSink, run
