@@ -177,7 +177,10 @@ class QuantLinear(nn.Module):
                 f" {self.in_features}."
             )
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            # Inside, sums of 16-bit inputs are fp32, which autocast would round.
+            with torch.autocast(x.device.type, enabled=False):
+                y: Tensor = self.forward(x.to(torch.get_autocast_dtype(x.device.type)))
+            return y
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         rows = x.reshape(-1, self.in_features)
