@@ -117,7 +117,12 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: expected keys and values, such as base: and experts:.")
     if {"kind", "rows", "published"} & content.keys():
         raise ConfigError(f"{path}: the recipe of a paper's benchmark; run it with epmq paper {path} --out FOLDER.")
-    return _recipe_of(content, path, path.parent)
+    recipe = _recipe_of(content, path, path.parent)
+    for task in recipe.calibration.tasks if recipe.calibration and recipe.experts else ():
+        if task not in recipe.experts:
+            hint = nearest(task, list(recipe.experts))
+            raise ConfigError(f"{path}: calibration.tasks.{task}: there is no expert of that name; {hint}")
+    return recipe
 
 
 def recipe_of_mergekit(config: str | Path, calibration: Mapping[str, Path]) -> Recipe:
@@ -144,10 +149,6 @@ def _recipe_of(content: dict[str, Any], path: Path, folder: Path) -> Recipe:
     recipe = Recipe.parse({**_without_mergekit(content, path, folder), **_with_preset(content, path)}, str(path))
     if recipe.merge is not None and recipe.merged is not None:
         raise ConfigError(f"{path}: give either merge or merged, not both.")
-    for task in recipe.calibration.tasks if recipe.calibration and recipe.experts else ():
-        if task not in recipe.experts:
-            hint = nearest(task, list(recipe.experts))
-            raise ConfigError(f"{path}: calibration.tasks.{task}: there is no expert of that name; {hint}")
     return _resolved(recipe, folder, path)
 
 

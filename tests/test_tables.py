@@ -26,7 +26,15 @@ def test_every_table_is_shown_somewhere() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", ["minilm8", "whole-job", "statistics"])
 def test_without_its_data_a_benchmark_says_so(target: str, tmp_path: Path) -> None:
-    command = ["make", "-o", ".venv/ready", f"MINILM8={tmp_path}", f"UNFOLDED={tmp_path / 'unfolded'}", target]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        ".venv/ready",
+        f"MINILM8={tmp_path}",
+        f"UNFOLDED={tmp_path / 'unfolded'}",
+        target,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode != 0
     told = f"The data of minilm8 are not in this repository and not in {tmp_path}; see docs/minilm8.md.\n"
