@@ -299,7 +299,8 @@ class QuantLinear(nn.Module):
         self._take_codes_back()
         super()._load_from_state_dict(*args)
         if given_up:
-            self.pack_for_gpu()
+            # The codes' layout is the same for both 16-bit dtypes, and scales may be fp32.
+            self.pack_for_gpu(torch.bfloat16)
 
     def extra_repr(self) -> str:
         return (

@@ -199,6 +199,17 @@ def test_a_packed_layer_takes_new_weights_and_scales(device: torch.device) -> No
 
 
 @pytest.mark.usefixtures("on_triton")
+def test_a_packed_layer_with_wide_scales_stays_packed_when_it_is_loaded(device: torch.device) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(70, 20), group_size=32).to(device)
+    state, x = layer.state_dict(), torch.randn(3, 70, device=device).bfloat16()
+    assert layer.pack_for_gpu(BF16)
+    before = layer(x)
+    layer.load_state_dict(state)
+    assert layer.packed is None
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.usefixtures("on_triton")
 def test_a_packed_layer_runs_in_other_dtypes(device: torch.device) -> None:
     layer, x = quantized_layer(device), torch.randn(3, 70, device=device)
     wide = layer.quantized().dequantize()
