@@ -114,9 +114,8 @@ def run(
     device, around = device or torch.device("cpu"), around or Surroundings()
     absent = extension.notes(device)
     place_buffers(skeleton, device)
-    # Tensors of inference mode do not tell whether they have been written into.
+    # Tensors made in inference mode do not tell whether they have been written into.
     with torch.inference_mode(False), without_cache(skeleton):
-        calibration = {task: [_tracked(batch) for batch in batches] for task, batches in calibration.items()}
         found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device, around, journal)
     found["notes"] += absent
     found["device"] = str(device)
@@ -124,11 +123,6 @@ def run(
         found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
         found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
-
-
-def _tracked(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose tensors tell whether they have been written into."""
-    return {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
 
 
 def _stages(

@@ -85,7 +85,8 @@ def make_streams(
                     f"task {task!r}: batch {number} is a {type(inputs).__name__}; give a dict of the forward's"
                     " keyword arguments."
                 )
-            batch = _make_batch(task, number, dict(inputs), examples, device or torch.device("cpu"))
+            tracked = {name: _tracked(value) for name, value in inputs.items()}
+            batch = _make_batch(task, number, tracked, examples, device or torch.device("cpu"))
             examples += len(batch.held)
             stream.append(batch)
         if not stream:
@@ -96,6 +97,11 @@ def make_streams(
     if not streams:
         raise CalibrationError("the calibration data names no task.")
     return streams
+
+
+def _tracked(value: Any) -> Any:
+    """An input that tells whether it has been written into, which tensors of inference mode do not."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, device: torch.device) -> Batch:

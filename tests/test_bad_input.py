@@ -345,6 +345,8 @@ def test_calibration_of_modules_in_memory(toy_job: ToyJob) -> None:
     )
     nothing = [{"input_ids": torch.zeros(0, 4, dtype=torch.int64)}]
     refused(CalibrationError, "task 'task1' has no calibration rows", {**whole, "task1": nothing})
+    bare = [torch.zeros(2, 4, dtype=torch.int64)]
+    refused(CalibrationError, "task 'task1': batch 0 is a Tensor; give a dict", {**whole, "task1": bare})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
