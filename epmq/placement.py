@@ -24,7 +24,7 @@ def place(
     """Move a model; None leaves it on its device or in its dtype. Scales of quantized layers keep theirs.
 
     On an NVIDIA GPU quantized layers keep their codes in the layout of its kernel alone
-    (:func:`epmq.linear.pack_for_gpu`); those it does not take run as reference, slowly, which is logged. Raises
+    (:func:`epmq.swap.pack_for_gpu`); those it does not take run as reference, slowly, which is logged. Raises
     ConfigError for a device that is not there and for a dtype that models do not run in.
     """
     if isinstance(dtype, str):
