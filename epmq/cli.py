@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -333,20 +333,46 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, ended as orderly as an interruption."""
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
+class _Signals:
+    """SIGTERM raises as SIGINT does, and what was raised is kept.
+
+    A handler runs wherever the interpreter is, in a callback of a library's C++ too, and torch tells some errors of
+    its callbacks as errors of its own: the run then ends in those, and the signal was the reason all the same.
+    """
+
+    def __init__(self) -> None:
+        self.raised: KeyboardInterrupt | None = None
+
+    def __call__(self, signum: int, frame: object) -> None:
+        self.raised = _Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+        raise self.raised
+
+    def reason(self, error: BaseException) -> BaseException:
+        """What ended the run that ended in ``error``, with its notes."""
+        # click turns an interruption into an Abort.
+        reason = self.raised or (error.__cause__ if isinstance(error, click.Abort) else None)
+        if reason is None or reason is error:
+            return error
+        for note in getattr(error, "__notes__", []):
+            if note not in getattr(reason, "__notes__", []):
+                reason.add_note(note)
+        return reason
 
 
 @contextmanager
-def _orderly_end() -> Iterator[None]:
-    """While active, SIGTERM raises; once anything has ended the run, what is said of it is not cut off by a signal."""
+def _orderly_end() -> Iterator[_Signals]:
+    """While active, a signal raises; once anything has ended the run, what is said of it is not cut off by one."""
+    signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, _terminate)
+    for number, handler in before.items():
+        # An interruption that whoever started the process has it ignore stays ignored.
+        if number == signal.SIGTERM or handler is signal.default_int_handler:
+            signal.signal(number, signals)
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -367,34 +393,39 @@ def main() -> None:
         # What the terminal's encoding lacks is written as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _orderly_end():
-            _run()
+        with _orderly_end() as signals:
+            _run(signals)
     except SystemExit as end:
         _leave_at_once(end)
         raise
 
 
-def _run() -> None:
+def _run(signals: _Signals) -> None:
     try:
         app(standalone_mode=False)
-    except EpmqError as error:
+    except BaseException as error:
+        _end(signals.reason(error))
+    _leave_the_others()
+
+
+def _end(reason: BaseException) -> NoReturn:
+    """Say why the run ended, and leave with the status that stands for it."""
+    if isinstance(reason, (KeyboardInterrupt, click.Abort)):
         _heed_no_signal()
-        _tell(str(error), error)
+        ended = "terminated" if isinstance(reason, _Terminated) else "interrupted"
+        _tell(f"{ended}." if hasattr(reason, "__notes__") else f"{ended}; nothing half-written was left.", reason)
+        sys.exit(143 if isinstance(reason, _Terminated) else 130)
+    if isinstance(reason, EpmqError):
+        _heed_no_signal()
+        _tell(str(reason), reason)
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        _heed_no_signal()
-        # click turns an interruption into an Abort.
-        cause = error.__cause__ or error
-        ended = "terminated" if isinstance(cause, _Terminated) else "interrupted"
-        _tell(f"{ended}." if hasattr(cause, "__notes__") else f"{ended}; nothing half-written was left.", cause)
-        sys.exit(143 if isinstance(cause, _Terminated) else 130)
-    except BrokenPipeError:
+    if isinstance(reason, click.ClickException):
+        reason.show()
+        sys.exit(reason.exit_code)
+    if isinstance(reason, BrokenPipeError):
         _drop_output()
         sys.exit(1)
-    _leave_the_others()
+    raise reason
 
 
 def _tell(message: str, error: BaseException) -> None:

@@ -16,7 +16,8 @@ from checkpoints import TASKS, Job, environment, in_new_process, in_process, mak
 from safetensors.torch import load_file
 
 import epmq
-from epmq import QuantLinear, extension
+from epmq import QuantLinear, cli, extension
+from epmq.errors import ModelError
 from epmq.jobs import load_any
 
 pytest.importorskip("transformers")
@@ -274,3 +275,35 @@ def test_an_interrupted_run_can_go_on(tmp_path: Path, number: int, code: int, wo
     assert stdout == ""
     assert list(out.parent.iterdir()) == [kept]
     assert not (kept / "result").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("kind", [ValueError, ModelError, SystemError])
+def test_a_signal_that_a_library_tells_as_its_own_error_is_a_signal(
+    number: int,
+    code: int,
+    word: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torch does so when its C++ calls Python and the handler runs there: "could not determine the shape of ..."."""
+
+    def told_otherwise(standalone_mode: bool) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            other = kind("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+            other.add_note("Finished blocks are kept.")
+            raise other from None
+
+    monkeypatch.setattr(cli, "app", told_otherwise)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (end.value.code, capsys.readouterr().err) == (code, f"epmq: {word}. Finished blocks are kept.\n")
