@@ -101,13 +101,15 @@ def quantize(
         raise click.UsageError("--resume and --statistics do not go together: such a run is short and begins anew.")
     job = _recipe(recipe, mergekit, calibration)
     if dry_run:
-        _say(estimate_statistics_job(job, statistics, out) if statistics else estimate_job(job, out))
+        told = estimate_statistics_job(job, statistics, out) if statistics else estimate_job(job, out)
+        if not _stands_by():
+            _say(told)
         return
-    told = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
+    tell = (lambda line: click.echo(line, err=True)) if sys.stderr.isatty() else lambda line: None
     if statistics:
         report = quantize_statistics_to_folder(job, statistics, out)
     else:
-        report = quantize_to_folder(job, out, resume, told)
+        report = quantize_to_folder(job, out, resume, tell)
     if report:
         _say("\n".join(summary(report)))
         _say(f"quantized model, report.json and report.html in {out}")

@@ -208,6 +208,9 @@ def test_what_is_not_shared_out_is_done_by_one(job: Job, tmp_path: Path) -> None
         code, out, err = together(2, "-m", "epmq", verb, job.write(), *more, "--out", tmp_path / verb)
         assert code == 0, err
         assert len(out.splitlines()) == 1
+    code, out, err = together(2, "-m", "epmq", "quantize", job.write(), "--dry-run", "--out", tmp_path / "unmade")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["collect", "merge"]
 
 
