@@ -28,10 +28,11 @@ def gates(everything: bool) -> Iterator[Gate]:
 def gptq_gate(arch: int) -> Gate:
     """The block kernel; instructions per column as executed over a block of 128, inner loop included."""
     pointers = dict.fromkeys(("running", "weight", "factor", "scales", "inverse_scales", "zeros"), "*fp32")
-    types = {**pointers, "codes": "*u8", "group_of": "*i32"}
-    constants = {"TOP": 15.0, "ROWS": gptq_block.ROWS_PER_PROGRAM, "BLOCK": gptq_block.BLOCK, "PREFETCH": True}
+    types = {**pointers, "codes": "*u8", "group_of": "*i32", "top": "fp32"}
+    constants = {"ROWS": gptq_block.ROWS_PER_PROGRAM, "BLOCK": gptq_block.BLOCK, "PREFETCH": True}
     options = {"num_warps": 1, "enable_fp_fusion": False}
-    program = build(gptq_block.gptq_block_kernel, arch, types, constants, (), options)
+    unaligned = (*types, "count", "rows", "factor_stride")
+    program = build(gptq_block.gptq_block_kernel, arch, types, constants, unaligned, options)
     inner, outer = program.loops[0], program.loops[-1]
     width, unroll = gptq_block.SUB.value, gptq_block.UNROLL.value
     turns = sum(range(0, gptq_block.BLOCK, width)) // unroll

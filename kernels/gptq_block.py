@@ -32,11 +32,11 @@ UNROLL = tl.constexpr(4)  # earlier columns whose loads are under way together
 
 
 @triton.jit
-def _column(value, kept, scale, inverse, zero, TOP: tl.constexpr):
+def _column(value, kept, scale, inverse, zero, top):
     """Code (as a float) of a column's adjusted values, and its deviation ``kept - dequantized`` (NaN stays NaN)."""
     nearest = (value * inverse + ROUND) - ROUND
     code = tl.maximum(nearest + zero, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    code = tl.minimum(code, TOP, propagate_nan=tl.PropagateNan.ALL)
+    code = tl.minimum(code, top, propagate_nan=tl.PropagateNan.ALL)
     return code, kept - (code - zero) * scale
 
 
@@ -75,7 +75,20 @@ def prefetch(addresses):
     )
 
 
-@triton.jit
+# Two floats at a time are the widest access: nothing is gained by a program for each alignment.
+@triton.jit(
+    do_not_specialize=["count", "rows", "factor_stride"],
+    do_not_specialize_on_alignment=[
+        "running",
+        "weight",
+        "codes",
+        "factor",
+        "scales",
+        "inverse_scales",
+        "zeros",
+        "group_of",
+    ],
+)
 def gptq_block_kernel(
     running,  # fp32 [count, N]: adjusted values of the block's columns, replaced by their deviations
     weight,  # fp32 [count, N]: the block's columns of the weight
@@ -88,7 +101,7 @@ def gptq_block_kernel(
     count,  # columns of the block, a multiple of SUB
     rows,  # N
     factor_stride,  # even
-    TOP: tl.constexpr,  # 2^bits - 1
+    top,  # 2^bits - 1, a float
     ROWS: tl.constexpr,  # rows of the weight per program: the lanes of one warp
     BLOCK: tl.constexpr,  # the most columns of a block
     PREFETCH: tl.constexpr,
@@ -134,7 +147,7 @@ def gptq_block_kernel(
             if c + 1 < SUB:
                 following = load_line(factor, (first + c + 1) * factor_stride + first, c + 2)
             at = (first + c) * rows + row
-            code, deviation = _column(values[c], kept[c], scale[c], inverse[c], zero[c], TOP)
+            code, deviation = _column(values[c], kept[c], scale[c], inverse[c], zero[c], top)
             tl.store(codes + at, code.to(tl.uint8), mask=there)
             tl.store(running + at, deviation, mask=there)
             values = take_in(values, deviation, line, c + 1)
@@ -193,9 +206,9 @@ def gptq_sweep(
                     stop - start,
                     rows,
                     factor.stride(0),
-                    TOP=float(2**bits - 1),
+                    float(2**bits - 1),
                     ROWS=per_program,
-                    BLOCK=triton.next_power_of_2(block),
+                    BLOCK=triton.next_power_of_2(max(block, BLOCK)),
                     PREFETCH=not interpreted(),
                     num_warps=1,
                     enable_fp_fusion=False,

@@ -19,6 +19,7 @@ from epmq import ops, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 gptq_block = pytest.importorskip("epmq.kernels.gptq_block")
+from epmq.kernels.launch import interpreted  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ def test_codes_are_the_references(
     wanted = by_reference(problem, bits)
     ours, theirs = output_error(codes, problem), output_error(wanted, problem)
     assert ours <= 1.001 * theirs, f"{int((codes != wanted).sum())} codes differ, output error {ours / theirs:.5f} x"
+
+
+def test_one_program_serves_all_sizes_and_widths(device: torch.device) -> None:
+    """A program takes seconds to compile: none is made for a number of rows, of columns, of bits, or an alignment."""
+    if interpreted():
+        pytest.skip("the interpreter compiles nothing; tests/test_compiled.py runs this for sm_80 and sm_90")
+    for rows, columns, bits, block in ((1, 16, 2, 16), (5, 40, 3, 32), (32, 128, 4, 128), (16, 144, 8, 128)):
+        check_sweep(form(block, 128), sweep_problem(rows, columns, 16, bits, False), bits)
+    assert sum(len(caches[0]) for caches in gptq_block.gptq_block_kernel.device_caches.values()) == 1
 
 
 def test_whole_blocks_of_128_columns(device: torch.device) -> None:
