@@ -10,6 +10,7 @@ UNFOLDED ?= build/minilm8
 PEERS := .venv-peers
 LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
+OLDEST := .venv-oldest
 GPU_MINUTES ?= 9
 GPU_PARTS ?= tests int4 launch gram gptq block
 GPU_OUT ?=
@@ -18,7 +19,7 @@ WHEELS ?= build/wheels
 STRESS ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test kill-test test-levels test-ptx test-transformers4 sanitize lint format demo minilm8 memory processes \
+.PHONY: help setup test kill-test test-levels test-ptx test-oldest test-transformers4 sanitize lint format demo minilm8 memory processes \
   statistics whole-job tables bench peers cuda-check gates stress gpu gpu-wheels fuzz clean
 
 help:  ## list the targets
@@ -56,6 +57,16 @@ test-transformers4:  ## the table of model families with the last transformers 4
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers<5' \
 	  safetensors pydantic click rich pyyaml regex pytest hypothesis pytest-timeout
 	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py tests/test_names.py
+
+# On Linux PyPI's torch is a CUDA build, with which the extension's CUDA part is built too where there is an nvcc.
+test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, in an environment of its own (of some GB)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	rm -rf build/oldest && mkdir -p build/oldest && git archive HEAD | tar -x -C build/oldest
+	grep -vE '^(torch|triton|numpy|sympy|setuptools)==' constraints.txt > build/oldest/constraints.txt
+	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && \
+	  $$python -m pip install --quiet --constraint constraints.txt torch==2.11.0 triton==3.6.0 'numpy<2.4' setuptools wheel ninja pybind11 && \
+	  $$python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' && \
+	  $$python -m pytest
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -155,4 +166,4 @@ gpu-wheels: $(READY)  ## wheels of what a GPU machine without network may lack, 
 	  $$($(BIN)/python -c "import sys; sys.path.append('benchmarks'); from gpu import packages; print(*packages.NEEDED.values())")
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) $(OLDEST) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache
