@@ -6,18 +6,15 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from epmq import __version__, extension, ops
-from epmq.errors import EpmqError, OutputError
+from epmq.ending import drop_output, run_to_its_end
+from epmq.errors import OutputError
 
 if TYPE_CHECKING:
     from epmq.recipe import Recipe
@@ -40,12 +37,8 @@ def _say(text: str, nl: bool = True) -> None:
         raise
     except OSError as error:
         # Nothing that waits there may be tried again at the interpreter's end.
-        _drop_output()
+        drop_output()
         raise OutputError(f"the standard output cannot be written ({error.strerror}); nothing else failed.") from error
-
-
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(help="Merge fine-tuned experts and quantize towards them.")
@@ -331,61 +324,6 @@ def tune(shapes: tuple[str, ...], tokens: tuple[int, ...], group_size: int, dtyp
     _say("\n".join(tune_command(shapes, tokens, group_size, dtype)))
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, ended as orderly as an interruption."""
-
-
-class _Signals:
-    """SIGTERM raises as SIGINT does, and what was raised is kept.
-
-    A handler runs wherever the interpreter is, in a callback of a library's C++ too, and torch tells some errors of
-    its callbacks as errors of its own: the run then ends in those, and the signal was the reason all the same.
-    """
-
-    def __init__(self) -> None:
-        self.raised: KeyboardInterrupt | None = None
-
-    def __call__(self, signum: int, frame: object) -> None:
-        self.raised = _Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
-        raise self.raised
-
-    def reason(self, error: BaseException) -> BaseException:
-        """What ended the run that ended in ``error``, with its notes."""
-        # click turns an interruption into an Abort.
-        reason = self.raised or (error.__cause__ if isinstance(error, click.Abort) else None)
-        if reason is None or reason is error:
-            return error
-        for note in getattr(error, "__notes__", []):
-            if note not in getattr(reason, "__notes__", []):
-                reason.add_note(note)
-        return reason
-
-
-@contextmanager
-def _orderly_end() -> Iterator[_Signals]:
-    """While active, a signal raises; once anything has ended the run, what is said of it is not cut off by one."""
-    signals = _Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number, handler in before.items():
-        # An interruption that whoever started the process has it ignore stays ignored.
-        if number == signal.SIGTERM or handler is signal.default_int_handler:
-            signal.signal(number, signals)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _heed_no_signal() -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-
 def main() -> None:
     """Entry point: refusals are one sentence on stderr and exit status 2; an interruption is 130, SIGTERM 143."""
     # Of several processes that do the same, one tells.
@@ -394,78 +332,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the terminal's encoding lacks is written as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with _orderly_end() as signals:
-            _run(signals)
-    except SystemExit as end:
-        _leave_at_once(end)
-        raise
-
-
-def _run(signals: _Signals) -> None:
-    try:
-        app(standalone_mode=False)
-    except BaseException as error:
-        _end(signals.reason(error))
-    _leave_the_others()
-
-
-def _end(reason: BaseException) -> NoReturn:
-    """Say why the run ended, and leave with the status that stands for it."""
-    if isinstance(reason, (KeyboardInterrupt, click.Abort)):
-        _heed_no_signal()
-        ended = "terminated" if isinstance(reason, _Terminated) else "interrupted"
-        _tell(f"{ended}." if hasattr(reason, "__notes__") else f"{ended}; nothing half-written was left.", reason)
-        sys.exit(143 if isinstance(reason, _Terminated) else 130)
-    if isinstance(reason, EpmqError):
-        _heed_no_signal()
-        _tell(str(reason), reason)
-        sys.exit(2)
-    if isinstance(reason, click.ClickException):
-        reason.show()
-        sys.exit(reason.exit_code)
-    if isinstance(reason, BrokenPipeError):
-        _drop_output()
-        sys.exit(1)
-    raise reason
-
-
-def _tell(message: str, error: BaseException) -> None:
-    """One line about what ended the run and what is left of it, by one of its processes."""
-    if "RANK" in os.environ:
-        from epmq.world import world
-
-        if isinstance(error, KeyboardInterrupt):
-            # What started the processes ends those that are left when one has died.
-            message = world().lost() or message
-        if not world().speaks(message):
-            return
-    line = " ".join([message, *getattr(error, "__notes__", [])])
-    print(f"epmq: {line}", file=sys.stderr)
-
-
-def _leave_the_others() -> None:
-    if "RANK" in os.environ:
-        from epmq.world import world
-
-        world().close()
-
-
-def _leave_at_once(end: SystemExit) -> None:
-    """Of several processes one that was refused leaves past the interpreter's end.
-
-    The others may wait for what will not come, so the group stays open; were one of its threads to give back a tensor
-    just then, the interpreter's end would abort the process.
-    """
-    if "RANK" not in os.environ or not isinstance(end.code, int):
-        return
-    from epmq.world import several
-
-    if several() and threading.current_thread() is threading.main_thread():
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
-        os._exit(end.code)
+    run_to_its_end(app)
 
 
 if __name__ == "__main__":
