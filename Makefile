@@ -63,10 +63,9 @@ test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, 
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	rm -rf build/oldest && mkdir -p build/oldest && git archive HEAD | tar -x -C build/oldest
 	grep -vE '^(torch|triton|numpy|sympy|setuptools)==' constraints.txt > build/oldest/constraints.txt
-	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && \
-	  $$python -m pip install --quiet --constraint constraints.txt torch==2.11.0 triton==3.6.0 'numpy<2.4' setuptools wheel ninja pybind11 && \
-	  $$python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' && \
-	  $$python -m pytest
+	echo 'torch==2.11.0 triton==3.6.0 numpy<2.4' | tr ' ' '\n' >> build/oldest/constraints.txt
+	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && pip="$$python -m pip install --quiet --constraint constraints.txt" && \
+	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer
