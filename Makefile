@@ -43,8 +43,8 @@ kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resume
 
 test-levels: $(READY)  ## the operator tests through each instruction set, and without the extension
 	for level in $$($(BIN)/python -c 'from epmq import extension; print(*extension.build_report()["cpu_levels"])'); do \
-	  echo "EPMQ_CPU=$$level"; EPMQ_CPU=$$level $(BIN)/python -m pytest tests/test_ops.py || exit 1; done
-	EPMQ_EXTENSION=0 $(BIN)/python -m pytest tests/test_ops.py
+	  echo "EPMQ_CPU=$$level"; EPMQ_CPU=$$level $(BIN)/python -m pytest tests/test_ops*.py || exit 1; done
+	EPMQ_EXTENSION=0 $(BIN)/python -m pytest tests/test_ops*.py
 
 test-ptx: $(READY) .venv-triton/ready  ## the Triton kernels compiled for sm_80 and sm_90, their PTX run on the CPU; oldest and newest Triton
 	for arch in 80 90; do for python in $(BIN)/python .venv-triton/bin/python; do \
@@ -72,7 +72,7 @@ sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBe
 	EPMQ_EXTENSION=1 EPMQ_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize.tmp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-	$(BIN)/python -P -m pytest -p no:cacheprovider tests/test_ops.py -q -k "not subprocess"
+	$(BIN)/python -P -m pytest -p no:cacheprovider tests/test_ops*.py -q -k "not subprocess"
 
 lint: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -104,7 +104,8 @@ def main() -> None:
     if extension.module is None:
         sys.exit("The extension is not built: nothing to compare (make setup).")
     if not options.skip_tests:
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(HERE.parent / "tests" / "test_ops.py")])
+        files = sorted((HERE.parent / "tests").glob("test_ops*.py"))
+        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *map(str, files)])
         if tests.returncode != 0:
             sys.exit("The operator tests are red: no speed-up is printed.")
     torch.set_num_threads(options.threads)

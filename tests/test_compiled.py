@@ -91,7 +91,7 @@ traffic = Traffic()
 driver.use(ARCH, Watch(traffic=traffic))
 from epmq.kernels import gptq_block, gram, int4_matmul, tune
 from test_int4_matmul import problem
-from test_ops import sweep_problem
+from forms import sweep_problem
 
 def seen(name):
     for (_, space), cost in traffic.costs.items():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_toy_job
-from test_ops import check_sweep, placed, seeded, sweep_problem
+from forms import check_sweep, placed, seeded, sweep_problem
 from torch import Tensor
 
 import epmq

@@ -362,7 +362,7 @@ def test_without_the_extension_the_rest_runs(
 
 
 def test_the_files_with_tests_for_a_gpu_are_all_named() -> None:
-    marked = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\bdevice: torch\.device", re.MULTILINE)
+    marked = re.compile(r"mark\.gpu\b|\bforms\(|^def test_\w+\([^)]*\bdevice: torch\.device", re.MULTILINE)
     found = [path.name for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())]
     assert sorted(found) == sorted(job.TESTS)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, product_bound
-from test_ops import DTYPES, check_accumulate, seeded
+from forms import DTYPES, check_accumulate, seeded
 from torch import Tensor
 
 from epmq import extension, ops, reference
