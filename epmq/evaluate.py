@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from epmq.data import padded_batches, read_jsonl, texts_of, tokenize
 from epmq.devices import home_of, moved
-from epmq.errors import CalibrationError, EpmqError, ModelError, SourceError
-from epmq.sources import FileSource, read_finite
+from epmq.errors import CalibrationError, EpmqError, ModelError, NumericalError, SourceError
+from epmq.sources import FileSource, all_finite, read_finite
 from epmq.texts import is_encoder_decoder, unreadable
 
 Pooling = Literal["mean", "first"]
@@ -49,6 +49,9 @@ def load_task(
         if type(row.get("label")) is not int:
             raise CalibrationError(f"{data}, object {number}: it has no whole number under the key 'label'.")
     ids = tokenize(tokenizer, texts_of(rows, text_key, data), max_length)
+    for number, tokens in enumerate(ids, 1):
+        if not tokens:
+            raise CalibrationError(f"{data}, object {number}: its text is no token to the tokenizer; remove it.")
     source = FileSource(head)
     if len(source.shape("weight")) != 2 or source.shape("bias") != source.shape("weight")[:1]:
         raise SourceError(f"{head}: expected weight [classes, features] and bias [classes].")
@@ -107,8 +110,13 @@ def check_head(model: nn.Module, task: TextTask, pooling: Pooling) -> None:
 
 
 def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int = 64, pad: int = 0) -> float:
-    """Percentage of texts whose predicted class is the label."""
-    logits = features(model, task.ids, pooling, batch_size, pad) @ task.weight.T + task.bias
+    """Percentage of texts whose predicted class is the label. Raises NumericalError for features that are NaN or Inf."""
+    found = features(model, task.ids, pooling, batch_size, pad)
+    if not all_finite(found):
+        raise NumericalError(
+            f"{type(model).__name__}: its features of {task.head}'s texts are NaN or Inf; a wider --dtype may hold them."
+        )
+    logits = found @ task.weight.T + task.bias
     return 100.0 * float((logits.argmax(1) == task.labels).float().mean())
 
 

@@ -32,7 +32,7 @@ def place(
             raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(FLOATS)}.")
         dtype = FLOATS[dtype]
     if dtype is not None:
-        model.to(dtype)
+        _cast(model, dtype)
     if device is not None:
         model.to(compute_device(device))
     if home_of(model).type == "cuda":
@@ -47,3 +47,17 @@ def place(
                 left[0],
             )
     return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all but the frequencies of rotary embeddings, which transformers keeps as they are made whatever dtype it
+    loads in: multiplied by a far position, frequencies of 16 bits are whole turns off."""
+    frequencies = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    model.to(dtype)
+    for module, name, buffer in frequencies:
+        module._buffers[name] = buffer

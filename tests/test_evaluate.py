@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epmq.data import calibration_batches, padded_batches, read_jsonl
-from epmq.errors import CalibrationError
+from epmq.errors import CalibrationError, NumericalError
 from epmq.evaluate import accuracy, features, load_task, markdown_table, row
 
 
@@ -53,6 +53,23 @@ def test_accuracy_is_the_percentage_of_right_classes(tmp_path: Path) -> None:
     save_file({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "head.safetensors")
     task = load_task(LetterTokenizer(), data, tmp_path / "head.safetensors", 8)
     assert accuracy(LetterModel(), task, "mean") == 75.0
+
+
+def test_what_is_no_number_has_no_class(tmp_path: Path) -> None:
+    """NaN is the largest of all to argmax, and so every text of the first class, which may be the right one."""
+    data = write_lines(tmp_path / "t.jsonl", [{"text": "a", "label": 0}])
+    save_file({"weight": torch.ones(2, 27), "bias": torch.zeros(2)}, tmp_path / "head.safetensors")
+    task = load_task(LetterTokenizer(), data, tmp_path / "head.safetensors", 8)
+    model = LetterModel()
+    model.register_forward_hook(lambda module, args, output: (output[0] * torch.inf * 0.0,))
+    with pytest.raises(NumericalError, match=r"its features of .*head\.safetensors's texts are NaN or Inf"):
+        accuracy(model, task, "mean")
+
+
+def test_a_text_without_a_token_is_named(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "t.jsonl", [{"text": "a", "label": 0}, {"text": "", "label": 0}])
+    with pytest.raises(CalibrationError, match=r"t\.jsonl, object 2: its text is no token"):
+        load_task(LetterTokenizer(), data, tmp_path / "head.safetensors", 8)
 
 
 def test_padded_batches_cover_every_text_once() -> None:

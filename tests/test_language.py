@@ -259,6 +259,15 @@ def test_a_model_runs_in_the_dtype_asked_for(packed: Path, text: Path, capsys: p
         assert (wide == in_process(capsys, "eval", packed, "--text", text, "--device", "cpu").out) == (dtype == own)
 
 
+def test_rotary_frequencies_stay_as_they_are_made(packed: Path) -> None:
+    frequencies = {n: b for n, b in epmq.load(packed).named_buffers() if n.endswith("inv_freq")}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = epmq.load(packed, dtype=dtype)
+        found = {n: b for n, b in model.named_buffers() if n.endswith("inv_freq")}
+        assert found and all(torch.equal(found[n], b) and b.dtype == torch.float32 for n, b in frequencies.items())
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def test_an_encoder_is_no_language_model(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = make_job(tmp_path / "job").folder / "base"
     calls: list[list[str | Path]] = [["eval", encoder, "--text", text], ["generate", encoder, "--prompt", "a"]]
