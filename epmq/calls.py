@@ -82,13 +82,15 @@ class Origin:
 
     first: the block comes after one of another list, or after none. shared: the places that hold one tensor for the
     first such block and this one; for the first itself, all places of tensors. onward: those that any later block
-    before one of another list shares. anew: whether there is more, made for this block.
+    before one of another list shares. anew: whether there is more, made for this block. inputs: the model's inputs
+    that the hidden states are made of, through the blocks before too.
     """
 
     first: bool = False
     shared: frozenset[ArgumentPlace] = frozenset()
     onward: frozenset[ArgumentPlace] = frozenset()
     anew: bool = False
+    inputs: frozenset[str] = frozenset()
 
 
 @dataclass

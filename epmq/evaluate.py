@@ -110,11 +110,11 @@ def check_head(model: nn.Module, task: TextTask, pooling: Pooling) -> None:
 
 
 def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int = 64, pad: int = 0) -> float:
-    """Percentage of texts whose predicted class is the label. Raises NumericalError for features that are NaN or Inf."""
+    """Percentage of texts whose predicted class is the label. Raises NumericalError where features are NaN or Inf."""
     found = features(model, task.ids, pooling, batch_size, pad)
     if not all_finite(found):
         raise NumericalError(
-            f"{type(model).__name__}: its features of {task.head}'s texts are NaN or Inf; a wider --dtype may hold them."
+            f"{type(model).__name__}: its features of {task.head}'s texts are NaN or Inf; a wider dtype may hold them."
         )
     logits = found @ task.weight.T + task.bias
     return 100.0 * float((logits.argmax(1) == task.labels).float().mean())

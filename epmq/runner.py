@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,15 @@ from epmq.origins import Origins, tensors_in
 from epmq.precision import AS_IT_IS, Precision
 
 OUTSIDE = "weights outside the blocks"
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 ROUND_INSTEAD = ", or round the model to nearest (method: rtn) without calibration data."
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Marks what is made of one of the model's inputs."""
+
+    name: str
 
 
 class _LastReached(Exception):
@@ -90,12 +98,21 @@ def unrunnable(model: nn.Module, inputs: Mapping[str, Any], error: BaseException
 
 
 class _Slot(nn.Module):
-    """Stands where a block was; answers questions about attributes with the block's own."""
+    """Stands where a block was; answers questions about attributes, and about its class, with the block's own.
+
+    Hooks are the block's too: transformers adds those that collect hidden states once, at the first forward that asks.
+    """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]):
         super().__init__()
         object.__setattr__(self, "_block", block)
         object.__setattr__(self, "_forward", forward)
+        for name in HOOKS:
+            object.__setattr__(self, name, getattr(block, name))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(object.__getattribute__(self, "_block"))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -122,6 +139,9 @@ def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
         if buffer.is_meta:
             memo[id(buffer)] = zeros(buffer)
     copied: nn.Module = copy.deepcopy(block, memo)
+    # They see what the slot gives.
+    for name in HOOKS:
+        getattr(copied, name).clear()
     return copied
 
 
@@ -166,10 +186,12 @@ class _Trace:
         self._first: BlockCall | None = None
         # Per stretch of blocks of one list, what is known of each.
         self._stretches: list[dict[BlockAddress, Origin]] = []
+        self._inputs: dict[BlockAddress, frozenset[str]] = {}
 
     def answer(self, address: BlockAddress, call: BlockCall, kind: Any) -> Any:
         """Note what the block is given; answer with an output that stands for the block."""
         self._require_latest(address, call)
+        self._inputs[address] = self._made_of(call.hidden)
         if not self._stretches or next(iter(self._stretches[-1])).list_name != address.list_name:
             self._first = call
             self._stretches.append({address: self._of_first(call)})
@@ -190,13 +212,25 @@ class _Trace:
             onward = frozenset[ArgumentPlace]().union(
                 *(origin.shared for origin in stretch.values() if not origin.first)
             )
-            result |= {address: replace(origin, onward=onward) for address, origin in stretch.items()}
+            for address, origin in stretch.items():
+                result[address] = replace(origin, onward=onward, inputs=self._inputs[address])
         return result
 
+    def _made_of(self, hidden: Tensor) -> frozenset[str]:
+        """The model's inputs behind hidden states: those of the outputs of blocks are what these blocks worked on."""
+        found: set[str] = set()
+        for mark in self.origins.of(hidden):
+            if isinstance(mark, _Input):
+                found.add(mark.name)
+            elif isinstance(mark, BlockAddress):
+                found |= self._inputs[mark]
+        return frozenset(found)
+
     def _require_latest(self, address: BlockAddress, call: BlockCall) -> None:
-        past = self.origins.of((call.args, call.kwargs)) - {OUTSIDE, *self._latest.values()}
+        marks = self.origins.of((call.args, call.kwargs))
+        past = {mark for mark in marks if isinstance(mark, BlockAddress)}.difference(self._latest.values())
         if past:
-            names = ", ".join(sorted(other.name for other in past if isinstance(other, BlockAddress)))
+            names = ", ".join(sorted(other.name for other in past))
             raise ModelError(
                 f"block {address.name} depends on what came out of {names} by a way around the blocks between (a"
                 " residual or skip connection outside the blocks), and only the latest output is kept; move it into"
@@ -308,9 +342,14 @@ class BlockRunner:
         trace = self._following.trace = _Trace(called[-1])
         for tensor in self.model.state_dict(keep_vars=True).values():
             trace.origins.mark(tensor, OUTSIDE)
+        # Copies, because two inputs may be one tensor, as labels that are the ids.
+        inputs = {name: _with_own_tensors(value) for name, value in inputs.items()}
+        for name, value in inputs.items():
+            for tensor in tensors_in(value):
+                trace.origins.mark(tensor, _Input(name))
         try:
-            with self.precision.active(), trace.origins:
-                self.model(**inputs)
+            with trace.origins:
+                self._forward(inputs)
         except _LastReached:
             pass
         self._origins = trace.found()
@@ -320,7 +359,7 @@ class BlockRunner:
         try:
             with self.precision.active():
                 self.model(**inputs)
-        except (EpmqError, _Captured):
+        except (EpmqError, _Captured, _LastReached):
             raise
         except (TypeError, ValueError, AttributeError, LookupError) as error:
             raise unrunnable(self.model, inputs, error) from error
@@ -350,18 +389,6 @@ class BlockRunner:
         finally:
             self._wanted, self._handed = None, {}
         raise ModelError(f"block {address.name} is never called by the model's forward on the calibration inputs.")
-
-    def depends_on(self, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState, key: str) -> bool:
-        """Whether the hidden states that reach a block change with the model's input ``key``."""
-        value = inputs[key]
-        # What another example has is surely allowed; where all are alike, any other id that every vocabulary has.
-        changed = value.roll(1, 0)
-        if torch.equal(changed, value):
-            changed = (
-                value + 1 if value.is_floating_point() else torch.where(value > 0, value - 1, (value == 0) + value)
-            )
-        one, other = (self._capture(address, {**inputs, key: v}, state).hidden for v in (value, changed))
-        return one.shape != other.shape or not torch.equal(one, other)
 
     def _forward_of(self, address: BlockAddress) -> Callable[..., Any]:
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq.calls import BlockAddress, StreamState
 from epmq.data import IGNORED_LABEL
 from epmq.devices import moved
-from epmq.errors import CalibrationError
+from epmq.errors import CalibrationError, ModelError
 from epmq.runner import BlockRunner
 from epmq.world import World, shares
 
@@ -22,6 +22,7 @@ HELD_OUT_EVERY = 5
 DECODER_SEQUENCES = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 TEXT_SEQUENCES = ("input_ids", "inputs_embeds")
 SEQUENCES = (*DECODER_SEQUENCES, *TEXT_SEQUENCES, "pixel_values")
+NO_SEQUENCE = ""
 # Ends the name of an input whose positions the hidden states have in front of the examples, as [S, B, K].
 TIME_FIRST = ".T"
 
@@ -53,6 +54,8 @@ class Batch:
         if sequence is not None and sequence.endswith(TIME_FIRST):
             weights = self.weights_of(sequence.removesuffix(TIME_FIRST))
             return None if weights is None else weights.T
+        if sequence == NO_SEQUENCE:
+            return None
         if sequence in DECODER_SEQUENCES:
             return self.decoder_weights
         if sequence not in (None, *TEXT_SEQUENCES) and any(key in self.inputs for key in TEXT_SEQUENCES):
@@ -148,14 +151,16 @@ def _usable_weights(weights: Any, ids: Any, where: str) -> Tensor | None:
 def sequence_of(
     runner: BlockRunner, address: BlockAddress, inputs: Mapping[str, Any], state: StreamState
 ) -> str | None:
-    """The input whose positions a list's blocks, of which ``address`` is the first, work on; None where it is no usual
-    one. ``input_ids.T`` is ``input_ids`` where the hidden states are ``[S, B, K]``."""
-    given = [key for key in SEQUENCES if isinstance(inputs.get(key), Tensor)]
-    if len(given) > 1:
-        given = [key for key in given if runner.depends_on(address, inputs, state, key)]
-    if not given:
+    """The input whose positions a list's blocks, of which ``address`` is the first, work on: the first usual one that
+    their hidden states are made of, else any other. ``input_ids.T`` is ``input_ids`` where the hidden states are
+    ``[S, B, K]``. None where no usual one is given, NO_SEQUENCE where they are made of no input at all."""
+    if not any(isinstance(inputs.get(key), Tensor) for key in SEQUENCES):
         return None
-    return given[0] + (TIME_FIRST if _is_time_first(runner, address, inputs, state, given[0]) else "")
+    made_of = runner.origin(address).inputs
+    for key in SEQUENCES:
+        if key in made_of:
+            return key + (TIME_FIRST if _is_time_first(runner, address, inputs, state, key) else "")
+    return min(made_of, default=NO_SEQUENCE)
 
 
 def _is_time_first(
@@ -171,7 +176,10 @@ def _is_time_first(
     if torch.equal(example, value[0]):
         example = example + 1 if example.is_floating_point() else torch.where(example > 0, example - 1, 1)
     changed = torch.cat([example.unsqueeze(0), value[1:]])
-    other = runner.capture(address, {**inputs, key: changed}, StreamState(state.outputs)).hidden
+    try:
+        other = runner.capture(address, {**inputs, key: changed}, StreamState(state.outputs)).hidden
+    except (ModelError, RuntimeError):
+        return False  # a model that checks one input by another, as the places of images in a text
     if other.shape != hidden.shape or torch.equal(other, hidden):
         return hidden.shape[0] != len(value)
     moved = (other != hidden).any(-1)

@@ -18,6 +18,8 @@ from xml.etree import ElementTree
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+# All six runs share the machine's cores, and the first test waits for most of them.
+pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90)
 KERNELS = ("test_int4_matmul.py", "test_int4_layer.py", "test_gptq_block.py", "test_gram.py", "test_gpu_suite.py")
@@ -53,7 +55,7 @@ def parts():
 
 faults = []
 for work in (product, moments, parts):
-    unseen = []
+    unseen, tried = [], 0
     driver.PROGRAMS.clear()
     right = work()
     texts = [text for text in driver.PROGRAMS if b"cp.async" in text]
@@ -64,6 +66,7 @@ for work in (product, moments, parts):
         if not any(word in line for word in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group")):
             continue
         broken = "\\n".join(lines[:number] + lines[number + 1 :])
+        tried += 1
         kernel = Program(kernels(broken)[0])
         whole.steps, whole.starts, whole.kernel = kernel.steps, kernel.starts, kernel.kernel
         try:
@@ -74,7 +77,7 @@ for work in (product, moments, parts):
         # The last wait for copies is for those that nothing reads; compilers add some barriers that nothing needs.
         if not wrong and line.split()[-1] + line.split()[0] != "0;cp.async.wait_group":
             unseen.append(line)
-    if len(unseen) > 8 or any("bar.sync" not in line for line in unseen):
+    if len(unseen) > tried // 3 or any("bar.sync" not in line for line in unseen):
         faults.append(f"{work.__name__}: not missed: {unseen}")
 sys.exit("\\n".join(faults) or 0)
 """

@@ -59,7 +59,7 @@ ORDER: list[tuple[str, ...]] = [
     ("demo", "statistics_jobs", "language", "papers.settings"),
     ("harness", "papers.hub", "papers.checkpoints"),
     ("papers.clip", "papers.glue", "papers.causal"),
-    ("papers.run",),
+    ("papers.run", "ending"),
     ("cli",),
     ("__main__",),
 ]
