@@ -24,6 +24,7 @@ from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalErro
 from epmq.shelf import altered, read_value, write_value
 from epmq.sources import all_finite
 from epmq.streams import DECODER_SEQUENCES, TEXT_SEQUENCES, Batch
+from epmq.texts import is_encoder_decoder
 from epmq.world import World
 
 OpenExpert = Callable[[str], nn.Module]
@@ -57,7 +58,7 @@ def pooled(model: nn.Module, batch: Batch) -> Tensor:
         hidden = _of_last_block(model, batch).float()
     if hidden.dim() < 3:
         return hidden.reshape(len(hidden), -1)
-    weights = batch.output_weights()
+    weights = batch.output_weights(is_encoder_decoder(model))
     if weights is None or weights.shape != hidden.shape[:2]:
         return hidden.flatten(1, -2).mean(1)
     return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-6)
@@ -393,6 +394,8 @@ def _pick(examples: list[_Example], settings: DistillSettings, generator: torch.
     varied = float(torch.rand((), generator=generator, dtype=torch.float32)) >= settings.originals
     pool = [example for example in examples if example.varied == varied] or examples
     chosen = pool[int(torch.randint(len(pool), (), generator=generator))]
+    if not _is_one_per_example(chosen.batch):
+        return chosen
     # Drawn on the CPU, so that a seed means the same on every device.
     rows = torch.randperm(len(chosen.feature), generator=generator)[: settings.examples].to(chosen.feature.device)
     return _Example(
@@ -401,6 +404,13 @@ def _pick(examples: list[_Example], settings: DistillSettings, generator: torch.
         chosen.varied,
         {task: feature[rows] for task, feature in chosen.crossed.items()},
     )
+
+
+def _is_one_per_example(batch: Batch) -> bool:
+    """Whether every input has a first dimension of examples, or is one for all of them. The patches of all images in a
+    row, say, cannot be told apart by example."""
+    tensors = [value for value in batch.inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
+    return all(tensor.shape[0] in (1, len(batch.held)) for tensor in tensors)
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epmq.errors import CalibrationError, NumericalError
 from epmq.inputs import InputGroup, narrows
-from epmq.norms import CHANNELS_SECOND, NormStatistics
+from epmq.norms import CHANNELS_SECOND, NormStatistics, reads_one_input
 from epmq.rows import SAMPLE_ROWS
 from epmq.sources import all_finite
 from epmq.statistics import Expert, Folded, Sample, TaskStatistics
@@ -139,12 +139,17 @@ def _of_task(
             statistics.over(walk.world)
     if fitted.weight + (0.0 if held is None else held.weight) == 0.0 and not any(walk.world.gather(reached)):
         return None
+    if held is not None and min(held.weight, fitted.weight) <= 0.0:
+        if not any(walk.world.gather(any(bool(batch.held.any()) for batch in walk.streams[task]))):
+            raise CalibrationError(
+                f'task {task!r}: anchor: "auto" holds out every fifth example, and there is none; give more examples,'
+                " or give a number as anchor."
+            )
+        # Few rows find the way to some parts, as to an expert of a mixture that the model seldom picks.
+        visit.notes.append(f"{where}: too few rows of {task} to hold some out; its anchor is chosen without them.")
+        fitted.join(held)
+        held = None
     fitted.check(task, where)
-    if held is not None and held.weight <= 0:
-        raise CalibrationError(
-            f'task {task!r}: anchor: "auto" holds out every fifth example, and there is none; give more examples,'
-            " or give a number as anchor."
-        )
     return fitted, held
 
 
@@ -155,6 +160,9 @@ def gather_norm(visit: Visit, name: str) -> NormStatistics | None:
     norm = visit.block.get_submodule(name)
     weight: Tensor = norm.weight  # type: ignore[assignment]
     channels = len(weight)
+    if not reads_one_input(norm):
+        visit.notes.append(f"{where}: it reads more than what it normalises, such as a gate; not refitted.")
+        return None
     moments = NormStatistics(channels, walk.device)
     for task, batches in walk.streams.items():
         own = NormStatistics(channels, walk.device)

@@ -60,9 +60,12 @@ def default_damp(config: QuantConfig, anchor: float) -> float:
 
 
 def anchor_strength(config: QuantConfig, split: tuple[Folded, Folded] | None, refit_bias: bool) -> float:
-    """Relative lambda: the setting, or for ``auto`` the choice made on ``split``, fitted and held-out statistics."""
+    """Relative lambda: the setting, or for ``auto`` the choice made on ``split``, fitted and held-out statistics; the
+    default where no row was held out."""
     if split is None:
         return float(config.anchor) if config.method == "epmq" else 0.0
+    if split[1].weight == 0.0:
+        return float(QuantConfig.model_fields["anchor"].default)
     fit, held = (part.centred() if refit_bias else part for part in split)
     return choose_anchor(fit, held)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,12 @@ class NormStatistics:
         scale = (covariance + ridge) / (variance + ridge)
         shift = (self.y - scale * self.z) / s if with_shift else torch.zeros_like(scale)
         return scale.float(), shift.float()
+
+
+def reads_one_input(norm: nn.Module) -> bool:
+    """Whether a norm is called with what it is to normalise and nothing else; one with a gate is not."""
+    needed = [p for p in inspect.signature(norm.forward).parameters.values() if p.default is p.empty]
+    return len([p for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 1
 
 
 def _offset(norm: nn.Module) -> float:

@@ -62,9 +62,11 @@ class Batch:
             return None  # the mask is the text's
         return self.position_weights
 
-    def output_weights(self) -> Tensor | None:
-        """Weights of the positions of the model's output."""
-        return self.weights_of(next((key for key in DECODER_SEQUENCES[:2] if key in self.inputs), None))
+    def output_weights(self, has_decoder: bool) -> Tensor | None:
+        """Weights of the positions of the model's output. has_decoder: it is a decoder's, beside an encoder; labels are
+        then what it reads, where nothing else is given for it."""
+        keys = DECODER_SEQUENCES if has_decoder else DECODER_SEQUENCES[:2]
+        return self.weights_of(next((key for key in keys if key in self.inputs), None))
 
 
 def make_streams(

@@ -276,6 +276,51 @@ def test_parts_of_other_inputs_than_texts_stay_whole() -> None:
     }  # fmt: skip
 
 
+class PatchReader(nn.Module):
+    """Reads the patches of all images of a batch in a row, four to an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.patches = nn.Embedding(40, 16), nn.Linear(6, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.embedding(input_ids) + self.patches(pixel_values).view(-1, 4, 16).mean(1, keepdim=True)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_images_stay_with_their_texts() -> None:
+    """Towards itself a model has nothing to learn, unless texts are compared with those of other images."""
+    torch.manual_seed(0)
+    model = PatchReader()
+    batch = {"input_ids": torch.randint(3, 40, (6, 5)), "pixel_values": 10.0 * torch.randn(24, 6)}
+    settings = DistillSettings(steps=8, copies=0, examples=6, learning_rate=1e-2)
+    trained = copy.deepcopy(model)
+    distill(trained, [trained.blocks[1]], lambda task: model, make_streams({"a": [batch]}), settings, silent)
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [9, 7])
+def test_features_of_a_decoder_are_averaged_over_its_own_positions(length: int) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(decoder_start_token_id=0, pad_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [5], [6]])).long()
+    used = torch.arange(length) < torch.tensor([[3], [length], [2], [5]])
+    labels = torch.where(used, torch.randint(3, 60, (4, length)), -100)
+    inputs = {"input_ids": torch.randint(3, 60, (4, 9)) * mask, "attention_mask": mask, "labels": labels}
+    batch = make_streams({"a": [inputs]})["a"][0]
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).decoder_hidden_states[-1]
+        if config.tie_word_embeddings:
+            hidden = hidden * config.d_model**-0.5
+        found = pooled(model, batch)
+    wanted = (hidden * used.unsqueeze(-1)).sum(1) / used.sum(1, keepdim=True)
+    torch.testing.assert_close(found, wanted)
+
+
 # -- models that score positions -------------------------------------------------------------------------------------
 
 

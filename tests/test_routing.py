@@ -68,7 +68,9 @@ def rounded(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0}, {"method": "gptq"}, {"norm_refit": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"alpha": 0.0}, {"method": "gptq"}, {"norm_refit": True}, {"anchor": "auto"}], ids=str
+)
 def test_a_mixture_is_calibrated_on_whatever_reaches_its_experts(settings: dict[str, Any]) -> None:
     # Eight experts and five positions a batch: no batch reaches all of them.
     result = run(Model(Mixture(8), Mixture(8)), 12, (1, 5), **settings)
@@ -170,3 +172,30 @@ def test_a_norm_of_another_dimension_is_left_and_told(length: int) -> None:
     result = run(model, 2, (4, length), norm_refit=True)
     assert torch.equal(result.model.get_parameter("blocks.0.norm.weight"), model.get_parameter("blocks.0.norm.weight"))
     assert result.report["notes"] == ["blocks.0.norm: its channels are not the last dimension; not refitted."]
+
+
+class GatedNorm(nn.LayerNorm):
+    """What it normalises is gated by another tensor."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * gate.sigmoid()
+
+
+def test_a_norm_with_a_gate_is_left_and_told() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = GatedNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            out: Tensor = hidden + self.linear(self.norm(hidden, hidden))
+            return out
+
+    result = run(Model(Block(), Block()), 3, (4, 6), norm_refit=True)
+    told = [note for note in result.report["notes"] if "such as a gate; not refitted" in note]
+    assert [note.split(":")[0] for note in told] == ["blocks.0.norm", "blocks.1.norm"]
+
+
+def test_too_few_rows_to_hold_some_out_are_told() -> None:
+    notes = run(Model(Mixture(8), Mixture(8)), 6, (1, 5), anchor="auto").report["notes"]
+    assert any("too few rows of" in note and "anchor is chosen without them" in note for note in notes)
