@@ -10,7 +10,8 @@ from epmq.orientation import is_linear
 
 
 def find_blocks(model: nn.Module) -> list[BlockAddress]:
-    """Blocks of a model: members of its outermost lists of modules of one class that hold linears.
+    """Blocks of a model: members of its outermost lists of modules that hold linears, of one class or, in a ModuleList,
+    of several of which some stand there more than once (layers of attention among those of a state space).
 
     Raises ModelError when there are none.
     """
@@ -27,8 +28,8 @@ def find_blocks(model: nn.Module) -> list[BlockAddress]:
         addresses.extend(BlockAddress(name, child) for child, _ in module.named_children())
     if not addresses:
         raise ModelError(
-            f"{type(model).__name__}: no repeated blocks found (a ModuleList or Sequential of modules of one class"
-            " that hold linear layers and have a forward of their own)."
+            f"{type(model).__name__}: no repeated blocks found (a ModuleList or Sequential of modules of one class,"
+            " or a ModuleList of a few classes, that hold linear layers and have a forward of their own)."
         )
     return addresses
 
@@ -38,8 +39,10 @@ def _is_block_list(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Sequential) and len(module) == 1:
         return False
-    first = next(iter(module))
+    classes = {type(child) for child in module}
+    if len(classes) > 1 and (isinstance(module, nn.Sequential) or len(classes) == len(module)):
+        return False
     # A list in a list has no forward: the model takes it apart.
-    if len({type(child) for child in module}) != 1 or is_linear(first) or type(first).forward is nn.Module.forward:
+    if any(is_linear(child) or type(child).forward is nn.Module.forward for child in module):
         return False
     return all(any(is_linear(inner) for inner in child.modules()) for child in module)

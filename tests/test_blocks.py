@@ -86,9 +86,20 @@ def test_lists_in_a_list_are_no_blocks() -> None:
     assert names(model) == ["0.0", "0.1", "1.0", "1.1"]
 
 
+class OtherBlock(ToyBlock):
+    """As a layer of attention among those of a state space."""
+
+
+def test_a_list_may_hold_blocks_of_a_few_classes() -> None:
+    layers = nn.ModuleList([ToyBlock(8), OtherBlock(8), ToyBlock(8), ToyBlock(8)])
+    assert names(nn.ModuleDict({"layers": layers})) == [f"layers.{n}" for n in range(4)]
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        nn.ModuleList([ToyBlock(8), OtherBlock(8)]),
+        nn.Sequential(ToyBlock(8), OtherBlock(8), ToyBlock(8)),
         nn.Linear(3, 3),
         nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
         nn.ModuleList(nn.Linear(3, 3) for _ in range(4)),
@@ -96,7 +107,16 @@ def test_lists_in_a_list_are_no_blocks() -> None:
         nn.ModuleList(nn.ModuleList((ToyBlock(3), nn.Linear(3, 3))) for _ in range(4)),
         nn.ModuleList(),
     ],
-    ids=["linear", "sequential of kinds", "list of linears", "list without linears", "list of pairs", "empty list"],
+    ids=[
+        "two of two classes",
+        "stages",
+        "linear",
+        "sequential of kinds",
+        "list of linears",
+        "list without linears",
+        "list of pairs",
+        "empty list",
+    ],
 )
 def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
     with pytest.raises(ModelError, match="no repeated blocks found"):

@@ -305,7 +305,8 @@ def test_images_stay_with_their_texts() -> None:
 @pytest.mark.parametrize("length", [9, 7])
 def test_features_of_a_decoder_are_averaged_over_its_own_positions(length: int) -> None:
     sizes: dict[str, Any] = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(decoder_start_token_id=0, pad_token_id=0, **sizes)
+    sizes |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+    config = transformers.T5Config(**sizes)
     model = transformers.T5ForConditionalGeneration(config).eval()
     mask = (torch.arange(9) < torch.tensor([[9], [4], [5], [6]])).long()
     used = torch.arange(length) < torch.tensor([[3], [length], [2], [5]])

@@ -236,9 +236,28 @@ class CalledTwice(Model):
         super().__init__(Twice)
 
 
+class Gated(Block):
+    """Another kind of block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, more: Tensor | float = 0.0) -> Any:
+        return x + self.inner(x) * self.gate(x).sigmoid()
+
+
+class TwoKindsOfBlocks(Model):
+    """As state spaces with a layer of attention now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Gated(), Block()])
+
+
 GOES = [
-    Model, InputsPerLayer, SomeInputsPerLayer, BiasOutside, BundleOutside, NormsBetween, TwoLists, Hierarchy,
-    NamedTuples, NamedBlocks, CalledTwice,
+    Model, TwoKindsOfBlocks, InputsPerLayer, SomeInputsPerLayer, BiasOutside, BundleOutside, NormsBetween, TwoLists,
+    Hierarchy, NamedTuples, NamedBlocks, CalledTwice,
 ]  # fmt: skip
 
 
