@@ -114,6 +114,10 @@ def _make_batch(task: str, number: int, inputs: dict[str, Any], seen: int, devic
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
     if not tensors:
         raise CalibrationError(f"task {task!r}: batch {number} holds no tensor.")
+    if inputs.get("past_key_values") is not None:
+        raise CalibrationError(
+            f"task {task!r}: batch {number} holds past_key_values, which every forward pass would add to; leave it out."
+        )
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CalibrationError(f"task {task!r}: batch {number} holds NaN or Inf in {name!r}.")

@@ -278,6 +278,7 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         ({"a": [IDS]}, "task 'a': batch 0 is a Tensor"),
         ({"a": [{"input_ids": IDS}, {}]}, "task 'a': batch 1 holds no tensor"),
         ({"a": [{"input_ids": torch.tensor(3)}]}, "holds no tensor"),
+        ({"a": [{"input_ids": IDS, "past_key_values": ()}]}, "batch 0 holds past_key_values"),
         ({"a": [{"x": torch.tensor([[1.0, float("nan")]])}]}, "NaN or Inf in 'x'"),
         ({"a": [{"x": torch.tensor([[1.0, float("inf")]])}]}, "NaN or Inf in 'x'"),
         ({"a": [{"input_ids": IDS, "position_weights": -torch.ones(2, 3)}]}, "negative or non-finite"),
