@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from close import assert_close, product_bound
 from tiny import answers, copy_of, edit_config, edit_tensors, quantized, quantized_names, tiny
 from torch import Tensor, nn
@@ -257,6 +258,13 @@ def test_models_that_loaders_would_not_take_are_refused(
         replace_linear(model, **{"bits": 4, "group_size": 32, **one})
     with pytest.raises(FormatError, match=message):
         epmq.save(model, tmp_path / "out", format="gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_conv1d_alone_has_nothing_to_store(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    with pytest.raises(FormatError, match="hold quantized linears, and none is; use format native or compressed-"):
+        epmq.save(transformers.GPT2LMHeadModel(config), tmp_path / "out", format="gptq")
     assert list(tmp_path.iterdir()) == []
 
 

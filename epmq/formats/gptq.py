@@ -77,10 +77,14 @@ class GPTQWriter:
         self._settings: tuple[int, int, bool, torch.dtype] | None = None
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
-        """Raise FormatError for the first linear that cannot be stored, or that would stay unquantized."""
+        """Raise FormatError for a linear that cannot be stored or would stay unquantized, and where there is none."""
         for name, tensor in linears.items():
             self._check(name, tensor)
         self._check_complete(linears)
+        if not linears:
+            raise FormatError(
+                f"{METHOD} files hold quantized linears, and none is; use format native or compressed-tensors."
+            )
 
     def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
         """Store linear ``name``."""
