@@ -94,7 +94,7 @@ def quantize(
         raise click.UsageError("--resume and --statistics do not go together: such a run is short and begins anew.")
     job = _recipe(recipe, mergekit, calibration)
     if dry_run:
-        told = estimate_statistics_job(job, statistics, out) if statistics else estimate_job(job, out)
+        told = estimate_statistics_job(job, statistics, out) if statistics else estimate_job(job, out, resume)
         if not _stands_by():
             _say(told)
         return

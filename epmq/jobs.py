@@ -239,9 +239,16 @@ def finish(
     return report
 
 
-def estimate_job(recipe: Recipe, out: str | Path) -> str:
-    """What quantizing a recipe would take, in words; raises what the run itself would refuse before it starts."""
-    journal, job = Journal(out, world()), _opened(recipe)
+def estimate_job(recipe: Recipe, out: str | Path, resume: bool = False) -> str:
+    """What quantizing a recipe would take, in words; raises what the run itself would refuse before it starts.
+
+    resume: as the run would be given it. What finished blocks save is not taken off.
+    """
+    at = world()
+    journal = Journal(out, at)
+    if at.from_main(at.main and journal.would_be_done(resume, lambda: digest(fingerprint(recipe, device_of(recipe))))):
+        return f"{journal.out}: an earlier run of this job has finished it; nothing would be done."
+    job = _opened(recipe)
     planned_writer(recipe, journal.result, job.skeleton, job.sources)
     return _surroundings(recipe, journal, job)[1]
 

@@ -93,13 +93,18 @@ class Journal:
         digest: of the fingerprint. Raises OutputError for any other output that is there already, for a run that
         another process is at work on, and for one begun earlier unless it is to go on.
         """
+        found = self.would_be_done(resume, digest)
+        if found and self.folder.exists():
+            self._clear()
+        return found
+
+    def would_be_done(self, resume: bool, digest: Callable[[], str]) -> bool:
+        """As :meth:`done`, which it answers and raises, with nothing removed."""
         if trust.is_file(self.folder / LOCK):
             with self._opened("r") as lock:
                 self._take(lock)
         nothing_left = self._renamed() or not self.folder.exists()
         if resume and nothing_left and (made := self._made_by()) is not None and made == digest():
-            if self.folder.exists():
-                self._clear()
             return True
         files.check_free(self.out)
         if self.folder.exists() and not resume:

@@ -117,6 +117,29 @@ def test_killed_at_random_moments_and_resumed(settings: dict[str, Any], job: Job
         shutil.rmtree(out)
 
 
+def test_a_dry_run_refuses_what_the_run_refuses(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    out.mkdir()
+    (out / "there").touch()
+    full = f"epmq: {out}: the output folder is not empty; choose another or remove it.\n"
+    for more in ([], ["--resume"]):
+        for dry in ([], ["--dry-run"]):
+            assert in_process(capsys, "quantize", recipe, "--out", out, *more, *dry) == (2, "", full)
+    shutil.rmtree(out)
+    kept = cut_off(recipe, out, 1)
+    left = content(kept)
+    begun = in_process(capsys, "quantize", recipe, "--out", out, "--dry-run")
+    assert begun.code == 2 and "began and did not end; go on with --resume" in begun.err
+    assert in_process(capsys, "quantize", recipe, "--out", out, "--dry-run", "--resume").out.startswith("estimate: ")
+    assert content(kept) == left
+    quantize(recipe, out)
+    told = in_process(capsys, "quantize", recipe, "--out", out, "--dry-run", "--resume")
+    assert (told.code, told.out) == (
+        0,
+        f"{out}: an earlier run of this job has finished it; nothing would be done.\n",
+    )
+
+
 def cut_off(recipe: Path, out: Path, blocks: int) -> Path:
     """A run that is killed once so many blocks are finished; returns its working folder."""
     kept = out.with_name(f".{out.name}.partial")
