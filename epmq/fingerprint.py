@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from epmq.errors import SourceError
+from epmq.huggingface import carried
 from epmq.recipe import Recipe
 
 # Larger files are known by a sample and by when they were changed.
@@ -30,7 +31,11 @@ def fingerprint(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     content = recipe.model_dump(exclude=NOT_OF_THE_RESULT)
     return {
         "device": device.type,
-        "files": {f"{key}, {file.name}": describe(file) for key, path in _paths(content) for file in _files(path)},
+        "files": {
+            f"{key}, {name}": describe(file)
+            for key, path in _paths(content)
+            for name, file in _files(key, path).items()
+        },
         "settings": _named(content),
         "versions": {package: _version(package) for package in PACKAGES},
     }
@@ -59,8 +64,14 @@ def describe(file: Path) -> dict[str, Any]:
         raise SourceError(f"{file}: the file cannot be read ({error.strerror}).") from error
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+def _files(key: str, path: Path) -> dict[str, Path]:
+    """By name, a file or those of a folder; of the base's inner folders too what is copied into the result."""
+    if path.is_file():
+        return {path.name: path}
+    found = sorted(file for file in path.iterdir() if file.is_file())
+    if key == "base":
+        found += carried(path)
+    return {file.relative_to(path).as_posix(): file for file in found}
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:

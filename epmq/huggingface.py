@@ -64,7 +64,7 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
     """The tokenizer of a folder."""
-    for path in _carried(folder):
+    for path in _named(folder):
         trust.require_file(path, ModelError)
     if not any(trust.is_file(Path(folder) / name) for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: holds no tokenizer files ({', '.join(TOKENIZER_FILES)}).")
@@ -91,12 +91,11 @@ def stop_tokens(folder: str | Path) -> int | list[int] | None:
 
 def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy configuration, tokenizer and processor files; the configuration says ``dtype`` when one is given."""
-    for path in _carried(source):
-        if trust.is_file(path):
-            copy = target / path.relative_to(source)
-            with files.naming_space(copy):
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in carried(source):
+        copy = target / path.relative_to(source)
+        with files.naming_space(copy):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = trust.read_json(config, ModelError)
@@ -109,7 +108,12 @@ def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = No
             config.write_text(json.dumps({**content, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def _carried(folder: str | Path) -> list[Path]:
+def carried(folder: str | Path) -> list[Path]:
+    """The files of a folder that :func:`carry_files` copies."""
+    return [path for path in _named(folder) if trust.is_file(path)]
+
+
+def _named(folder: str | Path) -> list[Path]:
     """Whatever lies in a folder under one of the names of CARRIED."""
     return [path for name in CARRIED for path in sorted(Path(folder).glob(name)) if trust.exists(path)]
 

@@ -117,6 +117,23 @@ def test_killed_at_random_moments_and_resumed(settings: dict[str, Any], job: Job
         shutil.rmtree(out)
 
 
+def test_a_file_that_would_be_carried_is_part_of_the_job(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = job.write(), tmp_path / "out"
+    quantize(recipe, out)
+    (job.folder / "base" / "notes").mkdir()
+    (job.folder / "base" / "notes" / "config.json").write_text("{}")
+    assert in_process(capsys, "quantize", recipe, "--out", out, "--resume").code == 0
+    (job.folder / "base" / "1_Pooling").mkdir()
+    (job.folder / "base" / "1_Pooling" / "config.json").write_text("{}")
+    done = in_process(capsys, "quantize", recipe, "--out", out, "--resume")
+    assert (done.code, done.err) == (
+        2,
+        f"epmq: {out}: the output folder is not empty; choose another or remove it.\n",
+    )
+
+
 def test_a_dry_run_refuses_what_the_run_refuses(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = job.write(), tmp_path / "out"
     out.mkdir()
