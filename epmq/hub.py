@@ -10,7 +10,10 @@ from epmq import trust
 from epmq.errors import SourceError, first_line
 
 # Weights, configurations and tokenizers; never code, pickles or another framework's weights.
-FETCHED = ("*.safetensors", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
+FETCHED = (
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.spm", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt",
+    "prophetnet.tokenizer",
+)  # fmt: skip
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)")
 

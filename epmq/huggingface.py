@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ from epmq.errors import EpmqError, ModelError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "spm.model",
 )  # fmt: skip
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Configurations, and whatever the tokenizers of transformers read.
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json",
-    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm", "target.spm",
+    "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "bpe.codes", "dict.txt", "prophetnet.tokenizer",
+    "normalizer.json", "byte_maps.json", "emoji.json", "entity_vocab.json", "word_shape.json",
+    "word_pronunciation.json", "tekken.json", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json",
     # What sentence-transformers does after the model, without the weights that it may have for it.
@@ -63,15 +69,23 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
 
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
-    """The tokenizer of a folder."""
+    """The tokenizer of a folder. Raises ModelError naming the folder where its files are missing or cannot be read."""
     for path in _named(folder):
         trust.require_file(path, ModelError)
-    if not any(trust.is_file(Path(folder) / name) for name in TOKENIZER_FILES):
-        raise ModelError(f"{folder}: holds no tokenizer files ({', '.join(TOKENIZER_FILES)}).")
+    if not _has_one_of(folder, (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
+        raise ModelError(f"{folder}: holds no tokenizer files ({', '.join((*TOKENIZER_FILES, TOKENIZER_CONFIG))}).")
     with _refusing(f"{folder}: no tokenizer can be loaded from it"):
-        return _transformers().AutoTokenizer.from_pretrained(
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+    # Without its vocabulary transformers makes a tokenizer of special tokens alone. One of bytes reads none.
+    reads = [name for name in tokenizer.vocab_files_names.values() if name != TOKENIZER_CONFIG]
+    if reads and not _has_one_of(folder, (*TOKENIZER_FILES, *reads)):
+        raise ModelError(
+            f"{folder}: holds no vocabulary for {type(tokenizer).__name__}, which reads {', '.join(reads)};"
+            " add these files."
+        )
+    return tokenizer
 
 
 def stop_tokens(folder: str | Path) -> int | list[int] | None:
@@ -111,6 +125,10 @@ def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = No
 def carried(folder: str | Path) -> list[Path]:
     """The files of a folder that :func:`carry_files` copies."""
     return [path for path in _named(folder) if trust.is_file(path)]
+
+
+def _has_one_of(folder: str | Path, names: Iterable[str]) -> bool:
+    return any(trust.is_file(Path(folder) / name) for name in names)
 
 
 def _named(folder: str | Path) -> list[Path]:

@@ -19,7 +19,7 @@ import epmq
 from epmq import QuantConfig, QuantLinear, replace_linear, restore_linear
 from epmq.errors import ConfigError, FormatError, ModelError
 from epmq.formats.kinds import format_of
-from epmq.huggingface import tokenizer_from_folder
+from epmq.huggingface import carry_files, tokenizer_from_folder
 
 
 def make_language_job(folder: Path) -> Job:
@@ -100,7 +100,8 @@ def test_what_lies_beside_the_base_travels_folders_included(
     tokenizer.save_pretrained(tmp_path / "base")
     carried = [
         "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
-        "tekken.json", "sentencepiece.bpe.model", "additional_chat_templates/tool_use.jinja",
+        "tekken.json", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm", "target_vocab.json",
+        "bpe.codes", "normalizer.json", "additional_chat_templates/tool_use.jinja",
     ]  # fmt: skip
     (tmp_path / "base" / "1_Pooling").mkdir()
     for name in [*carried[:-1], "2_Dense.txt", "notes.json"]:
@@ -116,6 +117,29 @@ def test_what_lies_beside_the_base_travels_folders_included(
 
 def test_a_folder_with_a_sentencepiece_model_alone_is_one_of_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "sentencepiece.bpe.model").write_bytes(b"")
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from it"):
+        tokenizer_from_folder(tmp_path)
+
+
+def test_a_tokenizer_of_merges_with_a_vocabulary_of_counts_travels_whole(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "PhobertTokenizer"}')
+    (tmp_path / "base" / "vocab.txt").write_text("hel@@ 3\nlo 2\n")
+    (tmp_path / "base" / "bpe.codes").write_text("#version: 0.2\nh e 3\nhe l 2\nl o</w> 2\n")
+    (tmp_path / "out").mkdir()
+    carry_files(tmp_path / "base", tmp_path / "out")
+    assert tokenizer_from_folder(tmp_path / "out")("hello").input_ids == [0, 4, 5, 2]
+
+
+def test_a_tokenizer_of_bytes_has_no_vocabulary_and_any_other_needs_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert tokenizer_from_folder(tmp_path)("a").input_ids == [ord("a") + 3, 1]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer"}')
+    with pytest.raises(
+        ModelError, match=r"no vocabulary for DebertaV2Tokenizer, which reads spm.model, tokenizer.json"
+    ):
+        tokenizer_from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PhobertTokenizer"}')
     with pytest.raises(ModelError, match="no tokenizer can be loaded from it"):
         tokenizer_from_folder(tmp_path)
 

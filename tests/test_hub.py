@@ -27,6 +27,9 @@ FILES = {
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "tokenizer.model": b"pieces",
+    "bpe.codes": b"merges",
+    "source.spm": b"pieces",
+    "target.spm": b"pieces",
     "chat_template.jinja": b"{{ messages }}",
     "modeling_own.py": b"print('run me')",
     "pytorch_model.bin": b"pickle",
@@ -155,7 +158,10 @@ def test_a_model_is_fetched_without_its_code(hub: http.server.ThreadingHTTPServe
     path, name, content = found["org/model"]
     assert path == str(tmp_path / "cache" / "models--org--model" / "snapshots" / COMMIT)
     assert name == f"org/model@{COMMIT[:12]}"
-    wanted = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+    wanted = [
+        "bpe.codes", "chat_template.jinja", "config.json", "model.safetensors", "source.spm", "target.spm",
+        "tokenizer.json", "tokenizer.model",
+    ]  # fmt: skip
     assert content == wanted
     assert sorted(set(Hub.fetched)) == wanted, "nothing else was even asked for"
     assert found["org/model@v1"][2] == wanted
