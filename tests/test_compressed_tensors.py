@@ -14,7 +14,7 @@ import torch
 import transformers
 from close import assert_close, product_bound
 from families import KINDS, make_job
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     IDS,
     KEPT,
@@ -364,6 +364,72 @@ def test_a_file_that_the_package_itself_writes_is_read(sym: bool, group_size: in
     assert len(quantized_names(ours)) == 14
     for name in quantized_names(ours):
         assert torch.equal(ours.get_submodule(name).weight, theirs.get_parameter(f"{name}.weight")), name  # type: ignore[arg-type]
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+SIGHT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+def with_vision(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: Any
+    if kind == "qwen2vl":
+        rotary = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+        vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+        model = transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rotary}, vision_config=vision)
+        )
+    elif kind == "gemma3":
+        model = transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(
+                text_config={**TEXT, "head_dim": 16}, vision_config=SIGHT, mm_tokens_per_image=4, image_token_index=60
+            )
+        )
+    else:
+        config = transformers.LlavaConfig(
+            text_config={**TEXT, "model_type": "llama"},
+            vision_config={**SIGHT, "model_type": "clip_vision_model"},
+            image_token_index=60,
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+    made: nn.Module = model.eval()
+    return made
+
+
+def older(kind: str, name: str) -> str:
+    """What transformers 4.51 called a tensor."""
+    if kind == "qwen2vl":
+        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    name = name.replace("model.language_model.", "language_model.model.").replace("lm_head", "language_model.lm_head")
+    return name.replace("model.vision_tower.", "vision_tower.").replace("model.multi_modal", "multi_modal")
+
+
+@pytest.mark.parametrize("kind", ["qwen2vl", "gemma3", "llava"])
+def test_names_of_older_layouts_are_read_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
+    model = with_vision(kind)
+    replace_linear(model, 4, 16, True)
+    epmq.save(model, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = {older(kind, name): tensor for name, tensor in load_file(path).items()}
+    assert tensors.keys() != load_file(path).keys()
+    save_file(tensors, path, metadata={"format": "pt"})
+    edit_config(tmp_path / "out", lambda c: c["config_groups"]["group_0"].update(targets=["Linear"]))
+    loaded = epmq.load(tmp_path / "out").state_dict()
+    wanted = model.state_dict()
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    # One layout a file: transformers would take whichever came last.
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    newer = next(new for new in wanted if older(kind, new) == name)
+    save_file({**tensors, newer: tensors[name].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"are both .* in the model; remove one of them"):
+        epmq.load(tmp_path / "out")
 
 
 def test_permuted_columns_as_older_files_have_them(tmp_path: Path) -> None:

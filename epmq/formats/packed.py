@@ -19,6 +19,7 @@ from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear
+from epmq.names import names_in_model
 from epmq.orientation import features_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, column_groups, group_count
 from epmq.sources import FileSource
@@ -91,24 +92,31 @@ class PackedReader:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors under native names, one at a time."""
+        return self._tensors({name: name for name in (*self.plain, *self.linears)})
+
+    def _tensors(self, named: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         try:
             for key in self.plain:
-                yield key, self.source.tensor(key)
+                yield named[key], self.source.tensor(key)
             for name in self.linears:
                 for part, tensor in self.parts(name).items():
-                    yield f"{name}.{part}", tensor
+                    yield f"{named[name]}.{part}", tensor
         except SourceError as error:
             raise FormatError(str(error)) from error
 
     def into(self, model: nn.Module) -> nn.Module:
-        """Give ``model`` (of the original architecture, its weights may be meta) QuantLinears and all tensors."""
+        """Give ``model`` (of the original architecture, its weights may be meta) QuantLinears and all tensors.
+
+        Names in the file may be those that transformers renames as it loads. Raises FormatError for what does not fit.
+        """
+        named = self._names_in(model)
         for name, facts in self.linears.items():
-            self._place(model, name, facts)
-        self._check_shapes(model)
+            self._place(model, name, named[name], facts)
+        self._check_shapes(model, named)
         aliases: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(parameter), []).append(name)
-        state = dict(self.tensors())
+        state = dict(self._tensors(named))
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         left = set(missing)
         for names in aliases.values():
@@ -127,9 +135,27 @@ class PackedReader:
         self_saving.refuse(model, QuantLinear)
         return model
 
-    def _place(self, model: nn.Module, name: str, facts: LinearFacts) -> None:
+    def _names_in(self, model: nn.Module) -> dict[str, str]:
+        """What linears and plain tensors are called in the model; those that it does not know keep their names."""
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if modules.issuperset(self.linears) and set(model.state_dict()).issuperset(self.plain):
+            # As epmq writes them. A rename may be of a name that the model has as well.
+            return {name: name for name in (*self.plain, *self.linears)}
+        weights = {f"{name}.weight": name for name in self.linears}
+        found = names_in_model([*weights, *self.plain], model).of
+        named = {key: found.get(key, key) for key in self.plain}
+        named |= {name: found.get(key, key).removesuffix(".weight") for key, name in weights.items()}
+        first: dict[str, str] = {}
+        for name, inner in named.items():
+            if first.setdefault(inner, name) != name:
+                raise FormatError(
+                    f"{self.folder}: {first[inner]!r} and {name!r} are both {inner!r} in the model; remove one of them."
+                )
+        return named
+
+    def _place(self, model: nn.Module, name: str, inner: str, facts: LinearFacts) -> None:
         try:
-            replaced = model.get_submodule(name)
+            replaced = model.get_submodule(inner)
         except AttributeError:
             raise FormatError(
                 f"{self.folder}: the model has no submodule {name!r}; load into the same class."
@@ -145,20 +171,23 @@ class PackedReader:
             permuted=facts.permuted,
         )  # fmt: skip
         layer.stands_for = replaced.stands_for if isinstance(replaced, QuantLinear) else type(replaced).__name__
-        set_submodule(model, name, layer.train(replaced.training))
+        set_submodule(model, inner, layer.train(replaced.training))
 
-    def _check_shapes(self, model: nn.Module) -> None:
-        expected = model.state_dict()
+    def _check_shapes(self, model: nn.Module, named: Mapping[str, str]) -> None:
+        state = model.state_dict()
         for name in self.plain:
-            if name in expected and self.source.shape(name) != tuple(expected[name].shape):
+            expected = state.get(named[name])
+            if expected is None:
+                continue
+            if self.source.shape(name) != tuple(expected.shape):
                 raise FormatError(
                     f"{self.folder}: tensor {name!r} has shape {list(self.source.shape(name))}, the model expects"
-                    f" {list(expected[name].shape)}."
+                    f" {list(expected.shape)}."
                 )
-            if name in expected and self.source.dtype(name).is_floating_point != expected[name].is_floating_point():
+            if self.source.dtype(name).is_floating_point != expected.is_floating_point():
                 raise FormatError(
                     f"{self.folder}: tensor {name!r} has dtype {self.source.dtype(name)}, the model expects"
-                    f" {expected[name].dtype}."
+                    f" {expected.dtype}."
                 )
 
     def check_tensor(self, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
