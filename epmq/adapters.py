@@ -36,9 +36,9 @@ BASE_COPY = ".base_layer.weight"
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 # Keys that say how an adapter was trained, and nothing about its sum with the base.
 OF_TRAINING = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "ephemeral", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "loftq_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "ephemeral", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "loftq_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 
 
@@ -49,7 +49,8 @@ class AdapterConfig(Settings):
     """What adapter_config.json says about the sum. r: rank. lora_alpha: the scale is alpha/r, or alpha/√r with
     use_rslora. rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its own value}.
     fan_in_fan_out: weights are stored [in, out], as transformers' Conv1D does; peft writes what held for the layer that
-    it adapted last. modules_to_save: modules trained whole, by the end of their names."""
+    it adapted last. modules_to_save: modules trained whole, by the end of their names. ensure_weight_tying: what is
+    tied to such a module was trained with it."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -61,6 +62,7 @@ class AdapterConfig(Settings):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     fan_in_fan_out: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
+    ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -182,6 +184,7 @@ class AdapterSource:
             else:
                 # Of a module trained whole, or a copy of the embeddings: peft puts both in the base's place.
                 plain[inner] = stored
+        brought = list(plain)
         self._drop_tied(plain)
         if not factors and not plain:
             raise SourceError(f"{self.file.name}: holds no factors of an adapter.")
@@ -191,6 +194,7 @@ class AdapterSource:
         self._whole = {rename(key): stored for key, stored in plain.items()}
         for key, stored in self._whole.items():
             self._require_shape(stored, self.file.shape(stored), key)
+        self._tie_whole({rename(key) for key in brought if self.config.saves(key)}, {rename(key) for key in brought})
         for module, parts in factors.items():
             key = rename(f"{module}.weight")
             for name in self._names_of(key):
@@ -212,6 +216,31 @@ class AdapterSource:
                     name != stored and torch.equal(self.file.tensor(name), self.file.tensor(stored)) for name in twins
                 ):
                     del plain[key]
+
+    def _tie_whole(self, trained: set[str], brought: set[str]) -> None:
+        """Let a tensor that was trained whole stand for what is tied to it, or refuse it where peft unties the two."""
+        for key in sorted(trained.intersection(self._whole)):
+            stored = self._whole[key]
+            if self.config.ensure_weight_tying:
+                for name in self._names_of(key):
+                    self._whole.setdefault(name, stored)
+                continue
+            others = sorted(self._tied_to(key) - brought)
+            base = self.base.tensor(key) if others else None
+            if base is not None and not torch.equal(read_finite(self.file, stored).to(base.dtype), base):
+                raise SourceError(
+                    f"{self.folder}: {stored!r} was trained whole (modules_to_save), {key!r} of {self.base.name} is"
+                    f" tied to {others[0]!r}, and peft leaves the latter as it was; untie the base, or train with"
+                    " ensure_weight_tying."
+                )
+
+    def _tied_to(self, key: str) -> set[str]:
+        """The other names of this tensor, those included that the base does not list."""
+        names = set(self._names_of(key))
+        if self.model is not None:
+            state = self.model.state_dict(keep_vars=True)
+            names |= {name for name, tensor in state.items() if key in state and tensor is state[key]}
+        return names - {key}
 
     def _names_of(self, key: str) -> list[str]:
         """The names under which the base holds this tensor: tied parameters change together."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource, open_model
 from epmq.errors import SourceError
+from epmq.names import NamedForModel
 from epmq.sources import DictSource, FileSource
 
 pytest.importorskip("transformers")
@@ -158,6 +159,31 @@ def test_a_tied_embedding_changes_under_all_its_names(tmp_path: Path) -> None:
     memory = AdapterSource(tmp_path / "adapter", DictSource(model.state_dict(), "base"))
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(memory.tensor(key), expected[key])
+
+
+@pytest.mark.parametrize("where", ["file", "module"])
+def test_an_embedding_trained_whole_is_refused_where_peft_unties_it(where: str, tmp_path: Path) -> None:
+    model = llama(tied=True)
+    base = NamedForModel(saved(model, tmp_path / "base"), model) if where == "file" else DictSource(model.state_dict())
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    expected = save_adapter(model, tmp_path / "untied", **settings)
+    assert not torch.equal(expected["model.embed_tokens.weight"], expected["lm_head.weight"])
+    with pytest.raises(SourceError) as caught:
+        AdapterSource(tmp_path / "untied", base, model)
+    assert "is tied to 'lm_head.weight', and peft leaves the latter as it was; untie the base, or train" in str(
+        caught.value
+    )
+    # What was saved and not changed says nothing of the other.
+    path = tmp_path / "untied" / "adapter_model.safetensors"
+    embedding = {"base_model.model.model.embed_tokens.weight": base.tensor("model.embed_tokens.weight").clone()}
+    save_file({**load_file(path), **embedding}, path)
+    AdapterSource(tmp_path / "untied", base, model)
+    expected = save_adapter(model, tmp_path / "tied", **settings, ensure_weight_tying=True)
+    path = tmp_path / "tied" / "adapter_model.safetensors"
+    ours = AdapterSource(tmp_path / "tied", base, model)
+    assert_equal(ours, expected, 3 if where == "file" else 4)
+    save_file({key: tensor for key, tensor in load_file(path).items() if "lm_head" not in key}, path)
+    assert_equal(AdapterSource(tmp_path / "tied", base, model), expected, 3 if where == "file" else 4)
 
 
 def test_a_base_saved_without_or_with_the_prefix_of_its_class(tmp_path: Path) -> None:
