@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from epmq import patterns, trust
 from epmq.errors import ConfigError, SourceError
 from epmq.hub import find_model, name_of
-from epmq.names import NamedForModel, names_in_model
+from epmq.names import NamedForModel, names_in_model, outside
 from epmq.orientation import is_transposed
 from epmq.settings import Settings
 from epmq.sources import ADAPTER_CONFIG, DictSource, FileSource, WeightSource, open_source, read_finite
@@ -188,8 +188,7 @@ class AdapterSource:
         self._drop_tied(plain)
         if not factors and not plain:
             raise SourceError(f"{self.file.name}: holds no factors of an adapter.")
-        wanted = [f"{module}.weight" for module in factors] + [*plain, *self._copies]
-        rename = self._renaming(wanted, plain)
+        rename = self._renaming([f"{module}.weight" for module in factors] + [*self._copies], plain)
         self._copies = {rename(key): stored for key, stored in self._copies.items()}
         self._whole = {rename(key): stored for key, stored in plain.items()}
         for key, stored in self._whole.items():
@@ -252,9 +251,11 @@ class AdapterSource:
         others = [(name, self.base.tensor(name)) for name in self.base.keys()]
         return [n for n, other in others if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape]
 
-    def _renaming(self, wanted: list[str], plain: Collection[str]) -> Callable[[str], str]:
+    def _renaming(self, adapted: list[str], plain: dict[str, str]) -> Callable[[str], str]:
         """From the adapter's names to the base's, which may lack or have one more prefix for all of them, or be those
-        that another version of transformers gives the model."""
+        that another version of transformers gives the model. Heads that a bare base has no place for leave ``plain``,
+        with a note."""
+        wanted = [*adapted, *plain]
         present = set(self.base.keys())
         first = wanted[0].split(".")[0] + "."
         rules: list[Callable[[str], str]] = [lambda key: key, lambda key: key.removeprefix(first)]
@@ -262,20 +263,39 @@ class AdapterSource:
         if self.model is not None:
             known = names_in_model(wanted, self.model).of
             rules.append(lambda key: known.get(key, key))
-        for rule in rules:
-            if all(rule(key) in present for key in wanted):
-                return rule
-        missing = next(key for key in wanted if key not in present)
-        if missing in plain:
-            how = "modules_to_save" if self.config.saves(missing) else "save_embedding_layers"
+
+        def fits(rule: Callable[[str], str], keys: Collection[str]) -> int:
+            return sum(rule(key) in present for key in keys)
+
+        # A head that was trained whole may have no place in the base, which says nothing of the names inside it.
+        rule = max(rules, key=lambda rule: (fits(rule, adapted), fits(rule, wanted)))
+        missing = [key for key in wanted if rule(key) not in present]
+        for key in sorted(self._heads(first, adapted, missing, bare=rule is rules[1])):
+            missing.remove(key)
+            del plain[key]
+            self.notes.append(f"{key}: in {name_of(self.folder)} but not in the model; left out.")
+        if not missing:
+            return rule
+        if missing[0] in plain:
+            how = "modules_to_save" if self.config.saves(missing[0]) else "save_embedding_layers"
             raise SourceError(
-                f"{self.folder}: the adapter brings {missing!r} whole ({how}), which {self.base.name} does not have;"
+                f"{self.folder}: the adapter brings {missing[0]!r} whole ({how}), which {self.base.name} does not have;"
                 " a head of its own or a tied output has no counterpart: add it to the base, or leave it out."
             )
         raise SourceError(
-            f"{self.folder}: the adapter changes {missing!r}, which {self.base.name} does not have;"
+            f"{self.folder}: the adapter changes {missing[0]!r}, which {self.base.name} does not have;"
             f" it was made for another base (it names {self.config.base_model_name_or_path!r})."
         )
+
+    def _heads(self, prefix: str, adapted: list[str], missing: list[str], bare: bool) -> set[str]:
+        """Those of the missing tensors that stand beside the base where it is a bare model, whose names lack a prefix
+        that all adapted ones have."""
+        beside = [key for key in missing if key not in adapted]
+        if self.model is not None:
+            return outside(adapted, beside, self.model)
+        if not adapted or not bare or not all(key.startswith(prefix) for key in adapted):
+            return set()
+        return {key for key in beside if not key.startswith(prefix)}
 
     def _pair(self, module: str, parts: Mapping[str, str], key: str) -> _Pair:
         if len(parts) < 2:

@@ -93,7 +93,7 @@ def _rule_of_4(model: Any) -> Rule:
     return rename
 
 
-def _outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:
+def outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:
     """Those of the tensors left out that stand beside the model where it is the base of another, as heads do."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     if not used or not prefix or hasattr(model, prefix) or not all(key.startswith(f"{prefix}.") for key in used):
@@ -143,7 +143,7 @@ class NamedForModel:
         self._ignored = [COMPUTED, *map(re.compile, ignored)]
         self._model = type(model).__name__
         self.dropped = sorted(set(source.keys()) - set(names.of))
-        self._of_heads = _outside(self._key_of.values(), self.dropped, model)
+        self._of_heads = outside(self._key_of.values(), self.dropped, model)
         self.notes: list[str] = []
 
     @property

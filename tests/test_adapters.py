@@ -199,6 +199,31 @@ def test_a_base_saved_without_or_with_the_prefix_of_its_class(tmp_path: Path) ->
     assert torch.equal(full.tensor(f"bert.{key}"), without[key])
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_heads_of_adapters_over_a_bare_base_are_left_out(known: bool, tmp_path: Path) -> None:
+    import transformers
+
+    language_model: Any = bert_language_model()
+    base = saved(language_model.bert, tmp_path / "base")
+    torch.manual_seed(0)
+    classifier: Any = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    settings: dict[str, Any] = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    expected = save_adapter(classifier, tmp_path / "a", **settings)
+    bare = language_model.bert
+    source = (
+        AdapterSource(tmp_path / "a", NamedForModel(base, bare), bare) if known else AdapterSource(tmp_path / "a", base)
+    )
+    assert_equal(source, {key: expected[f"bert.{key}"] for key in source.keys()}, 4)
+    assert [note for note in source.notes if "left out" in note] == [
+        f"classifier.{leaf}: in a but not in the model; left out." for leaf in ("bias", "weight")
+    ]
+    # A base that has a head, or lacks what the adapter has inside the model, is another one.
+    other = {f"bert.{key}": base.tensor(key) for key in base.keys()}
+    assert "brings 'classifier." in refusal(tmp_path / "a", DictSource(other))
+    fewer = {key: base.tensor(key) for key in base.keys() if "layer.1." not in key}
+    assert "changes 'bert.encoder.layer.1." in refusal(tmp_path / "a", DictSource(fewer))
+
+
 def test_merging_adapters_is_merging_the_models_they_stand_for(tmp_path: Path) -> None:
     model = llama()
     saved(model, tmp_path / "base")
