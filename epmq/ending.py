@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -13,6 +16,8 @@ from typing import NoReturn
 import click
 
 from epmq.errors import EpmqError
+
+AGAIN_AFTER = 0.05  # seconds
 
 
 def run_to_its_end(app: click.Command) -> None:
@@ -30,34 +35,62 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Interrupted(KeyboardInterrupt):
+    """SIGINT. A class of its own, because built-in ones cannot be watched."""
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, ended as orderly as an interruption."""
 
 
 class _Signals:
-    """SIGTERM raises as SIGINT does, and what was raised is kept.
+    """SIGTERM raises as SIGINT does, and what was raised ends the run.
 
-    A handler runs wherever the interpreter is, in a callback of a library's C++ too, and torch tells some errors of
-    its callbacks as errors of its own: the run then ends in those, and the signal was the reason all the same.
+    A handler runs wherever the interpreter is, in what a library's C++ calls too, and C++ may drop what was raised
+    there, or tell it as an error of its own, as torch does where it asks for the length of a storage. So an exception
+    that is gone while the run goes on is raised again, and one told otherwise still counts as the signal.
     """
 
     def __init__(self) -> None:
-        self.raised: KeyboardInterrupt | None = None
+        self.number: signal.Signals | None = None
+        self.over = False
+        self._again = False
 
-    def __call__(self, signum: int, frame: object) -> None:
-        self.raised = _Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
-        raise self.raised
+    def __call__(self, number: int, frame: object) -> None:
+        again, self._again = self._again, False
+        # What is handled just now may be the run's end, told otherwise, and is not to be cut off.
+        if again and (self.over or sys.exc_info()[1] is not None):
+            return
+        error = self._error(number)
+        first, self.number, self._raised = not self.number, signal.Signals(number), weakref.ref(error)
+        if first:
+            _thread.start_new_thread(self._watch, ())
+        try:
+            raise error
+        finally:
+            del error  # else its own traceback would keep it
 
     def reason(self, error: BaseException) -> BaseException:
         """What ended the run that ended in ``error``, with its notes."""
         # click turns an interruption into an Abort.
-        reason = self.raised or (error.__cause__ if isinstance(error, click.Abort) else None)
-        if reason is None or reason is error:
-            return error
+        cause = error.__cause__ if isinstance(error, click.Abort) else None
+        if cause is not None or not self.number or isinstance(error, KeyboardInterrupt):
+            return cause or error
+        reason = self._error(self.number)
         for note in getattr(error, "__notes__", []):
-            if note not in getattr(reason, "__notes__", []):
-                reason.add_note(note)
+            reason.add_note(note)
         return reason
+
+    def _error(self, number: int) -> KeyboardInterrupt:
+        return _Terminated() if number == signal.SIGTERM else _Interrupted()
+
+    def _watch(self) -> None:
+        """Until the run is over, let what was raised and is gone be raised again."""
+        while not self.over and self.number:
+            time.sleep(AGAIN_AFTER)
+            if self._raised() is None and not self.over:
+                self._again = True
+                _thread.interrupt_main(self.number)
 
 
 @contextmanager
@@ -89,7 +122,9 @@ def _run(app: click.Command, signals: _Signals) -> None:
     try:
         app(standalone_mode=False)
     except BaseException as error:
+        signals.over = True
         _end(signals.reason(error))
+    signals.over = True
     _leave_the_others()
 
 

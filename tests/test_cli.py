@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -307,3 +308,39 @@ def test_a_signal_that_a_library_tells_as_its_own_error_is_a_signal(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (end.value.code, capsys.readouterr().err) == (code, f"epmq: {word}. Finished blocks are kept.\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_that_a_library_drops_is_raised_again(
+    number: int, code: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not while something else is handled, which may be a cleaning up."""
+    cleaned = []
+
+    def dropping(standalone_mode: bool) -> None:
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(number)
+        try:
+            raise ValueError
+        except ValueError:
+            wait(0.5)
+            cleaned.append(True)
+        wait(60.0)
+
+    def wait(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cli, "app", dropping)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = f"epmq: {word}; nothing half-written was left.\n"
+    assert (end.value.code, capsys.readouterr().err, cleaned) == (code, told, [True])
