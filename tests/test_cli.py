@@ -23,6 +23,9 @@ from epmq.jobs import load_any
 
 pytest.importorskip("transformers")
 no_amx = pytest.mark.skipif("amx" in extension.build_report().get("cpu_levels", ["amx"]), reason="has AMX")
+signals = pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 compiled = pytest.mark.skipif(extension.module is None, reason="needs the compiled extension")
 
 
@@ -243,9 +246,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+@signals
 def test_an_interrupted_run_can_go_on(tmp_path: Path, number: int, code: int, word: str) -> None:
     job = make_job(tmp_path / "job", blocks=40, examples=40)
     out = tmp_path / "results" / "out"
@@ -278,9 +279,18 @@ def test_an_interrupted_run_can_go_on(tmp_path: Path, number: int, code: int, wo
     assert not (kept / "result").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+def exit_status() -> object:
+    """Of the command line in this process, which heeds interrupts meanwhile."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return end.value.code
+
+
+@signals
 @pytest.mark.parametrize("kind", [ValueError, ModelError, SystemError])
 def test_a_signal_that_a_library_tells_as_its_own_error_is_a_signal(
     number: int,
@@ -301,18 +311,10 @@ def test_a_signal_that_a_library_tells_as_its_own_error_is_a_signal(
             raise other from None
 
     monkeypatch.setattr(cli, "app", told_otherwise)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (end.value.code, capsys.readouterr().err) == (code, f"epmq: {word}. Finished blocks are kept.\n")
+    assert (exit_status(), capsys.readouterr().err) == (code, f"epmq: {word}. Finished blocks are kept.\n")
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+@signals
 def test_a_signal_that_a_library_drops_is_raised_again(
     number: int, code: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,11 +338,5 @@ def test_a_signal_that_a_library_drops_is_raised_again(
             time.sleep(0.01)
 
     monkeypatch.setattr(cli, "app", dropping)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGINT, before)
     told = f"epmq: {word}; nothing half-written was left.\n"
-    assert (end.value.code, capsys.readouterr().err, cleaned) == (code, told, [True])
+    assert (exit_status(), capsys.readouterr().err, cleaned) == (code, told, [True])
