@@ -1,8 +1,8 @@
 """The table of eight real experts: merge, calibrate, round, score. See ``--help``; ``make minilm8`` runs it.
 
 DATA holds base/, experts/TASK/ (each with model.safetensors and head.safetensors) and data/TASK/{train,validation,
-test}.jsonl. Calibration takes 256 training texts of each task, labels unused. Rows already in the JSON file
-are kept, so an interrupted run goes on where it stopped.
+test}.jsonl. Calibration takes 256 training texts of each task, labels unused. Rows are kept as they are measured in
+FILE.partial, so an interrupted run goes on where it stopped; FILE itself is written, or replaced, by a whole run.
 """
 
 from __future__ import annotations
@@ -98,12 +98,14 @@ def wanted_rows(merges: list[str], methods: list[str], bits: list[int]) -> list[
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what is not in the JSON file yet and return all of it."""
-    results: dict[str, Any] = {"rows": [], "settings": settings(args), "machine": machine()}
-    if args.json and args.json.is_file():
-        earlier = json.loads(args.json.read_text())
-        if earlier["settings"] != results["settings"]:
-            raise SystemExit(f"{args.json}: measured with other settings; name another file or remove it.")
+    """Measure what an interrupted run has not, and return all of it."""
+    today = str(datetime.date.today())
+    results: dict[str, Any] = {"rows": [], "settings": settings(args), "machine": machine(), "date": today}
+    partial = args.json.with_name(f"{args.json.name}.partial") if args.json else None
+    if partial and partial.is_file():
+        earlier = json.loads(partial.read_text())
+        if earlier["settings"] != results["settings"] or earlier["machine"] != results["machine"]:
+            raise SystemExit(f"{partial}: begun with other settings or on another machine; remove it.")
         results["rows"] = earlier["rows"]
     done = {(entry["merge"], entry["method"], entry["bits"]) for entry in results["rows"]}
     todo = [key for key in wanted_rows(args.merge, args.method, args.bits) if key not in done]
@@ -111,8 +113,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # Nothing unquantized depends on the calibration sample but the stages in between, which no table shows.
         todo = [key for key in todo if key[2] is not None]
     todo.sort(key=urgency)
-    if not todo:
-        return results
     bench = Benchmark(args.data, args.split, args.seed)
     comparison: tuple[str, Comparison] | None = None
     for merge, method, bits in todo:
@@ -131,8 +131,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results["rows"].sort(key=lambda e: order(e, wanted_rows(list(MERGES), list(METHODS), sorted(GROUP_SIZE)[::-1])))
         seconds = time.perf_counter() - started
         print(f"{merge} {method} {bits}: {measured['average']:.2f} {scores} ({seconds:.0f} s)", flush=True)
-        if args.json:
-            write_text(args.json, json.dumps(results, indent=1))
+        if partial:
+            write_text(partial, json.dumps(results, indent=1))
+    if partial:
+        write_text(args.json, json.dumps(results, indent=1))
+        partial.unlink(missing_ok=True)
     return results
 
 
@@ -171,7 +174,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the unfolded folder")
-    parser.add_argument("--json", type=Path, help="results, added to row by row")
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--merge", nargs="*", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--method", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -183,7 +186,7 @@ def main() -> None:
     started = time.perf_counter()
     results = run(args)
     print(markdown_table(results["rows"]))
-    print(f"{datetime.date.today()}, {time.perf_counter() - started:.0f} s, {results['machine']}")
+    print(f"{results['date']}, {time.perf_counter() - started:.0f} s, {results['machine']}")
 
 
 if __name__ == "__main__":
