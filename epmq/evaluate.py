@@ -1,11 +1,11 @@
-"""Accuracy of a text encoder with one classification head per task."""
+"""Accuracy of a model of texts with one classification head per task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,58 @@ from epmq.texts import is_encoder_decoder, unreadable
 Pooling = Literal["mean", "first"]
 
 
+class Head(Protocol):
+    """What tells the class of a text from what a model makes of it. file: where it is from."""
+
+    file: str
+    classes: int
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
+        """fp32 ``[B, classes]`` of a batch, where the model is."""
+        ...
+
+
+class LinearHead:
+    """A head on the feature f of a text: weight @ f + bias, of a safetensors file with ``weight`` ``[C, D]`` and
+    ``bias`` ``[C]``. Raises SourceError for a file with others."""
+
+    def __init__(self, file: str | Path):
+        source = FileSource(file)
+        if len(source.shape("weight")) != 2 or source.shape("bias") != source.shape("weight")[:1]:
+            raise SourceError(f"{file}: expected weight [classes, features] and bias [classes].")
+        self.file = str(file)
+        self.weight, self.bias = read_finite(source, "weight").float(), read_finite(source, "bias").float()
+        self.classes = len(self.weight)
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
+        """fp32 ``[B, C]``. Raises ModelError for a model without features, SourceError for one of another width."""
+        found = pooled(model, inputs, pooling).cpu()
+        if found.shape[1] != self.weight.shape[1]:
+            raise SourceError(
+                f"{self.file}: weight reads {self.weight.shape[1]} features, and {type(model).__name__} gives"
+                f" {found.shape[1]}."
+            )
+        return found @ self.weight.T + self.bias
+
+
 @dataclass(frozen=True)
 class TextTask:
-    """Tokenised test texts with labels, and the head that reads a feature: argmax(weight @ f + bias).
-
-    head: the file it is from.
-    """
+    """Tokenised test texts with labels, and the head that tells their classes."""
 
     ids: list[list[int]]
     labels: Tensor
-    weight: Tensor
-    bias: Tensor
-    head: str
+    head: Head
 
 
 def load_task(
     tokenizer: Any,
     data: str | Path,
-    head: str | Path,
+    head: str | Path | Head,
     max_length: int,
     text_key: str = "text",
     limit: int | None = None,
 ) -> TextTask:
-    """A task from a jsonl of {text, label} and a safetensors head with ``weight`` ``[C, D]`` and ``bias`` ``[C]``."""
+    """A task from a jsonl of {text, label} and a head, or the file of a :class:`LinearHead`."""
     rows = read_jsonl(data, limit)
     if not rows:
         raise CalibrationError(f"{data}: holds no example.")
@@ -52,72 +81,82 @@ def load_task(
     for number, tokens in enumerate(ids, 1):
         if not tokens:
             raise CalibrationError(f"{data}, object {number}: its text is no token to the tokenizer; remove it.")
-    source = FileSource(head)
-    if len(source.shape("weight")) != 2 or source.shape("bias") != source.shape("weight")[:1]:
-        raise SourceError(f"{head}: expected weight [classes, features] and bias [classes].")
-    classes = source.shape("weight")[0]
+    if isinstance(head, (str, Path)):
+        head = LinearHead(head)
     for number, row in enumerate(rows, 1):
-        if not 0 <= row["label"] < classes:
+        if not 0 <= row["label"] < head.classes:
             raise CalibrationError(
-                f"{data}, object {number}: label {row['label']} is none of the head's {classes} classes."
+                f"{data}, object {number}: label {row['label']} is none of the head's {head.classes} classes."
             )
-    labels = torch.tensor([row["label"] for row in rows])
-    return TextTask(ids, labels, read_finite(source, "weight").float(), read_finite(source, "bias").float(), str(head))
+    return TextTask(ids, torch.tensor([row["label"] for row in rows]), head)
 
 
-@torch.no_grad()
-def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_size: int = 64, pad: int = 0) -> Tensor:
-    """fp32 ``[texts, D]``: mean of the last hidden states over unpadded tokens, or the first token's.
+def pooled(model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
+    """fp32 ``[B, D]``: mean of the last hidden states over unpadded tokens, or the first token's.
 
     model: an encoder, or a transformers model with a head on one, which is passed by. Raises ModelError for one whose
     first output is not one vector per token.
     """
     model = getattr(model, "base_model", model)
-    found: dict[int, Tensor] = {}
-    device = home_of(model)
-    for places, inputs in padded_batches(ids, batch_size, pad):
-        inputs = moved(inputs, device)
-        output = model(**inputs)
-        hidden = (output if isinstance(output, Tensor) else output[0]).float()
-        if hidden.shape[:-1] != inputs["input_ids"].shape:
-            raise ModelError(f"{type(model).__name__}: its first output is not one vector per token; give an encoder.")
-        if pooling == "mean":
-            mask = inputs["attention_mask"].unsqueeze(-1).float()
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        else:
-            pooled = hidden[:, 0]
-        found.update(zip(places, pooled.cpu(), strict=True))
-    return torch.stack([found[i] for i in range(len(ids))])
-
-
-def check_head(model: nn.Module, task: TextTask, pooling: Pooling) -> None:
-    """Try a task's longest text. Raises ModelError for a model without features of texts, SourceError, naming the file,
-    for a head of another width."""
     if is_encoder_decoder(model):
         raise ModelError(
             f"{type(model).__name__}: it has a decoder beside its encoder; heads are scored on an encoder."
         )
+    output = model(**inputs)
+    hidden = (output if isinstance(output, Tensor) else output[0]).float()
+    if hidden.shape[:-1] != inputs["input_ids"].shape:
+        raise ModelError(f"{type(model).__name__}: its first output is not one vector per token; give an encoder.")
+    if pooling == "first":
+        return hidden[:, 0]
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@torch.no_grad()
+def features(model: nn.Module, ids: list[list[int]], pooling: Pooling, batch_size: int = 64, pad: int = 0) -> Tensor:
+    """fp32 ``[texts, D]``, on the CPU: what :func:`pooled` makes of tokenised texts."""
+    return _of_texts(lambda inputs: pooled(model, inputs, pooling), home_of(model), ids, batch_size, pad)
+
+
+def check_head(model: nn.Module, task: TextTask, pooling: Pooling, pad: int = 0) -> None:
+    """Try a task's longest text. Raises ModelError for a model that texts alone, or a head, cannot be tried on, and
+    SourceError, naming the file, for a head of another width."""
     try:
-        width = features(model, [max(task.ids, key=len)], pooling).shape[1]
+        _logits(model, TextTask([max(task.ids, key=len)], task.labels, task.head), pooling, 1, pad)
     except EpmqError:
         raise
     except Exception as error:
         raise unreadable(model, {"input_ids": None, "attention_mask": None}, error) from error
-    if width != task.weight.shape[1]:
-        raise SourceError(
-            f"{task.head}: weight reads {task.weight.shape[1]} features, and {type(model).__name__} gives {width}."
-        )
 
 
 def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int = 64, pad: int = 0) -> float:
-    """Percentage of texts whose predicted class is the label. Raises NumericalError where features are NaN or Inf."""
-    found = features(model, task.ids, pooling, batch_size, pad)
+    """Percentage of texts whose predicted class is the label. Raises NumericalError where outputs are NaN or Inf."""
+    found = _logits(model, task, pooling, batch_size, pad)
     if not all_finite(found):
         raise NumericalError(
-            f"{type(model).__name__}: its features of {task.head}'s texts are NaN or Inf; a wider dtype may hold them."
+            f"{type(model).__name__}: what it makes of {task.head.file}'s texts is NaN or Inf; a wider dtype may hold"
+            " it."
         )
-    logits = found @ task.weight.T + task.bias
-    return 100.0 * float((logits.argmax(1) == task.labels).float().mean())
+    return 100.0 * float((found.argmax(1) == task.labels).float().mean())
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int, pad: int) -> Tensor:
+    return _of_texts(lambda inputs: task.head.logits(model, inputs, pooling), home_of(model), task.ids, batch_size, pad)
+
+
+def _of_texts(
+    compute: Callable[[dict[str, Tensor]], Tensor],
+    device: torch.device,
+    ids: list[list[int]],
+    batch_size: int,
+    pad: int,
+) -> Tensor:
+    """One row per text, on the CPU, of what is computed of batches of similar length."""
+    found: dict[int, Tensor] = {}
+    for places, inputs in padded_batches(ids, batch_size, pad):
+        found.update(zip(places, compute(moved(inputs, device)).cpu(), strict=True))
+    return torch.stack([found[i] for i in range(len(ids))])
 
 
 def score(model: nn.Module, tasks: Mapping[str, TextTask], pooling: Pooling, pad: int = 0) -> dict[str, float]:

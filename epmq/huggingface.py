@@ -41,11 +41,12 @@ MOST = ((("position", "ctx", "length"), 2**24), (("num_", "n_", "layer", "depth"
 SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
 
 
-def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
+def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = False) -> nn.Module:
     """The model of ``folder/config.json`` with parameters on the meta device and its buffers made.
 
     stored: tensor names of the checkpoint. A pooler that the checkpoint has no weights for is left out, as sentence
-    encoders are published. Raises ModelError when transformers is absent or does not know the model.
+    encoders are published. bare: without the head. Raises ModelError when transformers is absent or does not know the
+    model.
     """
     transformers = _transformers()
     _check_config(Path(folder) / "config.json")
@@ -59,7 +60,7 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
     with _refusing(f"{folder}: transformers cannot build the model of config.json"), _parameters_on_meta(stored):
         named: Any = getattr(transformers, (config.architectures or [""])[0], None)
         # Not every name that a file could give is a model.
-        known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) and not bare
         model: nn.Module = (
             named(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=False)
         )
@@ -103,23 +104,29 @@ def stop_tokens(folder: str | Path) -> int | list[int] | None:
     return ids
 
 
-def carry_files(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration, tokenizer and processor files; the configuration says ``dtype`` when one is given."""
+def carry_files(
+    source: str | Path, target: Path, dtype: torch.dtype | None = None, class_name: str | None = None
+) -> None:
+    """Copy configuration, tokenizer and processor files; the configuration says ``dtype`` and ``class_name`` when they
+    are given."""
     for path in carried(source):
         copy = target / path.relative_to(source)
         with files.naming_space(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     config = target / "config.json"
-    if dtype is not None and config.is_file():
+    if config.is_file():
         content = trust.read_json(config, ModelError)
         if not isinstance(content, dict):
             raise ModelError(f"{config}: expected a JSON object.")
-        # transformers 5 writes the first, 4 the second; both read both.
-        key = "dtype" if "dtype" in content else "torch_dtype"
-        name = str(dtype).removeprefix("torch.")
-        if content.get(key) != name:
-            config.write_text(json.dumps({**content, key: name}, indent=2) + "\n", encoding="utf-8")
+        said: dict[str, Any] = {}
+        if dtype is not None:
+            # transformers 5 writes the first, 4 the second; both read both.
+            said["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        if class_name is not None:
+            said["architectures"] = [class_name]
+        if not said.items() <= content.items():
+            config.write_text(json.dumps(content | said, indent=2) + "\n", encoding="utf-8")
 
 
 def carried(folder: str | Path) -> list[Path]:

@@ -20,13 +20,15 @@ from epmq.adapters import notes_on, open_model
 from epmq.api import load
 from epmq.blocks import find_blocks
 from epmq.card import write_card
+from epmq.classifier import ClassifierHead
+from epmq.common import CommonModel, common_model
 from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
 from epmq.devices import compute_device
 from epmq.errors import ConfigError, ModelError, SourceError
 from epmq.estimate import estimate
-from epmq.evaluate import check_head, load_task, score
+from epmq.evaluate import Head, LinearHead, check_head, load_task, score
 from epmq.evaluate import row as result_row
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import format_of, open_writer, quantized_by
@@ -66,17 +68,24 @@ Calibration = dict[str, list[dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Sources:
-    """A recipe's weights under the names of its model."""
+    """A recipe's weights under the names of its model. class_name: as in CommonModel."""
 
     base: WeightSource
     experts: dict[str, WeightSource]
     merged: WeightSource
     dropped: list[str]
     notes: list[str]
+    class_name: str | None
 
 
-def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
-    """Base, experts and their merge; named as in ``model`` when one is given, else as in the files.
+def model_of(recipe: Recipe) -> CommonModel:
+    """What is merged and quantized: the base's model, or its body where an expert has another head."""
+    others = {f"expert {task!r}": path for task, path in recipe.experts.items()}
+    return common_model(recipe.base, others if recipe.merged is None else {**others, "merged": recipe.merged})
+
+
+def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
+    """Base, experts and their merge; named as in the model that they have in common, or without it as in the files.
 
     Raises SourceError for a checkpoint that is quantized, or does not fit the others.
     """
@@ -85,6 +94,8 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     for label, path in models.items():
         if path is not None and (method := quantized_by(path)) is not None:
             raise SourceError(f"{label}: {path} is quantized already ({method}); give the model that it was made from.")
+
+    model = None if common is None else common.skeleton
 
     def named(path: Path) -> WeightSource:
         return FileSource(path) if model is None else NamedForModel(FileSource(path), model)
@@ -95,7 +106,10 @@ def open_sources(recipe: Recipe, model: nn.Module | None = None) -> Sources:
     if merged is None:
         merged = MergedSource(base, experts, recipe.merge or MergeConfig()) if experts else base
     dropped = base.dropped if isinstance(base, NamedForModel) else []
-    return Sources(base, experts, merged, dropped, notes_on(experts))
+    notes = [] if common is None else common.notes
+    return Sources(
+        base, experts, merged, dropped, notes + notes_on(experts), None if common is None else common.class_name
+    )
 
 
 def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
@@ -107,14 +121,14 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
     if not recipe.experts:
         raise ConfigError("merging needs experts; name them under experts: in the recipe.")
     with files.new_folder(out) as working:
-        sources = open_sources(recipe, _model_for_names(recipe.base))
+        sources = open_sources(recipe, _model_for_names(recipe))
         merged = sources.merged
         for note in notes_of(sources):
             log.warning(note)
         layout = merged if recipe.merged is not None else sources.base
         stored_name = layout.stored_name if isinstance(layout, NamedForModel) else lambda key: key
         size = total_bytes(merged)
-        carry_files(recipe.base, working, main_dtype(merged))
+        carry_files(recipe.base, working, main_dtype(merged), sources.class_name)
         # While a shard is put together, its tensors lie there twice.
         files.check_space(out, size + min(size, recipe.shard_bytes))
         writer = ShardWriter(working, recipe.shard_bytes)
@@ -126,20 +140,20 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
         writer.finish()
 
 
-def _model_for_names(base: Path) -> nn.Module | None:
+def _model_for_names(recipe: Recipe) -> CommonModel | None:
     """The model whose names the tensors go by, or None where they keep those of the files."""
+    base = recipe.base
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
-    source = FileSource(base)
     try:
-        model = skeleton_from_folder(base, set(source.keys()))
-        present = NamedForModel(source, model, aliases=True).keys()
-        if missing := sorted(set(model.state_dict()).difference(present)):
+        common = model_of(recipe)
+        present = NamedForModel(FileSource(base), common.skeleton, aliases=True).keys()
+        if missing := sorted(set(common.skeleton.state_dict()).difference(present)):
             raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
     except (ModelError, SourceError) as error:
         log.warning(f"{error} Tensors are merged under the names in the files.")
         return None
-    return model
+    return common
 
 
 def notes_of(sources: Sources) -> list[str]:
@@ -229,7 +243,7 @@ def finish(
         if not key.startswith(blocks) and key not in written:
             writer.tensor(key, sources.merged.tensor(key))
     found["notes"] += notes_of(sources)
-    carry_files(recipe.base, working, main_dtype(sources.merged))
+    carry_files(recipe.base, working, main_dtype(sources.merged), sources.class_name)
     writer.finish()
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
     report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
@@ -271,9 +285,9 @@ def _opened(recipe: Recipe) -> _Job:
             " recipe, or --calibration EXPERT=FILE beside --mergekit."
         )
     device = device_of(recipe)
-    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
-    calibration = calibration_of(recipe, skeleton)
-    return _Job(skeleton, open_sources(recipe, skeleton), calibration, device)
+    common = model_of(recipe)
+    calibration = calibration_of(recipe, common.skeleton)
+    return _Job(common.skeleton, open_sources(recipe, common), calibration, device)
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -335,7 +349,7 @@ def calibration_of(recipe: Recipe, model: nn.Module | None = None) -> Calibratio
     settings = recipe.calibration
     if settings is None:
         return {}
-    model = model or skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    model = model or model_of(recipe).skeleton
     check_reads_texts(model)
     has_decoder = is_encoder_decoder(model)
     if settings.target_key is not None and not has_decoder:
@@ -401,8 +415,9 @@ def evaluate_folder(
     if settings is None:
         raise ConfigError("the recipe has no evaluation: section; name data and head for each task there.")
     tokenizer = tokenizer_from_folder(recipe.base)
+    pad = tokenizer.pad_token_id or 0
     tasks = {
-        name: load_task(tokenizer, entry.data, entry.head, settings.max_length, settings.text_key)
+        name: load_task(tokenizer, entry.data, _head(entry.head, pad), settings.max_length, settings.text_key)
         for name, entry in settings.tasks.items()
     }
     model = load_any(folder, device, dtype)
@@ -410,12 +425,16 @@ def evaluate_folder(
         longest, data = max(map(len, task.ids)), settings.tasks[name].data
         check_length(model, longest, data, "evaluation.max_length", settings.max_length)
         check_vocabulary(model, max(max(ids, default=0) for ids in task.ids), data)
-        check_head(model, task, settings.pooling)
+        check_head(model, task, settings.pooling, pad)
     names = list(tasks)
     scores = by_turns(
-        len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling)[names[i]]
+        len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling, pad)[names[i]]
     )
     return result_row(None, Path(folder).name, bits_of(model), dict(zip(names, scores, strict=True)))
+
+
+def _head(place: Path, pad: int) -> Head:
+    return ClassifierHead(place, pad) if place.is_dir() else LinearHead(place)
 
 
 def bits_of(model: nn.Module) -> int | str | None:

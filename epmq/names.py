@@ -94,11 +94,17 @@ def _rule_of_4(model: Any) -> Rule:
 
 
 def outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:
-    """Those of the tensors left out that stand beside the model where it is the base of another, as heads do."""
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    if not used or not prefix or hasattr(model, prefix) or not all(key.startswith(f"{prefix}.") for key in used):
+    """Those of the tensors left out that stand beside the model where it is the base of another, as heads do, or belong
+    to the pooler of one that has been left without."""
+    name = str(getattr(model, "base_model_prefix", ""))
+    if not used or not name or hasattr(model, name):
         return set()
-    return {key for key in dropped if not key.startswith(f"{prefix}.")}
+    prefix, dropped = f"{name}.", set(dropped)
+    without = getattr(model, "pooler", model) is None
+    poolers = {key for key in dropped if without and key.removeprefix(prefix).startswith("pooler.")}
+    if not all(key.startswith(prefix) for key in used):
+        return poolers
+    return poolers | {key for key in dropped if not key.startswith(prefix)}
 
 
 class NamedForModel:
@@ -191,6 +197,6 @@ class NamedForModel:
             if self._source.dtype(key).is_floating_point and not passed_over:
                 raise SourceError(
                     f"{label} ({self.name}) has an extra tensor {key!r}, which {self._model} has no place for; remove"
-                    " it, or give a base with the same head."
+                    " it, or give a base with the same head, or modules without heads (their base_model)."
                 )
             self.notes.append(f"{key}: in {label} but not in the model; left out.")

@@ -40,14 +40,16 @@ class CalibrationSettings(Settings):
 
 
 class TaskFiles(Settings):
-    """data: jsonl of {text, label}. head: safetensors with the classifier's weight and bias."""
+    """data: jsonl of {text, label}. head: safetensors with the classifier's weight and bias, or the folder or hub id of
+    a checkpoint whose head it is."""
 
     data: Path
     head: Path
 
 
 class EvaluationSettings(Settings):
-    """What ``epmq eval`` scores: {task: {data, head}}; features are the mean over tokens or the first token's."""
+    """What ``epmq eval`` scores: {task: {data, head}}; what a head's file reads is the mean over tokens or the first
+    token's."""
 
     tasks: dict[str, TaskFiles]
     pooling: Literal["mean", "first"] = "mean"
@@ -204,7 +206,7 @@ def _resolved(recipe: Recipe, folder: Path, path: Path) -> Recipe:
         for task, entry in recipe.evaluation.tasks.items():
             at = f"evaluation.tasks.{task}"
             entries[task] = entry.model_copy(
-                update={"data": place(f"{at}.data", entry.data), "head": place(f"{at}.head", entry.head)}
+                update={"data": place(f"{at}.data", entry.data), "head": model(f"{at}.head", entry.head)}
             )
         changes["evaluation"] = recipe.evaluation.model_copy(update={"tasks": entries})
     return recipe.model_copy(update=changes)

@@ -17,11 +17,19 @@ from epmq.console import progress_bar
 from epmq.errors import CalibrationError, ConfigError
 from epmq.estimate import estimate
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
-from epmq.huggingface import skeleton_from_folder
-from epmq.jobs import Sources, calibration_notes, calibration_of, device_of, finish, open_sources, planned_writer
+from epmq.jobs import (
+    Sources,
+    calibration_notes,
+    calibration_of,
+    device_of,
+    finish,
+    model_of,
+    open_sources,
+    planned_writer,
+)
 from epmq.recipe import Recipe
 from epmq.settings import nearest
-from epmq.sources import FileSource, require_same_layout
+from epmq.sources import require_same_layout
 from epmq.streams import make_streams
 from epmq.trial import try_out
 from epmq.world import world
@@ -42,10 +50,11 @@ def collect_to_folder(recipe: Recipe, task: str, out: str | Path) -> None:
     own = settings.model_copy(update={"tasks": {task: settings.tasks[task]}})
     recipe = recipe.model_copy(update={"experts": {task: recipe.experts[task]}, "calibration": own})
     device = device_of(recipe)
-    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
+    common = model_of(recipe)
+    skeleton = common.skeleton
     calibration = calibration_of(recipe, skeleton)
     try_out(skeleton, calibration[task][0])
-    expert = open_sources(recipe, skeleton).experts[task]
+    expert = open_sources(recipe, common).experts[task]
     batches = make_streams(calibration, device)[task]
     for note in calibration_notes(recipe, skeleton, calibration):
         log.warning("%s", note)
@@ -113,8 +122,8 @@ def _opened(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> _
     for task in recipe.experts:
         if task not in statistics:
             raise CalibrationError(f"expert {task!r} has no statistics; give the folder that its owner collected.")
-    skeleton = skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))
-    sources = open_sources(recipe, skeleton)
+    common = model_of(recipe)
+    sources = open_sources(recipe, common)
     require_same_layout(sources.merged, sources.experts)
     # In the recipe's order, so that the order of the folders does not matter to the sums.
-    return _Job(skeleton, sources, {task: statistics[task] for task in recipe.experts})
+    return _Job(common.skeleton, sources, {task: statistics[task] for task in recipe.experts})

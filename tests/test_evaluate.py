@@ -62,7 +62,7 @@ def test_what_is_no_number_has_no_class(tmp_path: Path) -> None:
     task = load_task(LetterTokenizer(), data, tmp_path / "head.safetensors", 8)
     model = LetterModel()
     model.register_forward_hook(lambda module, args, output: (output[0] * torch.inf * 0.0,))
-    with pytest.raises(NumericalError, match=r"its features of .*head\.safetensors's texts are NaN or Inf"):
+    with pytest.raises(NumericalError, match=r"what it makes of .*head\.safetensors's texts is NaN or Inf"):
         accuracy(model, task, "mean")
 
 

@@ -35,7 +35,7 @@ ORDER: list[tuple[str, ...]] = [
         "norms",
         "trial",
     ),
-    ("grids", "formats.shards", "perplexity"),
+    ("grids", "formats.shards", "perplexity", "common", "classifier"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
     ("solve", "distill", "recipe", "states", "card", "formats.statistics"),
     ("page.charts", "page.heat", "fingerprint", "progress"),

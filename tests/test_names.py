@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
-from epmq.huggingface import skeleton_from_folder
-from epmq.jobs import load_any, merge_to_folder, open_sources
+from epmq.jobs import load_any, merge_to_folder, model_of, open_sources
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe, read_recipe
 from epmq.sources import FileSource
@@ -235,7 +234,7 @@ def test_merge_and_quantize_see_one_model_however_tied_tensors_are_stored(
         change_file(places(job)[name], with_head)
     assert in_process(capsys, "merge", job.write(), "--out", tmp_path / "merged").code == 0
     recipe = read_recipe(job.write())
-    seen = open_sources(recipe, skeleton_from_folder(recipe.base, set(FileSource(recipe.base).keys()))).merged
+    seen = open_sources(recipe, model_of(recipe)).merged
     assert_same(load_file(tmp_path / "merged" / WEIGHTS), {key: seen.tensor(key) for key in seen.keys()})
 
 
