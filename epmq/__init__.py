@@ -3,6 +3,7 @@
 from epmq.api import QuantResult, load, quantize, save
 from epmq.config import PRESETS, QuantConfig, preset
 from epmq.errors import EpmqError
+from epmq.heads import with_head
 from epmq.linear import QuantLinear
 from epmq.merge import merge
 from epmq.swap import pack_for_gpu, replace_linear, restore_linear
@@ -22,4 +23,5 @@ __all__ = [
     "replace_linear",
     "restore_linear",
     "save",
+    "with_head",
 ]

@@ -23,7 +23,9 @@ class Head(Protocol):
     """What tells the class of a text from what a model makes of it. file: where it is from."""
 
     file: str
-    classes: int
+
+    @property
+    def classes(self) -> int: ...
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
         """fp32 ``[B, classes]`` of a batch, where the model is."""
@@ -40,7 +42,10 @@ class LinearHead:
             raise SourceError(f"{file}: expected weight [classes, features] and bias [classes].")
         self.file = str(file)
         self.weight, self.bias = read_finite(source, "weight").float(), read_finite(source, "bias").float()
-        self.classes = len(self.weight)
+
+    @property
+    def classes(self) -> int:
+        return len(self.weight)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
         """fp32 ``[B, C]``. Raises ModelError for a model without features, SourceError for one of another width."""

@@ -20,7 +20,6 @@ from epmq.adapters import notes_on, open_model
 from epmq.api import load
 from epmq.blocks import find_blocks
 from epmq.card import write_card
-from epmq.classifier import ClassifierHead
 from epmq.common import CommonModel, common_model
 from epmq.config import QuantConfig
 from epmq.console import progress_bar
@@ -34,6 +33,7 @@ from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import format_of, open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
+from epmq.heads import CheckpointHead
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, skeleton_from_folder, tokenizer_from_folder
 from epmq.linear import QuantLinear
@@ -434,7 +434,7 @@ def evaluate_folder(
 
 
 def _head(place: Path, pad: int) -> Head:
-    return ClassifierHead(place, pad) if place.is_dir() else LinearHead(place)
+    return CheckpointHead(place, pad) if place.is_dir() else LinearHead(place)
 
 
 def bits_of(model: nn.Module) -> int | str | None:

@@ -14,6 +14,8 @@ from families import ENCODER
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import epmq
+from epmq.errors import ModelError
 from epmq.jobs import evaluate_folder, load_any
 from epmq.recipe import read_recipe
 
@@ -155,7 +157,7 @@ def test_a_head_for_another_body_is_refused(tmp_path: Path, capsys: pytest.Captu
     other, _ = headed_job(tmp_path / "llama", "llama")
     job.recipe["evaluation"]["tasks"]["reviews"]["head"] = str(other.folder / "experts/reviews")
     done = in_process(capsys, "eval", job.folder / "experts/reviews", "--recipe", job.write())
-    assert done.code == 2 and "its head is one for LlamaModel, and BertModel is scored." in done.err
+    assert done.code == 2 and "its head is one for LlamaModel, not for BertModel." in done.err
     job.recipe["evaluation"]["tasks"]["reviews"]["head"] = "base"
     done = in_process(capsys, "eval", job.folder / "experts/reviews", "--recipe", job.write())
     assert done.code == 2 and "BertForMaskedLM is no classifier of texts" in done.err
@@ -199,3 +201,21 @@ def test_an_expert_of_the_base_s_class_without_its_head_is_refused(
     job.change_expert("intents", **{"lm_head.weight": None})
     done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
     assert done.code == 2 and "lacks tensor 'lm_head.weight'" in done.err
+
+
+def test_one_quantized_body_under_all_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job, _ = headed_job(tmp_path, "bert-masked")
+    made(job, "quantize", capsys)
+    body = epmq.load(job.folder / "quantize")
+    models: dict[str, Any] = {task: epmq.with_head(body, job.folder / "experts" / task) for task in TASKS}
+    ids = torch.randint(4, 30, (3, 8))
+    hidden = body(ids).last_hidden_state
+    for count, task in enumerate(TASKS, 2):
+        assert models[task].config.num_labels == count
+        expert = transformers.BertForSequenceClassification.from_pretrained(job.folder / "experts" / task)
+        expected = expert.classifier(expert.bert.pooler(hidden))
+        torch.testing.assert_close(models[task](ids).logits, expected)
+        assert models[task].bert.encoder is body.encoder
+    assert body.pooler is None
+    with pytest.raises(ModelError, match="BertModel has no head"):
+        epmq.with_head(body, job.folder / "quantize")

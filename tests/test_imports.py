@@ -35,7 +35,7 @@ ORDER: list[tuple[str, ...]] = [
         "norms",
         "trial",
     ),
-    ("grids", "formats.shards", "perplexity", "common", "classifier"),
+    ("grids", "formats.shards", "perplexity", "common", "heads"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
     ("solve", "distill", "recipe", "states", "card", "formats.statistics"),
     ("page.charts", "page.heat", "fingerprint", "progress"),
