@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,21 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
     assert rows[0][own] == 1.0
     assert all(reason.startswith("failed: MemoryError") for name, reason in here.absent.items() if "form" not in name)
     assert len(here.absent) >= 1
+
+
+def test_clocks_that_take_long_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def slow(*_: Any, **__: Any) -> Any:
+        asked.append(now[0])
+        now[0] += 0.5
+        return SimpleNamespace(stdout="1980, 3201\n")
+
+    now = [0.0]
+    monkeypatch.setattr(walls, "_without_clocks", [])
+    monkeypatch.setattr(walls, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert [walls.clocks(), walls.clocks()] == ["1980, 3201", None] and len(asked) == 1
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
