@@ -212,6 +212,16 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
     assert len(here.absent) >= 1
 
 
+def test_a_block_is_timed_when_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fake in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 2**30}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    ticks = iter([0.0, 9.0, 20.0, 21.0])
+    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    rows = list(parts.block(setting(timed=True), "float32"))
+    assert len(rows) == 2 and rows[0] is rows[1] and "failed" not in rows[0]
+    assert rows[0]["first time s"] == 9.0 and rows[0]["seconds"] == 1.0 and rows[0]["peak GPU GiB"] == 1.0
+
+
 def test_clocks_that_take_long_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
