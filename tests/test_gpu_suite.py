@@ -263,7 +263,18 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         suite.main(["--tiny", "--out", str(tmp_path)])
 
 
+def wheel_of(module: str, folder: Path) -> None:
+    """A wheel of an empty module."""
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{module}.py", "")
+        about = f"{module}-1.0.dist-info"
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
 def test_what_a_machine_lacks_is_named_or_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "WELCOME", {})
     monkeypatch.setattr(packages, "NEEDED", {"torch": "torch"})
     packages.main(tmp_path / "none", tmp_path / "target")  # nothing to do
     monkeypatch.setattr(packages, "NEEDED", {"epmq_needs_this": "epmq-needs-this", "torch": "torch"})
@@ -271,15 +282,20 @@ def test_what_a_machine_lacks_is_named_or_installed(tmp_path: Path, monkeypatch:
         packages.main(tmp_path / "none", tmp_path / "target")
     with pytest.raises(SystemExit, match="epmq-needs-this could not be installed"):
         packages.main(tmp_path, tmp_path / "target")
-    module = tmp_path / "epmq_needs_this-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(module, "w") as wheel:
-        wheel.writestr("epmq_needs_this.py", "")
-        about = "epmq_needs_this-1.0.dist-info"
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: epmq-needs-this\nVersion: 1.0\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{about}/RECORD", "")
+    wheel_of("epmq_needs_this", tmp_path)
     packages.main(tmp_path, tmp_path / "target")
     assert (tmp_path / "target" / "epmq_needs_this.py").is_file()
+
+
+def test_what_is_welcome_is_installed_where_it_was_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "NEEDED", {})
+    monkeypatch.setattr(packages, "WELCOME", {"epmq_likes_this": "epmq-likes-this", "torch": "torch"})
+    packages.main(tmp_path / "none", tmp_path / "target")
+    packages.main(tmp_path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    wheel_of("epmq_likes_this", tmp_path)
+    packages.main(tmp_path, tmp_path / "target")
+    assert (tmp_path / "target" / "epmq_likes_this.py").is_file()
 
 
 def test_rotating_data_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
