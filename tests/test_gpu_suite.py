@@ -57,7 +57,7 @@ def test_each_part_checks_itself_on_small_shapes(part: str, tmp_path: Path) -> N
     assert all(item["rows"] and "error" not in item for item in found.values())
     assert not any("failed" in row for item in found.values() for row in item["rows"])
     text = (tmp_path / "gpu.md").read_text()
-    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=2," in text
+    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=4," in text
 
 
 @pytest.mark.parametrize("tokens", parts.TOKENS[:3])

@@ -30,7 +30,8 @@ from epmq.solve import Factor, factorize
 
 Row = dict[str, Any]
 PARTS = ("int4", "launch", "gram", "gptq", "block")
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+# Every program that is chosen by their number, and every number that a goal is set for.
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 LAYERS = {
     "llama-3-8b qkv": (6144, 4096),
     "llama-3-8b o": (4096, 4096),
