@@ -38,10 +38,18 @@ def home_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def cast_there(tensor: Tensor, device: torch.device | None, floats: torch.dtype | None) -> Tensor:
+    """The tensor on ``device`` (None: where it is), floats in a dtype (None: their own).
+
+    In one step torch casts on the CPU, into fresh memory of twice the size, before it moves that.
+    """
+    return tensor.to(device=device).to(dtype=floats if tensor.is_floating_point() else None)
+
+
 def moved(value: Any, device: torch.device, floats: torch.dtype | None = None) -> Any:
     """The value with every tensor in it, also in dicts, lists and tuples, on ``device``; those of floats in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=floats if value.is_floating_point() else None)
+        return cast_there(value, device, floats)
     if isinstance(value, dict):
         return {key: moved(item, device, floats) for key, item in value.items()}
     if type(value) in (list, tuple):

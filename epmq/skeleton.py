@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from epmq.devices import cast_there
 from epmq.errors import SourceError
 from epmq.sources import WeightSource, read_finite
 
@@ -67,7 +68,7 @@ def fill(
                 f"{source.name}: tensor {prefix + found!r} has shape {list(value.shape)},"
                 f" the model expects {list(target.shape)}."
             )
-        value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        value = cast_there(value, device, dtype)
         # A block may write into its buffers, and a source in memory hands out its own tensors.
         parameter = isinstance(target, nn.Parameter)
         replacement: Tensor = nn.Parameter(value, requires_grad=False) if parameter else value.clone()

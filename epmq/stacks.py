@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
+from epmq.devices import cast_there
 from epmq.group import GroupOutcome
 from epmq.inputs import InputGroup
 from epmq.orientation import oriented, set_weight, weight_of
@@ -124,11 +125,12 @@ def read_stack(
     """The same linears of another model, read from its source, in fp32 on ``device``."""
     weights, biases = [], []
     for name, linear in zip(group.linears, linears, strict=True):
-        weight = oriented(linear, read_finite(source, f"{address.name}.{name}.weight")).to(device, torch.float32)
+        stored = oriented(linear, read_finite(source, f"{address.name}.{name}.weight"))
+        weight = cast_there(stored, device, torch.float32)
         bias = f"{address.name}.{name}.bias"
         weights.append(weight)
         known = bias in source.keys()
-        biases.append(read_finite(source, bias).to(device, torch.float32) if known else _no_bias(weight))
+        biases.append(cast_there(read_finite(source, bias), device, torch.float32) if known else _no_bias(weight))
     return Expert(torch.cat(weights), torch.cat(biases))
 
 

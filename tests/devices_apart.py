@@ -88,6 +88,18 @@ def test_tensors_of_two_devices_do_not_meet_in_these_tests() -> None:
         ):
             with pytest.raises(AssertionError, match="meets one on the CPU"):
                 meet()
+        with pytest.raises(AssertionError, match="cast on the CPU before it moves"):
+            torch.ones(3).half().to(device, torch.float32)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_weights_are_moved_as_they_are_stored(stored: torch.dtype) -> None:
+    job = small_job()
+    experts = {task: expert.to(stored) for task, expert in job.experts.items()}
+    config = epmq.QuantConfig(diagnostics=False)
+    with elsewhere() as device:
+        result = epmq.quantize(job.merged.to(stored), experts, job.calibration, config, device=device)
+    assert result.report["layers"] and result.model.state_dict()["head.weight"].dtype == stored
 
 
 def test_auto_is_the_models_own_device_then_a_gpu_then_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""A device of this test's own: its tensors compute on the CPU but refuse to meet CPU tensors, as those of a GPU do."""
+"""A device of this test's own: its tensors compute on the CPU but refuse to meet CPU tensors, as those of a GPU do.
+
+What a GPU merely does slowly is refused too: a copy that also casts, which torch does on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,8 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     strangers = [value for value in given if not isinstance(value, Away) and value.dim() > 0]
     if away and strangers and not moving:
         raise AssertionError(f"{func}: a tensor on {DEVICE} meets one on the CPU, of shape {list(strangers[0].shape)}")
+    if to_device and strangers and kwargs.get("dtype", strangers[0].dtype) != strangers[0].dtype:
+        raise AssertionError(f"{func}: a tensor of shape {list(strangers[0].shape)} is cast on the CPU before it moves")
     if to_device:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner_args, inner_kwargs = tree_map(lambda value: value.held if isinstance(value, Away) else value, (args, kwargs))

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_each_part_checks_itself_on_small_shapes(part: str, tmp_path: Path) -> N
     assert all(item["rows"] and "error" not in item for item in found.values())
     assert not any("failed" in row for item in found.values() for row in item["rows"])
     text = (tmp_path / "gpu.md").read_text()
-    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=2," in text
+    assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=4," in text
 
 
 @pytest.mark.parametrize("tokens", parts.TOKENS[:3])
@@ -211,6 +212,31 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
     assert len(here.absent) >= 1
 
 
+def test_a_block_is_timed_when_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fake in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 2**30}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    ticks = iter([0.0, 9.0, 20.0, 21.0])
+    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    rows = list(parts.block(setting(timed=True), "float32"))
+    assert len(rows) == 2 and rows[0] is rows[1] and "failed" not in rows[0]
+    assert rows[0]["first time s"] == 9.0 and rows[0]["seconds"] == 1.0 and rows[0]["peak GPU GiB"] == 1.0
+
+
+def test_clocks_that_take_long_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def slow(*_: Any, **__: Any) -> Any:
+        asked.append(now[0])
+        now[0] += 0.5
+        return SimpleNamespace(stdout="1980, 3201\n")
+
+    now = [0.0]
+    monkeypatch.setattr(walls, "_without_clocks", [])
+    monkeypatch.setattr(walls, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert [walls.clocks(), walls.clocks()] == ["1980, 3201", None] and len(asked) == 1
+
+
 def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
     tables.write(tmp_path, {"facts": FACTS, "items": {}, "absent": {}}, [])
     assert tables.read(tmp_path, FACTS)["facts"] == FACTS
@@ -237,7 +263,18 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         suite.main(["--tiny", "--out", str(tmp_path)])
 
 
+def wheel_of(module: str, folder: Path) -> None:
+    """A wheel of an empty module."""
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{module}.py", "")
+        about = f"{module}-1.0.dist-info"
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
 def test_what_a_machine_lacks_is_named_or_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "WELCOME", {})
     monkeypatch.setattr(packages, "NEEDED", {"torch": "torch"})
     packages.main(tmp_path / "none", tmp_path / "target")  # nothing to do
     monkeypatch.setattr(packages, "NEEDED", {"epmq_needs_this": "epmq-needs-this", "torch": "torch"})
@@ -245,15 +282,20 @@ def test_what_a_machine_lacks_is_named_or_installed(tmp_path: Path, monkeypatch:
         packages.main(tmp_path / "none", tmp_path / "target")
     with pytest.raises(SystemExit, match="epmq-needs-this could not be installed"):
         packages.main(tmp_path, tmp_path / "target")
-    module = tmp_path / "epmq_needs_this-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(module, "w") as wheel:
-        wheel.writestr("epmq_needs_this.py", "")
-        about = "epmq_needs_this-1.0.dist-info"
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: epmq-needs-this\nVersion: 1.0\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{about}/RECORD", "")
+    wheel_of("epmq_needs_this", tmp_path)
     packages.main(tmp_path, tmp_path / "target")
     assert (tmp_path / "target" / "epmq_needs_this.py").is_file()
+
+
+def test_what_is_welcome_is_installed_where_it_was_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "NEEDED", {})
+    monkeypatch.setattr(packages, "WELCOME", {"epmq_likes_this": "epmq-likes-this", "torch": "torch"})
+    packages.main(tmp_path / "none", tmp_path / "target")
+    packages.main(tmp_path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    wheel_of("epmq_likes_this", tmp_path)
+    packages.main(tmp_path, tmp_path / "target")
+    assert (tmp_path / "target" / "epmq_likes_this.py").is_file()
 
 
 def test_rotating_data_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

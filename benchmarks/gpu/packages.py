@@ -37,15 +37,19 @@ NEEDED = {
     "typing_inspection": "typing-inspection",
     "yaml": "pyyaml",
 }
+# With these the tests run several at a time; where neither the Python nor the folder has them, one after the other.
+WELCOME = {"execnet": "execnet", "xdist": "pytest-xdist"}
 
 
-def missing() -> list[str]:
+def missing(wanted: dict[str, str]) -> list[str]:
     """Distributions that this Python cannot import."""
-    return [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    return [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
 
 
 def main(wheels: Path, target: Path) -> None:
-    names = missing()
+    welcome = missing(WELCOME)
+    brought = all(any(wheels.glob(f"{name.replace('-', '_')}-*.whl")) for name in welcome)
+    names = missing(NEEDED) + (welcome if brought else [])
     if not names:
         return
     if not wheels.is_dir():
