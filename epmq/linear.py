@@ -113,13 +113,8 @@ class QuantLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_quantized(
-        cls, tensor: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype | None = None
-    ) -> QuantLinear:
-        """A layer that owns the packed form of ``tensor``; bias ``[N]`` or None is copied.
-
-        dtype: of ``weight``, and of the linear that :meth:`to_linear` gives; None: that of the scales.
-        """
+    def from_quantized(cls, tensor: QuantizedTensor, bias: Tensor | None) -> QuantLinear:
+        """A layer that owns the packed form of ``tensor``; bias ``[N]`` or None is copied."""
         rows, columns = tensor.shape
         layer = cls(columns, rows, bias is not None, tensor.bits, tensor.group_size, tensor.symmetric, device="meta")
         layer.packed = pack(tensor.codes, tensor.bits)
@@ -127,8 +122,13 @@ class QuantLinear(nn.Module):
         layer.zeros = None if tensor.zeros is None else tensor.zeros.clone()
         layer.columns = None if tensor.columns is None else tensor.columns.clone()
         layer.bias = None if bias is None else nn.Parameter(bias.clone())
-        layer._converted_to = dtype
         return layer
+
+    def stand_for(self, linear: nn.Module, dtype: torch.dtype) -> None:
+        """Take the place of ``linear``, whose weight is of ``dtype``: that of ``weight`` and of what :meth:`to_linear`
+        gives, where it was that of the scales."""
+        self.stands_for = type(linear).__name__
+        self._converted_to = dtype
 
     def quantized(self) -> QuantizedTensor:
         """The weight as unpacked codes, scales and zeros."""

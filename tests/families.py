@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import epmq
 from epmq.pipeline import ModuleSink
-from epmq.quantized import QuantizedTensor
 
 TASKS = ("a", "b", "c")
 VOCABULARY = 60
@@ -195,10 +194,9 @@ def make_batch(kind: Kind, generator: torch.Generator, examples: int = 6) -> dic
 
 def tensors_of(sink: ModuleSink) -> dict[str, list[Tensor]]:
     """All that a run handed out, by name: codes, scales and zeros of a quantized weight, and its bias."""
-    found: dict[str, list[Tensor]] = {}
-    for name, value, bias in sink.pending:
-        parts: list[Any] = [value]
-        if isinstance(value, QuantizedTensor):
-            parts = [value.codes, value.scales, value.zeros]
-        found[name] = [part for part in [*parts, bias] if part is not None]
+    found = {name: [tensor] for name, tensor in sink.tensors.items()}
+    for name, layer in sink.linears.items():
+        value = layer.quantized()
+        parts = (value.codes, value.scales, value.zeros, layer.bias)
+        found[name] = [part for part in parts if part is not None]
     return found

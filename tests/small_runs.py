@@ -23,7 +23,6 @@ from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.page.document import document
 from epmq.pipeline import ModuleSink
 from epmq.progress import Journal
-from epmq.quantized import QuantizedTensor
 from epmq.report import build_report, read_report, write_report
 from epmq.shelf import checksum
 from epmq.sources import DictSource
@@ -125,7 +124,7 @@ class _CutOff(BaseException):
     pass
 
 
-def _run(out: Path, progress: Callable[[str, int, int], None]) -> list[tuple[str, QuantizedTensor | Tensor, Any]]:
+def _run(out: Path, progress: Callable[[str, int, int], None]) -> ModuleSink:
     journal = Journal(out, World())
     journal.done(True, lambda: "")
     sink = ModuleSink()
@@ -146,7 +145,7 @@ def _run(out: Path, progress: Callable[[str, int, int], None]) -> list[tuple[str
             journal,
         )
         _report(found, RUN)
-    return sink.pending
+    return sink
 
 
 def write_journal(folder: Path) -> None:
@@ -181,13 +180,15 @@ def _wanted() -> list[Any]:
         return _plain(_run(Path(place) / "out", _quiet))
 
 
-def _plain(pending: list[tuple[str, QuantizedTensor | Tensor, Any]]) -> list[Any]:
-    def told(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return [str(value.dtype), value.tolist()]
-        return {key: told(item) for key, item in vars(value).items()} if isinstance(value, QuantizedTensor) else value
+def _plain(sink: ModuleSink) -> list[Any]:
+    def told(value: Tensor | None) -> Any:
+        return None if value is None else [str(value.dtype), value.tolist()]
 
-    return [[name, told(value), told(bias)] for name, value, bias in pending]
+    linears = [
+        [name, layer.bits, layer.group_size, *map(told, (layer.packed, layer.scales, layer.zeros, layer.bias))]
+        for name, layer in sink.linears.items()
+    ]
+    return [*linears, *([name, told(tensor)] for name, tensor in sink.tensors.items())]
 
 
 def read_journal(folder: Path) -> None:
