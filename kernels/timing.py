@@ -131,8 +131,9 @@ def tune_on_gpu(
     return found
 
 
-def milliseconds(key: Key, config: Config) -> float:
-    """Time of one product, its weights rotated so that each is read from memory, not from the L2 cache."""
+def milliseconds(key: Key, config: Config, seconds: float = 0.5) -> float:
+    """Time of one product, its weights rotated so that each is read from memory, not from the L2 cache; about
+    ``seconds`` are spent on it."""
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == key.dtype)
     words_shape, grid_shape = packed_shapes(key.out_features, key.in_features, key.group_size or -1)
@@ -145,4 +146,4 @@ def milliseconds(key: Key, config: Config) -> float:
     for _ in range(copies_needed(key.out_features * key.in_features // 2, device)):
         words = torch.randint(-(2**15), 2**15, words_shape, dtype=torch.int16, device=device)
         calls.append(partial(run, x, words, grid, None, key.out_features, key.group_size, config))
-    return microseconds(calls)[0] / 1e3
+    return microseconds(calls, seconds)[0] / 1e3

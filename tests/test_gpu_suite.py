@@ -184,6 +184,15 @@ def test_drift_is_what_sums_that_are_cut_off_have(places: int, step: int) -> Non
         assert left is y or error > 1e-5
 
 
+def test_tiles_are_checked_and_the_fastest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = parts.tiles(setting(), "llama-3-8b o", 4096, 4096, 16)
+    assert row["others"] > 3 and "failed" not in row
+    monkeypatch.setattr(parts, "product_milliseconds", lambda key, config, seconds: 2.0 - (config.block_m == 8))
+    (row,) = parts.tiles(setting(timed=True), "llama-3-8b o", 4096, 4096, 16)
+    assert row["chosen µs"] == 2000.0 and row["fastest µs"] == 1000.0
+    assert row["chosen"].startswith("16x") and row["fastest"].startswith("8x")
+
+
 @pytest.mark.parametrize("part", ["int4", "launch", "gram", "gptq"])
 def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed, with clocks that stand still: all rivals fail, our numbers stay, and why is written down."""

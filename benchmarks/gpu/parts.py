@@ -22,14 +22,16 @@ from epmq import QuantLinear, ops, reference
 from epmq.kernels import gram as moments
 from epmq.kernels.gram import Plan
 from epmq.kernels.int4_matmul import int4_matmul
+from epmq.kernels.int4_matmul import run as run_tiles
 from epmq.kernels.layout import PackedWeight, pack_weight
 from epmq.kernels.timing import Call, copies_needed, microseconds, replayed
-from epmq.kernels.tune import device_facts
+from epmq.kernels.timing import milliseconds as product_milliseconds
+from epmq.kernels.tune import Config, candidates, device_facts, device_key
 from epmq.quantized import QuantizedTensor, column_groups
 from epmq.solve import Factor, factorize
 
 Row = dict[str, Any]
-PARTS = ("int4", "launch", "gram", "gptq", "block")
+PARTS = ("int4", "launch", "gram", "gptq", "block", "tiles")
 # Every program that is chosen by their number, and every number that a goal is set for.
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 LAYERS = {
@@ -46,6 +48,8 @@ LAYERS = {
     "clip-vit-l fc2": (1024, 4096),
 }
 LAUNCHED = ("llama-3-8b o", "clip-vit-l fc2")
+TILED = ("llama-3-8b o", "llama-3-8b gate+up", "llama-3-70b o", "clip-vit-l fc1")
+TILED_TOKENS = (8, 16, 64, 256, 1024, 2048)
 SWEEPS = ((4096, 4096), (14336, 4096), (4096, 14336))
 GRAMS = ((32768, 4096, 0), (32768, 14336, 0), (32768, 4096, 4096), (32768, 14336, 4096))
 GROUP, BITS = 128, 4
@@ -98,6 +102,9 @@ def items(setting: Setting) -> dict[str, Callable[[], Iterator[Row]]]:
         made[f"gptq {rows}x{columns}"] = partial(gptq, setting, rows, columns)
     for forward in ("bfloat16", "float32"):
         made[f"block llama-3-8b, eight experts, {forward}"] = partial(block, setting, forward)
+    for layer in TILED:
+        for tokens in TILED_TOKENS:
+            made[f"tiles {layer} M={tokens}"] = partial(tiles, setting, layer, *LAYERS[layer], tokens)
     return made
 
 
@@ -139,6 +146,34 @@ def int4(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> 
         if tokens < rivals.MOST_TOKENS.get(name, math.inf):
             row[f"{name} µs"] = rival_time(setting, name, make, x, weights, wide)
             yield row
+
+
+def tiles(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> Iterator[Row]:
+    """Every way to cut the int4 product that ``epmq tune`` would try, beside the one that is chosen untried."""
+    rows, columns = setting.shape(rows, columns, least=128)
+    key = device_key(setting.device, rows, columns, tokens, GROUP, torch.float16)
+    chosen, *others = candidates(key)
+    row: Row = {"layer": layer, "N": rows, "K": columns, "M": key.tokens, "others": len(others)}
+    if not setting.timed:
+        weight = random_weight(rows, columns, setting.device, 0)
+        packed, x = pack_weight(weight, torch.float16), torch.randn(min(tokens, 64), columns).half().to(setting.device)
+        for config in (chosen, *others):
+            found = run_tiles(x, packed.words, packed.scale_words, None, rows, GROUP, config)
+            error = relative(found, x.float() @ weight.dequantize(torch.float32).T)
+            expect(row, error < 2e-3, f"{told(config)}: relative error {error:.2g}")
+        yield row
+        return
+    times = {config: 1e3 * product_milliseconds(key, config, seconds=0.05) for config in (chosen, *others)}
+    best = min(times, key=lambda config: times[config])
+    row |= {"chosen": told(chosen), "chosen µs": times[chosen], "fastest": told(best), "fastest µs": times[best]}
+    yield row
+
+
+def told(config: Config) -> str:
+    if config.two_stages:
+        return "dequantized, cuBLAS"
+    tile = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
+    return f"{tile}, {config.split_k} parts{', joined' if config.joined else ''}"
 
 
 @functools.lru_cache(maxsize=1)
