@@ -355,6 +355,19 @@ def test_calibration_of_modules_in_memory(toy_job: ToyJob) -> None:
     refused(CalibrationError, "task 'task1': batch 0 is a Tensor; give a dict", {**whole, "task1": bare})
 
 
+def test_arguments_of_another_kind(toy_job: ToyJob) -> None:
+    def refused(error: type[EpmqError], message: str, **given: Any) -> None:
+        known = {"model": toy_job.merged, "experts": toy_job.experts, "calibration": toy_job.calibration}
+        with pytest.raises(error, match=message):
+            quantize(**{**known, **given})
+
+    refused(SourceError, "merged model: expected a module, got str; load it first", model="merged")
+    refused(SourceError, "experts must map a task to each expert, got a list", experts=[toy_job.base])
+    batches = toy_job.calibration["task0"]
+    refused(CalibrationError, "calibration must map a task to its batches, got a list", calibration=batches)
+    refused(ConfigError, "config: expected a QuantConfig, got a dict", config={"bits": 4})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_an_activation_that_is_not_finite(alpha: float, value: float, toy_job: ToyJob) -> None:
