@@ -18,7 +18,7 @@ from epmq.card import write_card
 from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
 from epmq.devices import compute_device, home_of
-from epmq.errors import FormatError
+from epmq.errors import CalibrationError, ConfigError, FormatError, SourceError
 from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
@@ -59,6 +59,7 @@ def quantize(
     Raises CalibrationError, SourceError, ModelError, NumericalError or ConfigError, each naming what is at fault.
     """
     config = config or QuantConfig()
+    _check_kinds(model, experts, calibration, config)
     started = time.perf_counter()
     model = unwrapped(model, "merged model")
     merged = open_source(model, "merged model")
@@ -77,6 +78,17 @@ def quantize(
     result = sink.assemble(skeleton, merged).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))
+
+
+def _check_kinds(model: Any, experts: Any, calibration: Any, config: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"merged model: expected a module, got {type(model).__name__}; load it first.")
+    if experts is not None and not hasattr(experts, "items"):
+        raise SourceError(f"experts must map a task to each expert, got a {type(experts).__name__}.")
+    if not hasattr(calibration, "items"):
+        raise CalibrationError(f"calibration must map a task to its batches, got a {type(calibration).__name__}.")
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"config: expected a QuantConfig, got a {type(config).__name__}.")
 
 
 def state_bytes(model: nn.Module) -> int:

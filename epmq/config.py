@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from epmq import patterns
 from epmq.errors import ConfigError
@@ -126,10 +134,14 @@ class QuantConfig(Settings):
     forward_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     diagnostics: bool = True
 
-    @field_validator("anchor")
+    @field_validator("anchor", mode="wrap")
     @classmethod
-    def _known_anchor(cls, anchor: float | str) -> float | str:
-        if not isinstance(anchor, str) and not 0.0 <= anchor < float("inf"):
+    def _known_anchor(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> float | Literal["auto"]:
+        try:
+            anchor: float | Literal["auto"] = validate(given)
+        except ValidationError:
+            anchor = -1.0
+        if anchor != "auto" and not 0.0 <= anchor < float("inf"):
             raise ValueError('use a number >= 0, or "auto"')
         return anchor
 

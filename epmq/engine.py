@@ -183,6 +183,9 @@ class Engine:
             compared = {"merged": merged.of_rows(piece.rows)}
             if gptq is not None:
                 compared["gptq"] = Expert(gptq.whole(own, rows, self.world).weight, compared["merged"].bias)
+            elif config.diagnostics and config.rounds and config.method != "gptq":
+                # What plain GPTQ leaves of a linear that is not rounded, so that means are over the same linears.
+                compared["gptq"] = compared["merged"]
             compared[config.method] = Expert(outcome.weight, outcome.bias)
             seen = {task: Sample(sample.x, sample.y[:, piece.rows]) for task, sample in found.samples.items()}
             seconds = (time.perf_counter() - started) * len(outcome.weight) / rows

@@ -71,6 +71,8 @@ def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = Fals
 
 def tokenizer_from_folder(folder: str | Path) -> Any:
     """The tokenizer of a folder. Raises ModelError naming the folder where its files are missing or cannot be read."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"{folder}: there is no such folder.")
     for path in _named(folder):
         trust.require_file(path, ModelError)
     if not _has_one_of(folder, (*TOKENIZER_FILES, TOKENIZER_CONFIG)):

@@ -260,8 +260,11 @@ def estimate_job(recipe: Recipe, out: str | Path, resume: bool = False) -> str:
     """
     at = world()
     journal = Journal(out, at)
-    if at.from_main(at.main and journal.would_be_done(resume, lambda: digest(fingerprint(recipe, device_of(recipe))))):
+    depends_on = cache(lambda: fingerprint(recipe, device_of(recipe)))
+    if at.from_main(at.main and journal.would_be_done(resume, lambda: digest(depends_on()))):
         return f"{journal.out}: an earlier run of this job has finished it; nothing would be done."
+    if at.main:
+        journal.begun(depends_on)
     job = _opened(recipe)
     planned_writer(recipe, journal.result, job.skeleton, job.sources)
     return _surroundings(recipe, journal, job)[1]

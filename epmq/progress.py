@@ -114,6 +114,25 @@ class Journal:
             )
         return False
 
+    def begun(self, fingerprint: Callable[[], Mapping[str, Any]]) -> bool:
+        """Whether a run of that fingerprint began in the folder. Raises OutputError where another did, naming the first
+        difference, and where blocks do not tell of which run they are."""
+        path = self.folder / FINGERPRINT
+        if trust.exists(path):
+            difference = first_difference(self._earlier(path), json.loads(json.dumps(fingerprint())))
+            if difference is not None:
+                raise OutputError(
+                    f"{self.folder}: the run to go on with was begun otherwise: {difference}; restore that, or remove"
+                    " the folder to begin anew."
+                )
+            return True
+        if any((self.folder / "blocks").glob("*")):
+            raise OutputError(
+                f"{path}: the file is missing that says which run the blocks beside it are of; remove {self.folder} to"
+                " begin anew."
+            )
+        return False
+
     @contextmanager
     def kept(self, fingerprint: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         """The working folder while a run lasts: made or taken up, and removed when the body ends well.
@@ -124,7 +143,7 @@ class Journal:
         """
         try:
             if self.world.main:
-                self._open(json.loads(json.dumps(fingerprint())))
+                self._open(fingerprint())
             self.world.wait()
             if not all(self.world.gather((self.folder / FINGERPRINT).is_file())):
                 raise OutputError(f"{self.folder}: all processes of a run must see the folder of {self.out.name}.")
@@ -139,7 +158,7 @@ class Journal:
             if self._lock is not None:
                 self._lock.close()
 
-    def _open(self, fingerprint: dict[str, Any]) -> None:
+    def _open(self, fingerprint: Mapping[str, Any]) -> None:
         made = not self.folder.exists()
         try:
             for place in ("blocks", "streams"):
@@ -159,21 +178,8 @@ class Journal:
         stale = [*self.folder.rglob(".*.partial-*"), *self.folder.glob("scratch-*"), self.result, self._finished]
         for left in stale:
             files.remove(left)
-        path = self.folder / FINGERPRINT
-        if trust.exists(path):
-            difference = first_difference(self._earlier(path), fingerprint)
-            if difference is not None:
-                raise OutputError(
-                    f"{self.folder}: the run to go on with was begun otherwise: {difference}; restore that, or remove"
-                    " the folder to begin anew."
-                )
-        elif any((self.folder / "blocks").iterdir()):
-            raise OutputError(
-                f"{path}: the file is missing that says which run the blocks beside it are of; remove {self.folder} to"
-                " begin anew."
-            )
-        else:
-            files.write_text(path, json.dumps(fingerprint, indent=1))
+        if not self.begun(lambda: fingerprint):
+            files.write_text(self.folder / FINGERPRINT, json.dumps(fingerprint, indent=1))
 
     def _opened(self, mode: str) -> Any:
         try:

@@ -17,6 +17,14 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
+# What is wrong, by pydantic's type of error, where its own words are Python's and not those of a file's author.
+IN_PLAIN_WORDS = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "expected keys with values"),
+    "tuple_type": "expected a list",
+    "path_type": "expected a path",
+}
+
+
 class _RefusesWithConfigError(ModelMetaclass):
     """Calls of the class raise ConfigError; sections inside other settings are validated without such a call."""
 
@@ -57,12 +65,11 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         return f"{where}: {'.'.join(path[:-2])}: the name {_shown(first.get('input'))} is no text; put it in quotes."
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing."
-    reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    if not key:
-        return f"{where}: {reason}."
-    if isinstance(first.get("input"), Mapping):
-        return f"{where}: {key}: {reason}."
-    return f"{where}: {key}: {reason}, got {_shown(first.get('input'))}."
+    reason = IN_PLAIN_WORDS.get(first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip("."))
+    told = f"{where}: {key}: {reason}" if key else f"{where}: {reason}"
+    if key and not isinstance(first.get("input"), Mapping):
+        told += f", got {_shown(first.get('input'))}"
+    return told if told.endswith("?") else f"{told}."
 
 
 def nearest(word: str, known: list[str]) -> str:

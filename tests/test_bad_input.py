@@ -82,15 +82,19 @@ def expect(done: Done, *parts: str) -> None:
         (("quantization", "group_sise"), 16, "unknown key 'quantization.group_sise'; did you mean 'group_size'?"),
         (("calibration", "max_lenght"), 16, "unknown key 'calibration.max_lenght'; did you mean 'max_length'?"),
         (("quantization", "distill"), {"stepz": 3}, "unknown key 'quantization.distill.stepz'; did you mean 'steps'?"),
-        (("merge", "scalling"), 0.3, "scalling"),
+        (("merge", "scalling"), 0.3, "merge: there is no merge setting 'scalling'; did you mean 'scaling'?\n"),
         (("evaluation", "zzzzz"), 1, "unknown key 'evaluation.zzzzz'; known are max_length, pooling, tasks, text_key."),
         (("quantization", "bits"), 5, "quantization.bits: use one of 2, 3, 4, 8"),
         (("quantization", "bits"), "four", "quantization.bits"),
         (("quantization", "group_size"), 0, "quantization.group_size: use a positive number"),
         (("quantization", "sym"), "perhaps", "quantization.sym"),
         (("quantization", "alpha"), 1.5, "quantization.alpha"),
-        (("quantization", "anchor"), "automatic", "quantization.anchor"),
-        (("quantization", "anchor"), -1, "quantization.anchor"),
+        (
+            ("quantization", "anchor"),
+            "automatic",
+            "quantization.anchor: use a number >= 0, or \"auto\", got 'automatic'.",
+        ),
+        (("quantization", "anchor"), -1, 'quantization.anchor: use a number >= 0, or "auto", got -1.'),
         (("quantization", "anchor"), float("nan"), "quantization.anchor"),
         (("quantization", "method"), "awq", "quantization.method"),
         (
@@ -102,19 +106,21 @@ def expect(done: Done, *parts: str) -> None:
         (("quantization", "include"), ["("], "not a regular expression"),
         (("quantization", "preset"), "bset", "unknown preset 'bset'; did you mean 'best'?"),
         (("quantization", "preset"), ["best"], "unknown preset ['best']"),
-        (("quantization",), 4, "quantization"),
+        (("quantization",), 4, "quantization: expected keys with values, got 4."),
+        (("quantization",), None, "quantization: expected keys with values, got None."),
+        (("quantization", "include"), "query", "quantization.include: expected a list, got 'query'."),
         (("quantization", "static_groups"), False, "act_order needs static_groups"),
         (("merge", "method"), "tise", "tise"),
         (("merge",), {"method": "ties"}, "dialect"),
-        (("experts",), ["experts/reviews"], "experts"),
-        (("experts", "reviews"), 3, "experts.reviews"),
+        (("experts",), ["experts/reviews"], "experts: expected keys with values, got ['experts/reviews']."),
+        (("experts", "reviews"), 3, "experts.reviews: expected a path, got 3."),
         (("experts", False), "experts/reviews", "experts: the name False is no text; put it in quotes."),
         (("experts", 2024), "experts/reviews", "experts: the name 2024 is no text; put it in quotes."),
         (("calibration", "tasks", True), "a.jsonl", "calibration.tasks: the name True is no text; put it in quotes."),
         (("calibration", "examples"), 0, "calibration.examples"),
         (("calibration", "examples"), "many", "calibration.examples"),
         (("calibration", "tasks"), None, "calibration.tasks"),
-        (("base",), None, "base"),
+        (("base",), None, "base: expected a path, got None."),
         (("base",), "nowhere", "base: there is no"),
         (("experts", "reviews"), "experts/gone", "experts.reviews: there is no"),
         (("calibration", "tasks", "reviews"), "gone.jsonl", "calibration.tasks.reviews: there is no"),
@@ -347,6 +353,19 @@ def test_calibration_of_modules_in_memory(toy_job: ToyJob) -> None:
     refused(CalibrationError, "task 'task1' has no calibration rows", {**whole, "task1": nothing})
     bare = [torch.zeros(2, 4, dtype=torch.int64)]
     refused(CalibrationError, "task 'task1': batch 0 is a Tensor; give a dict", {**whole, "task1": bare})
+
+
+def test_arguments_of_another_kind(toy_job: ToyJob) -> None:
+    def refused(error: type[EpmqError], message: str, **given: Any) -> None:
+        known = {"model": toy_job.merged, "experts": toy_job.experts, "calibration": toy_job.calibration}
+        with pytest.raises(error, match=message):
+            quantize(**{**known, **given})
+
+    refused(SourceError, "merged model: expected a module, got str; load it first", model="merged")
+    refused(SourceError, "experts must map a task to each expert, got a list", experts=[toy_job.base])
+    batches = toy_job.calibration["task0"]
+    refused(CalibrationError, "calibration must map a task to its batches, got a list", calibration=batches)
+    refused(ConfigError, "config: expected a QuantConfig, got a dict", config={"bits": 4})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -158,6 +158,13 @@ def test_eval_refuses(
     assert done.code == 2 and told in done.err and "Traceback" not in done.err
 
 
+def test_a_folder_that_is_not_there(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = tmp_path / "gone"
+    told = (2, "", f"epmq: {gone}: there is no such folder.\n")
+    assert in_process(capsys, "eval", gone, "--text", text) == told
+    assert in_process(capsys, "generate", gone, "--prompt", "a") == told
+
+
 def test_a_byte_order_mark_is_not_scored(llama: Path, text: Path, tmp_path: Path) -> None:
     marked = tmp_path / text.name
     marked.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())

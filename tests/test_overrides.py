@@ -44,6 +44,17 @@ def test_the_first_pattern_that_matches_counts(method: str, toy_job: ToyJob) -> 
     assert result.report["settings"]["overrides"] == overrides
 
 
+@pytest.mark.parametrize("method", ["epmq", "rtn"])
+def test_the_report_compares_linears_that_are_not_rounded_as_well(method: str, toy_job: ToyJob) -> None:
+    """Plain GPTQ leaves the merged weights there; without them its mean would be one over other linears."""
+    report = run(toy_job, method=method, overrides={r"blocks\.0": {"bits": None}}).report
+    for row in report["layers"]:
+        for errors in row["tasks"].values():
+            assert list(errors) == ["merged", "gptq", method]
+            assert (errors["gptq"] == errors["merged"]) == row["linear"].startswith("blocks.0")
+    assert all(list(means) == ["merged", "gptq", method] for means in report["average_error"].values())
+
+
 def test_linears_that_read_one_input_keep_sharing_it(toy_job: ToyJob) -> None:
     """query and key are one group: settings for one of them leave the other's codes and errors as they were."""
     plain, other = run(toy_job), run(toy_job, overrides={"key": {"bits": 8}})

@@ -453,6 +453,12 @@ def test_papers_that_make_no_sense_are_refused(change: dict[str, Any], message: 
     assert str(path) in str(refusal.value)
 
 
+def test_a_job_s_recipe_is_no_paper(tmp_path: Path) -> None:
+    path = written(tmp_path, {"base": "b", "experts": {"a": "x"}, "merge": {"method": "task_arithmetic"}})
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: a recipe for epmq quantize, no paper's benchmark.")):
+        read_paper(path)
+
+
 # -- data sets -------------------------------------------------------------------------------------------------------
 
 

@@ -148,6 +148,12 @@ def test_a_dry_run_refuses_what_the_run_refuses(job: Job, tmp_path: Path, capsys
     begun = in_process(capsys, "quantize", recipe, "--out", out, "--dry-run")
     assert begun.code == 2 and "began and did not end; go on with --resume" in begun.err
     assert in_process(capsys, "quantize", recipe, "--out", out, "--dry-run", "--resume").out.startswith("estimate: ")
+    whole = recipe.read_text()
+    job.recipe["quantization"]["bits"] = 3
+    other = in_process(capsys, "quantize", job.write(), "--out", out, "--dry-run", "--resume")
+    assert (other.code, other.out) == (2, "")
+    assert "begun otherwise: settings, quantization, bits was 4 and is 3; restore that" in other.err
+    recipe.write_text(whole)
     assert content(kept) == left
     quantize(recipe, out)
     told = in_process(capsys, "quantize", recipe, "--out", out, "--dry-run", "--resume")

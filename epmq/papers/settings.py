@@ -85,6 +85,8 @@ def read_paper(path: str | Path) -> Paper:
     content = trust.read_yaml(path, ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, such as title: and kind:.")
+    if not {"kind", "rows", "published"} & content.keys():
+        raise ConfigError(f"{path}: a recipe for epmq quantize, no paper's benchmark.")
     paper = Paper.parse(content, str(path))
     for task in paper.experts:
         if task not in paper.data:
