@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from epmq.calls import BlockAddress
@@ -32,6 +34,16 @@ def find_blocks(model: nn.Module) -> list[BlockAddress]:
             " or a ModuleList of a few classes, that hold linear layers and have a forward of their own)."
         )
     return addresses
+
+
+def linears_of(blocks: Mapping[str, nn.Module]) -> list[str]:
+    """The names of all linears in blocks that are given by name."""
+    return [
+        f"{block}.{name}"
+        for block, module in blocks.items()
+        for name, inner in module.named_modules()
+        if is_linear(inner)
+    ]
 
 
 def _is_block_list(module: nn.Module) -> bool:

@@ -267,7 +267,7 @@ def generate(
 @click.option("--group-size", default=128, show_default=True)
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(FLOATS))
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--seconds", default=1.0, show_default=True, help="Time for each line.")
+@click.option("--seconds", default=1.0, show_default=True, type=click.FloatRange(0, 3600), help="Time for each line.")
 def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, device: str, seconds: float) -> None:
     """Time QuantLinear beside the dense nn.Linear on this machine, interleaved. In a checkout, make bench times every
     operation against its rivals."""
@@ -276,12 +276,13 @@ def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, devi
     from epmq.bench import parse_counts, parse_shapes, time_layers
     from epmq.report import machine
 
+    layers, counts = parse_shapes(shapes), parse_counts(tokens)
     facts = machine()
     _say(f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {device}, {dtype}")
     _say("| out | in | tokens | quantized, ms | dense, ms | speed-up | weight, quantized / dense |")
     _say("|---|---|---|---|---|---|---|")
     wanted: torch.dtype = getattr(torch, dtype)
-    for row in time_layers(parse_shapes(shapes), parse_counts(tokens), bits, group_size, wanted, device, seconds):
+    for row in time_layers(layers, counts, bits, group_size, wanted, device, seconds):
         _say(
             f"| {row.rows} | {row.columns} | {row.tokens} | {row.quantized_ms:.3f} | {row.dense_ms:.3f}"
             f" | {row.dense_ms / row.quantized_ms:.2f} | {row.quantized_bytes / row.dense_bytes:.3f} |"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import extension
-from epmq.blocks import find_blocks
+from epmq.blocks import find_blocks, linears_of
 from epmq.calls import BlockAddress, StreamState, hidden_of
 from epmq.config import QuantConfig
 from epmq.devices import place_buffers
@@ -142,7 +142,8 @@ def quantize_collected(
     layers: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
     notes = extension.notes(device)
-    notes += unlinear_share({address.name: skeleton.get_submodule(address.name) for address in addresses})
+    parts = {address.name: skeleton.get_submodule(address.name) for address in addresses}
+    notes += unlinear_share(parts)
     matched: set[str | None] = set()
     for number, address in enumerate(addresses):
         progress(address.name, number, len(addresses))
@@ -169,11 +170,7 @@ def quantize_collected(
         give_back_free_memory()
     if not layers:
         raise ConfigError("include, exclude and the statistics leave no linear of any block to quantize.")
-    notes += [
-        f"overrides: {pattern!r} is the first match of no quantized linear."
-        for pattern in config.overrides
-        if pattern not in matched
-    ]
+    notes += config.unmatched(linears_of(parts), matched)
     return {"layers": layers, "blocks": blocks, "notes": sorted(set(notes))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -202,6 +203,20 @@ class QuantConfig(Settings):
     def override_of(self, linear: str) -> str | None:
         """The pattern whose settings a linear of this name has; None for the general ones."""
         return next((pattern for pattern in self.overrides if patterns.search(pattern, linear)), None)
+
+    def unmatched(self, linears: Collection[str], used: Collection[str | None]) -> list[str]:
+        """Notes on patterns that choose nothing. linears: all of the blocks. used: patterns of ``overrides``."""
+        notes = [
+            f"{key}: {pattern!r} matches no linear of a block, and no others are quantized."
+            for key, given in (("include", self.include), ("exclude", self.exclude))
+            for pattern in given
+            if not any(patterns.search(pattern, linear) for linear in linears)
+        ]
+        return notes + [
+            f"overrides: {pattern!r} is the first match of no quantized linear."
+            for pattern in self.overrides
+            if pattern not in used
+        ]
 
     def of(self, pattern: str | None) -> QuantConfig:
         """The settings of the linears that a pattern of ``overrides`` matches."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from epmq.blocks import linears_of
 from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
@@ -68,6 +69,7 @@ class Engine:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
+        linears = linears_of({a.name: self.walk.runner.block(a) for a in self.walk.addresses})
         for address in self.walk.begin():
             self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.walk.addresses)
@@ -82,11 +84,7 @@ class Engine:
         self.progress("done", total, total)
         if not self.layers and self.walk.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
-        self.notes += [
-            f"overrides: {pattern!r} is the first match of no quantized linear."
-            for pattern in self.config.overrides
-            if pattern not in self.matched
-        ]
+        self.notes += self.config.unmatched(linears, self.matched)
         return {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
 
     def restore(self) -> nn.Module:

@@ -106,6 +106,16 @@ def test_a_pattern_that_counts_nowhere_is_told(toy_job: ToyJob) -> None:
     ]
 
 
+def test_a_choice_that_counts_nowhere_is_told(toy_job: ToyJob) -> None:
+    wanted = [
+        f"{key}: {pattern!r} matches no linear of a block, and no others are quantized."
+        for key, pattern in (("exclude", "head"), ("include", "wq"))
+    ]
+    for settings in ({}, {"distill": {"steps": 2, "copies": 0}}):
+        result = run(toy_job, include=["up", "wq"], exclude=["head", "blocks.1.up"], **settings)
+        assert [note for note in result.report["notes"] if "matches" in note] == wanted
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
