@@ -59,14 +59,8 @@ class _Captured(Exception):
         self.call = call
 
 
-def _with_own_hidden(output: Any) -> Any:
-    """A block's output with a copy of its hidden states, because the model may write into them."""
-    hidden = hidden_of(output).clone()
-    return hidden if isinstance(output, Tensor) else rebuilt(output, [hidden, *output[1:]])
-
-
 def _with_own_tensors(value: Any) -> Any:
-    """Nested tuples and lists with copies of their tensors."""
+    """Nested tuples and lists with copies of their tensors, because the model or a later block may write into them."""
     if isinstance(value, Tensor):
         return value.clone()
     return rebuilt(value, map(_with_own_tensors, value)) if isinstance(value, (tuple, list)) else value
@@ -172,8 +166,9 @@ class _Following:
                 f"block {address.name} leaves something for later blocks in a list or dict that it is given, such as"
                 f" shared keys and values, and blocks are calibrated one by one; have it return that{ROUND_INSTEAD}"
             )
+        hidden_of(output)  # raises
         self.kinds[address] = self._forms.setdefault(_form_of(output), output)
-        return _with_own_hidden(output)
+        return _with_own_tensors(output)
 
 
 class _Trace:
@@ -402,7 +397,7 @@ class BlockRunner:
         return forward
 
     def _hand_out(self, list_name: str) -> Any:
-        """The output kept in the state, with a copy of its hidden states: the same until the model writes into it."""
+        """A copy of the output kept in the state: the same until the model writes into it."""
         if list_name in self._handed:
             output, held = self._handed[list_name]
             if intact(held):
@@ -411,9 +406,8 @@ class BlockRunner:
         if list_name in self._named and type(output) is tuple:
             # Files, and so states, know plain tuples only.
             output = self._named[list_name](output)
-        output = _with_own_hidden(output)
-        hidden = hidden_of(output)
-        self._handed[list_name] = output, [(hidden, hidden._version)]
+        output = _with_own_tensors(output)
+        self._handed[list_name] = output, [(tensor, tensor._version) for tensor in tensors_in(output)]
         return output
 
     def _holder(self, address: BlockAddress) -> nn.Module:

@@ -221,6 +221,28 @@ class NamedBlocks(Model):
         return found
 
 
+class Remembering(Block):
+    """Writes into a state that it is given, and gives it on."""
+
+    def forward(self, x: Tensor, more: Any = None) -> Any:
+        found = super().forward(x, more)
+        more += x.mean(1, keepdim=True)
+        return found, more
+
+
+class State(Model):
+    """As recurrent models keep one between texts."""
+
+    def __init__(self) -> None:
+        super().__init__(Remembering)
+
+    def between(self, x: Tensor, ids: Tensor) -> Tensor:
+        state = torch.zeros(len(ids), 1, WIDTH)
+        for layer in self.layers:
+            x, state = layer(x, state)
+        return x
+
+
 class Twice(Block):
     """Calls a linear twice, on other inputs."""
 
@@ -257,7 +279,7 @@ class TwoKindsOfBlocks(Model):
 
 GOES = [
     Model, TwoKindsOfBlocks, InputsPerLayer, SomeInputsPerLayer, BiasOutside, BundleOutside, NormsBetween, TwoLists,
-    Hierarchy, NamedTuples, NamedBlocks, CalledTwice,
+    Hierarchy, NamedTuples, NamedBlocks, State, CalledTwice,
 ]  # fmt: skip
 
 
