@@ -397,6 +397,11 @@ class SkippedArgument(Model):
         return self.layers[2](self.layers[1](first), more=first)  # type: ignore[no-any-return]
 
 
+class MaskedAtRandom(Model):
+    def between(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().between(x[:, torch.randperm(LENGTH)[:3]], ids)
+
+
 class SharedPart(Model):
     def __init__(self) -> None:
         super().__init__()
@@ -462,6 +467,7 @@ REFUSED: dict[type[Model], str] = {
     SkipOutside: r"block layers\.2 depends on what came out of layers\.0 by a way around",
     SkipInPlace: r"block layers\.2 depends on what came out of layers\.0 by a way around",
     SkippedArgument: r"block layers\.2 depends on what came out of layers\.0 by a way around",
+    MaskedAtRandom: r"block layers\.0: the model's forward, run again on the same inputs, gives it other hidden states",
     SharedPart: r"layers\.1\.down: block layers\.0 has the same weight",
     SharedWeight: r"layers\.2\.up: block layers\.1 has the same weight",
     SharedBetweenLists: r"others\.1\.up: block layers\.1 has the same weight",
