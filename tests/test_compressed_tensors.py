@@ -496,7 +496,9 @@ def test_permuted_columns_as_older_files_have_them(tmp_path: Path) -> None:
 
 
 def test_group_sizes_that_leave_too_few_columns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"q_proj'.* 36 and 64 both; choose another group_size or format native"):
+    with pytest.raises(
+        FormatError, match=r"q_proj'.* 36 and 64 both; choose another group_size, exclude it or use format native"
+    ):
         epmq.save(quantized("llama", 4, True, 36), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -166,7 +166,7 @@ def test_the_card_tells_what_went_in(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("gptq", {"exclude": ["k_proj"]}, "'model.layers.0.self_attn.k_proj' stays unquantized"),
         ("gptq", {"scale_dtype": "float32"}, "set scale_dtype to float16"),
-        ("compressed-tensors", {"group_size": 36}, "choose another group_size or format native"),
+        ("compressed-tensors", {"group_size": 36}, "choose another group_size, exclude it or use format native"),
         ("compressed-tensors", {"scale_dtype": "float32"}, "scales to the model's float16"),
         ("awq", {}, "format: Input should be 'compressed-tensors', 'gptq' or 'native', got 'awq'"),
     ],

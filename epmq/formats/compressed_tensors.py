@@ -184,7 +184,8 @@ class CompressedTensorsWriter:
         if group < LEAST_GROUP:
             raise FormatError(
                 f"linear {name!r}: {METHOD} needs groups of one size, and none of {LEAST_GROUP} or more columns fits"
-                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size or format native."
+                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size, exclude it or use format"
+                " native."
             )
         return group
 
