@@ -157,6 +157,26 @@ def test_only_token_batches_can_be_augmented() -> None:
     assert not can_augment(make_streams({"a": [{"images": torch.ones(2, 8, 8)}]})["a"][0])
 
 
+def test_texts_with_places_for_images_are_not_varied() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    texts: dict[str, Any] = {**sizes, "vocab_size": 40, "model_type": "llama"}
+    config = transformers.LlavaConfig(
+        text_config=texts, vision_config={**sizes, "model_type": "siglip_vision_model"}, image_token_index=39,
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+    )  # fmt: skip
+    merged = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 38, (3, 9))
+    ids[:, 2:6] = 39
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 8, 8)}
+    experts = {"a": varied(merged), "b": varied(merged)}
+    found = best(merged, experts, {task: [batch] for task in experts}, distill={"copies": 3})
+    assert found.report["stages"]["distill"]["steps"] == 6
+
+
 class Bare(nn.Module):
     """A model whose blocks stand the other way round than it calls them; beside them some that it never calls."""
 
