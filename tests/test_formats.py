@@ -279,3 +279,18 @@ def test_a_restored_conv1d_is_written_the_way_round_that_it_was(tmp_path: Path) 
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(answers(theirs), answers(model))
     assert (answers(theirs) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_buffers_are_made_in_the_models_dtype(tmp_path: Path) -> None:
+    """Those that no file holds, as transformers makes them: in fp32 they would not fit a model of 16 bits."""
+    torch.manual_seed(0)
+    kind: Any = transformers.XGLMForCausalLM
+    config = transformers.XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    kind(config).save_pretrained(tmp_path / "full")
+    model = kind.from_pretrained(tmp_path / "full", dtype=torch.bfloat16).eval()
+    replace_linear(model, 8, 16, True, exclude="lm_head")
+    epmq.save(model, tmp_path / "out")
+    with torch.no_grad():
+        ours, wanted = (one(IDS).logits for one in (epmq.load(tmp_path / "out"), model))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(ours, wanted)
