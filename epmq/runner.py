@@ -119,7 +119,7 @@ class _Slot(nn.Module):
 
 
 def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
-    """A copy of a block whose tensors without memory are zeros, where ``like`` is and of its dtype."""
+    """A copy of a block in the dtype of ``like``, whose tensors without memory are zeros where it is."""
 
     def zeros(tensor: Tensor) -> Tensor:
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
@@ -132,7 +132,7 @@ def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
     for buffer in block.buffers():
         if buffer.is_meta:
             memo[id(buffer)] = zeros(buffer)
-    copied: nn.Module = copy.deepcopy(block, memo)
+    copied: nn.Module = copy.deepcopy(block, memo).to(like.dtype)
     # They see what the slot gives.
     for name in HOOKS:
         getattr(copied, name).clear()

@@ -367,6 +367,31 @@ def test_named_tuples_come_back_from_files_with_their_names(tmp_path: Path) -> N
         assert torch.equal(tensor, found[1][name]), name
 
 
+class Table(Block):
+    """Multiplies a table that it makes itself, as Swin v2 the coordinates of a window."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Linear(2, WIDTH)
+        self.register_buffer("table", torch.linspace(0, 1, 2 * LENGTH).view(LENGTH, 2), persistent=False)
+
+    def forward(self, x: Tensor, more: Tensor | float = 0.0) -> Any:
+        return super().forward(x, self.position(self.table))
+
+
+@pytest.mark.parametrize("distill", [None, {"steps": 2, "examples": 2}])
+def test_buffers_of_16_bits_that_no_checkpoint_holds_are_read_as_the_weights_are(distill: Any) -> None:
+    merged, calibration = make(lambda: Model(Table))  # type: ignore[arg-type]
+    merged = merged.bfloat16()
+    result = quantize(merged, {"a": merged}, calibration, QuantConfig(bits=8, group_size=16, distill=distill))
+    with torch.no_grad():
+        ours, wanted = (model(**calibration["a"][0]).float() for model in (result.model, merged))
+    # 8 bits of mantissa, in sums of a few dozen.
+    assert (ours - wanted).square().sum() < 1e-2 * wanted.square().sum()
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
