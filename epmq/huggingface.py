@@ -68,7 +68,8 @@ def skeleton_from_folder(folder: str | Path, stored: set[str]) -> nn.Module:
         model: nn.Module = (
             named(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=False)
         )
-    if getattr(model, "pooler", None) is not None and not any("pooler." in name for name in stored):
+    pooler: Any = getattr(model, "pooler", None)
+    if pooler is not None and pooler.state_dict() and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
     return model.eval()
 

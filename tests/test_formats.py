@@ -294,3 +294,14 @@ def test_buffers_are_made_in_the_models_dtype(tmp_path: Path) -> None:
         ours, wanted = (one(IDS).logits for one in (epmq.load(tmp_path / "out"), model))
     assert torch.get_default_dtype() == torch.float32
     assert torch.equal(ours, wanted)
+
+
+def test_a_pooler_without_weights_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "image_size": 16, "window_size": 2}
+    model: Any = transformers.SwinModel(transformers.SwinConfig(**sizes, patch_size=4)).eval()
+    replace_linear(model, 8, 16, True)
+    epmq.save(model, tmp_path / "out")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(epmq.load(tmp_path / "out")(images).pooler_output, model(images).pooler_output)
