@@ -16,13 +16,15 @@ MOST_CHANGED = 0.3
 
 def can_augment(batch: Batch) -> bool:
     """Whether a batch is token ids ``[B, S]`` and at most an ``attention_mask`` of that shape, and its positions weigh
-    what the mask says: other inputs per position, or weights of one's own, cannot be made up for a varied text."""
+    what the mask says: other inputs per position, or weights of one's own, cannot be made up for a varied text. Nor may
+    there be images or sounds beside it, which often have their places in the text."""
     ids = batch.inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return False
     for name, value in batch.inputs.items():
         of_positions = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == ids.shape[1]
-        if of_positions and name not in ("input_ids", "attention_mask"):
+        placed = isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point()
+        if (of_positions or placed) and name not in ("input_ids", "attention_mask"):
             return False
     mask = batch.inputs.get("attention_mask")
     if mask is None:

@@ -56,6 +56,14 @@ def pooled(model: nn.Module, batch: Batch) -> Tensor:
     hidden = _last_hidden(model, batch).float()
     if hidden.dim() == 2 and _scores_positions(model, batch, hidden):
         hidden = _of_last_block(model, batch).float()
+    count = len(batch.held)
+    if len(hidden) != count and hidden.dim() == 3 and hidden.shape[1] == count:
+        hidden = hidden.transpose(0, 1)  # time first
+    if len(hidden) != count:
+        raise ModelError(
+            f"{type(model).__name__}: it gives {len(hidden)} features for a batch of {count} examples, and distillation"
+            " compares those of each example; leave distill out."
+        )
     if hidden.dim() < 3:
         return hidden.reshape(len(hidden), -1)
     weights = batch.output_weights(is_encoder_decoder(model))

@@ -42,7 +42,8 @@ SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
 
 
 def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = False) -> nn.Module:
-    """The model of ``folder/config.json`` with parameters on the meta device and its buffers made.
+    """The model of ``folder/config.json`` with parameters on the meta device and its buffers made, in the dtype that is
+    named there, as transformers makes them.
 
     stored: tensor names of the checkpoint. A pooler that the checkpoint has no weights for is left out, as sentence
     encoders are published. bare: without the head. Raises ModelError when transformers is absent or does not know the
@@ -57,14 +58,19 @@ def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = Fals
         del config.quantization_config
     # A kernel of the hub may be named here, which transformers would fetch and run.
     config._attn_implementation = config._experts_implementation = None
-    with _refusing(f"{folder}: transformers cannot build the model of config.json"), _parameters_on_meta(stored):
+    with (
+        _refusing(f"{folder}: transformers cannot build the model of config.json"),
+        _parameters_on_meta(stored),
+        _default_dtype(getattr(config, "dtype", None)),
+    ):
         named: Any = getattr(transformers, (config.architectures or [""])[0], None)
         # Not every name that a file could give is a model.
         known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) and not bare
         model: nn.Module = (
             named(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=False)
         )
-    if getattr(model, "pooler", None) is not None and not any("pooler." in name for name in stored):
+    pooler: Any = getattr(model, "pooler", None)
+    if pooler is not None and pooler.state_dict() and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
     return model.eval()
 
@@ -202,6 +208,17 @@ def _parameters_on_meta(stored: set[str]) -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    """While active, tensors are made in ``dtype`` where models run in it."""
+    original = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else original)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(original)
 
 
 def _transformers() -> Any:

@@ -79,6 +79,24 @@ def _rule_of(model: Any) -> Rule:
     return rename
 
 
+def cuts_weights(model: nn.Module) -> bool:
+    """Whether transformers is ready to make several weights of one as it loads this model."""
+    if not hasattr(model, "base_model_prefix"):
+        return False
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return False
+    found: Any = model
+    return any(
+        isinstance(step, WeightConverter)
+        and len(step.target_patterns) > 1 == len(step.source_patterns)
+        and step.source_patterns[0].endswith(".weight")
+        for step in get_model_conversion_mapping(found)
+    )
+
+
 def _rule_of_4(model: Any) -> Rule:
     """The rule of transformers 4: old names of all models, then the first pattern of the class that fits."""
 

@@ -166,7 +166,7 @@ def _stages(
     def open_expert(task: str) -> nn.Module:
         expert = copy.deepcopy(skeleton)
         fill(expert, "", experts[task], torch.float32, device)
-        return expert
+        return expert.float()
 
     stage = distill(
         model,

@@ -59,14 +59,8 @@ class _Captured(Exception):
         self.call = call
 
 
-def _with_own_hidden(output: Any) -> Any:
-    """A block's output with a copy of its hidden states, because the model may write into them."""
-    hidden = hidden_of(output).clone()
-    return hidden if isinstance(output, Tensor) else rebuilt(output, [hidden, *output[1:]])
-
-
 def _with_own_tensors(value: Any) -> Any:
-    """Nested tuples and lists with copies of their tensors."""
+    """Nested tuples and lists with copies of their tensors, because the model or a later block may write into them."""
     if isinstance(value, Tensor):
         return value.clone()
     return rebuilt(value, map(_with_own_tensors, value)) if isinstance(value, (tuple, list)) else value
@@ -125,7 +119,7 @@ class _Slot(nn.Module):
 
 
 def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
-    """A copy of a block whose tensors without memory are zeros, where ``like`` is and of its dtype."""
+    """A copy of a block in the dtype of ``like``, whose tensors without memory are zeros where it is."""
 
     def zeros(tensor: Tensor) -> Tensor:
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
@@ -138,7 +132,7 @@ def _with_zeros(block: nn.Module, like: Tensor) -> nn.Module:
     for buffer in block.buffers():
         if buffer.is_meta:
             memo[id(buffer)] = zeros(buffer)
-    copied: nn.Module = copy.deepcopy(block, memo)
+    copied: nn.Module = copy.deepcopy(block, memo).to(like.dtype)
     # They see what the slot gives.
     for name in HOOKS:
         getattr(copied, name).clear()
@@ -149,12 +143,14 @@ class _Following:
     """What is found out while the model's forward is followed from block to block.
 
     calls: the blocks in the order in which they were called. kinds: an output of the kind that each gives, one for all
-    that are alike. trace: set when it is run for the second time.
+    that are alike. starts: the hidden states that reached the first block of each list. trace: set when it is run for
+    the second time.
     """
 
     def __init__(self) -> None:
         self.calls: list[BlockAddress] = []
         self.kinds: dict[BlockAddress, Any] = {}
+        self.starts: dict[str, Tensor] = {}
         self.trace: _Trace | None = None
         self._forms: dict[Any, Any] = {}
 
@@ -164,6 +160,7 @@ class _Following:
             return self.trace.answer(address, call, self.kinds[address])
         self.calls.append(address)
         call = call.with_hidden(call.hidden.clone())
+        self.starts.setdefault(address.list_name, call.hidden.clone())
         before = _contents((call.args, call.kwargs))
         output = call.run(_with_zeros(block, call.hidden))
         after = _contents((call.args, call.kwargs))
@@ -172,16 +169,18 @@ class _Following:
                 f"block {address.name} leaves something for later blocks in a list or dict that it is given, such as"
                 f" shared keys and values, and blocks are calibrated one by one; have it return that{ROUND_INSTEAD}"
             )
+        hidden_of(output)  # raises
         self.kinds[address] = self._forms.setdefault(_form_of(output), output)
-        return _with_own_hidden(output)
+        return _with_own_tensors(output)
 
 
 class _Trace:
     """What the arguments of each block are made of: outputs of other blocks, and weights outside the blocks."""
 
-    def __init__(self, last: BlockAddress):
+    def __init__(self, last: BlockAddress, starts: dict[str, Tensor]):
         self.origins = Origins()
         self._last = last
+        self._starts = starts
         self._latest: dict[str, BlockAddress] = {}
         self._first: BlockCall | None = None
         # Per stretch of blocks of one list, what is known of each.
@@ -191,6 +190,7 @@ class _Trace:
     def answer(self, address: BlockAddress, call: BlockCall, kind: Any) -> Any:
         """Note what the block is given; answer with an output that stands for the block."""
         self._require_latest(address, call)
+        self._require_repeated(address, call.hidden)
         self._inputs[address] = self._made_of(call.hidden)
         if not self._stretches or next(iter(self._stretches[-1])).list_name != address.list_name:
             self._first = call
@@ -235,6 +235,20 @@ class _Trace:
                 f"block {address.name} depends on what came out of {names} by a way around the blocks between (a"
                 " residual or skip connection outside the blocks), and only the latest output is kept; move it into"
                 f" the blocks{ROUND_INSTEAD}"
+            )
+
+    def _require_repeated(self, address: BlockAddress, hidden: Tensor) -> None:
+        """Raise ModelError where a list starts from other hidden states than in the first run: each later run of the
+        model would start from others again."""
+        start = self._starts.pop(address.list_name, None)
+        if start is None or any(isinstance(mark, BlockAddress) for mark in self.origins.of(hidden)):
+            return
+        # A GPU may add up in another order each time.
+        if start.shape != hidden.shape or bool((start - hidden).norm() > 0.01 * start.norm()):
+            raise ModelError(
+                f"block {address.name}: the model's forward, run again on the same inputs, gives it other hidden"
+                " states, such as patches masked at random; give what is drawn there as an input, if the model takes it"
+                f"{ROUND_INSTEAD}"
             )
 
     def _outside(self, call: BlockCall) -> dict[ArgumentPlace, Any]:
@@ -339,7 +353,7 @@ class BlockRunner:
     def _trace(self, inputs: Mapping[str, Any], called: list[BlockAddress]) -> None:
         """Run the model once more to see what each block's arguments are made of."""
         assert self._following is not None
-        trace = self._following.trace = _Trace(called[-1])
+        trace = self._following.trace = _Trace(called[-1], self._following.starts)
         for tensor in self.model.state_dict(keep_vars=True).values():
             trace.origins.mark(tensor, OUTSIDE)
         # Copies, because two inputs may be one tensor, as labels that are the ids.
@@ -402,7 +416,7 @@ class BlockRunner:
         return forward
 
     def _hand_out(self, list_name: str) -> Any:
-        """The output kept in the state, with a copy of its hidden states: the same until the model writes into it."""
+        """A copy of the output kept in the state: the same until the model writes into it."""
         if list_name in self._handed:
             output, held = self._handed[list_name]
             if intact(held):
@@ -411,9 +425,8 @@ class BlockRunner:
         if list_name in self._named and type(output) is tuple:
             # Files, and so states, know plain tuples only.
             output = self._named[list_name](output)
-        output = _with_own_hidden(output)
-        hidden = hidden_of(output)
-        self._handed[list_name] = output, [(hidden, hidden._version)]
+        output = _with_own_tensors(output)
+        self._handed[list_name] = output, [(tensor, tensor._version) for tensor in tensors_in(output)]
         return output
 
     def _holder(self, address: BlockAddress) -> nn.Module:

@@ -82,7 +82,7 @@ class Walk:
         """A copy of a block with the weights of ``source``."""
         block = copy.deepcopy(self.runner.block(address))
         fill(block, address.name + ".", source, torch.float32, self.device)
-        return block
+        return block.float()  # buffers that no source holds are of the model's dtype
 
     def call(self, address: BlockAddress, task: str, batch: Batch) -> BlockCall:
         """What the deployed model hands to a block."""

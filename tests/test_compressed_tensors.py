@@ -298,6 +298,43 @@ def test_every_class_that_is_kept_packed_is_tried() -> None:
     assert {kind.model for kind in LANGUAGE.values()} == KEPT_PACKED
 
 
+# -- classes that transformers cannot load packed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+def test_a_class_whose_weights_may_be_cut_is_told_not_to_load(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4
+    )
+    model: Any = getattr(transformers, f"{family}Model")(config).eval()
+    replace_linear(model, 4, 16, True)
+    epmq.save(model, tmp_path / "out")
+    assert "transformers 5.23 refuses it" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"mlp\.weights_in"):
+        type(model).from_pretrained(tmp_path / "out")
+    batch = {"pixel_values": torch.randn(2, 3, 12, 12)}
+    with torch.no_grad():
+        found, wanted = (one(**batch).last_hidden_state for one in (epmq.load(tmp_path / "out"), model))
+    assert torch.equal(found, wanted)
+
+
+def test_a_class_of_which_transformers_loads_other_modules_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    replace_linear(model, 4, 16, True)
+    with pytest.raises(
+        FormatError, match=r"layers\.0\.feed_forward\.experts: .* a Llama4TextExperts .* use format native"
+    ):
+        epmq.save(model, tmp_path / "out")
+    epmq.save(model, tmp_path / "out", format="native")
+    assert torch.equal(first_output(epmq.load(tmp_path / "out")), first_output(model))
+
+
 # -- linears that are stored the other way round ---------------------------------------------------------------------
 
 
@@ -459,7 +496,9 @@ def test_permuted_columns_as_older_files_have_them(tmp_path: Path) -> None:
 
 
 def test_group_sizes_that_leave_too_few_columns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"q_proj'.* 36 and 64 both; choose another group_size or format native"):
+    with pytest.raises(
+        FormatError, match=r"q_proj'.* 36 and 64 both; choose another group_size, exclude it or use format native"
+    ):
         epmq.save(quantized("llama", 4, True, 36), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -157,6 +157,26 @@ def test_only_token_batches_can_be_augmented() -> None:
     assert not can_augment(make_streams({"a": [{"images": torch.ones(2, 8, 8)}]})["a"][0])
 
 
+def test_texts_with_places_for_images_are_not_varied() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    texts: dict[str, Any] = {**sizes, "vocab_size": 40, "model_type": "llama"}
+    config = transformers.LlavaConfig(
+        text_config=texts, vision_config={**sizes, "model_type": "siglip_vision_model"}, image_token_index=39,
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+    )  # fmt: skip
+    merged = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 38, (3, 9))
+    ids[:, 2:6] = 39
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 8, 8)}
+    experts = {"a": varied(merged), "b": varied(merged)}
+    found = best(merged, experts, {task: [batch] for task in experts}, distill={"copies": 3})
+    assert found.report["stages"]["distill"]["steps"] == 6
+
+
 class Bare(nn.Module):
     """A model whose blocks stand the other way round than it calls them; beside them some that it never calls."""
 
@@ -300,6 +320,33 @@ def test_images_stay_with_their_texts() -> None:
     trained = copy.deepcopy(model)
     distill(trained, [trained.blocks[1]], lambda task: model, make_streams({"a": [batch]}), settings, silent)
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_head_that_reads_time_first_is_pooled_by_example() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "langs": ["a", "b"], "src_vocab_size": 40, "tgt_vocab_size": 40, "d_model": 16, "encoder_layers": 1,
+        "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+    }  # fmt: skip
+    model: Any = transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(**sizes)).eval()
+    inputs = {"input_ids": torch.randint(3, 40, (4, 9)), "decoder_input_ids": torch.randint(3, 40, (4, 7))}
+    with torch.no_grad():
+        wanted = model(**inputs, output_hidden_states=True).decoder_hidden_states[-1].mean(1)
+        torch.testing.assert_close(pooled(model, make_streams({"a": [inputs]})["a"][0]), wanted)
+
+
+def test_features_that_are_none_of_an_example_are_refused() -> None:
+    """Pixtral sees all images of a batch as one sequence."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    merged = transformers.PixtralVisionModel(transformers.PixtralVisionConfig(**sizes))
+    experts, data = {"a": varied(merged)}, {"a": [{"pixel_values": torch.randn(3, 3, 8, 8)} for _ in range(2)]}
+    with pytest.raises(ModelError, match=r"PixtralVisionModel: it gives 1 features for a batch of 3 examples"):
+        best(merged.eval(), experts, data)
 
 
 @pytest.mark.parametrize("length", [9, 7])

@@ -166,7 +166,7 @@ def test_the_card_tells_what_went_in(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("gptq", {"exclude": ["k_proj"]}, "'model.layers.0.self_attn.k_proj' stays unquantized"),
         ("gptq", {"scale_dtype": "float32"}, "set scale_dtype to float16"),
-        ("compressed-tensors", {"group_size": 36}, "choose another group_size or format native"),
+        ("compressed-tensors", {"group_size": 36}, "choose another group_size, exclude it or use format native"),
         ("compressed-tensors", {"scale_dtype": "float32"}, "scales to the model's float16"),
         ("awq", {}, "format: Input should be 'compressed-tensors', 'gptq' or 'native', got 'awq'"),
     ],
@@ -279,3 +279,29 @@ def test_a_restored_conv1d_is_written_the_way_round_that_it_was(tmp_path: Path) 
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(answers(theirs), answers(model))
     assert (answers(theirs) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_buffers_are_made_in_the_models_dtype(tmp_path: Path) -> None:
+    """Those that no file holds, as transformers makes them: in fp32 they would not fit a model of 16 bits."""
+    torch.manual_seed(0)
+    kind: Any = transformers.XGLMForCausalLM
+    config = transformers.XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    kind(config).save_pretrained(tmp_path / "full")
+    model = kind.from_pretrained(tmp_path / "full", dtype=torch.bfloat16).eval()
+    replace_linear(model, 8, 16, True, exclude="lm_head")
+    epmq.save(model, tmp_path / "out")
+    with torch.no_grad():
+        ours, wanted = (one(IDS).logits for one in (epmq.load(tmp_path / "out"), model))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(ours, wanted)
+
+
+def test_a_pooler_without_weights_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "image_size": 16, "window_size": 2}
+    model: Any = transformers.SwinModel(transformers.SwinConfig(**sizes, patch_size=4)).eval()
+    replace_linear(model, 8, 16, True)
+    epmq.save(model, tmp_path / "out")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(epmq.load(tmp_path / "out")(images).pooler_output, model(images).pooler_output)

@@ -221,6 +221,28 @@ class NamedBlocks(Model):
         return found
 
 
+class Remembering(Block):
+    """Writes into a state that it is given, and gives it on."""
+
+    def forward(self, x: Tensor, more: Any = None) -> Any:
+        found = super().forward(x, more)
+        more += x.mean(1, keepdim=True)
+        return found, more
+
+
+class State(Model):
+    """As recurrent models keep one between texts."""
+
+    def __init__(self) -> None:
+        super().__init__(Remembering)
+
+    def between(self, x: Tensor, ids: Tensor) -> Tensor:
+        state = torch.zeros(len(ids), 1, WIDTH)
+        for layer in self.layers:
+            x, state = layer(x, state)
+        return x
+
+
 class Twice(Block):
     """Calls a linear twice, on other inputs."""
 
@@ -257,7 +279,7 @@ class TwoKindsOfBlocks(Model):
 
 GOES = [
     Model, TwoKindsOfBlocks, InputsPerLayer, SomeInputsPerLayer, BiasOutside, BundleOutside, NormsBetween, TwoLists,
-    Hierarchy, NamedTuples, NamedBlocks, CalledTwice,
+    Hierarchy, NamedTuples, NamedBlocks, State, CalledTwice,
 ]  # fmt: skip
 
 
@@ -345,6 +367,31 @@ def test_named_tuples_come_back_from_files_with_their_names(tmp_path: Path) -> N
         assert torch.equal(tensor, found[1][name]), name
 
 
+class Table(Block):
+    """Multiplies a table that it makes itself, as Swin v2 the coordinates of a window."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Linear(2, WIDTH)
+        self.register_buffer("table", torch.linspace(0, 1, 2 * LENGTH).view(LENGTH, 2), persistent=False)
+
+    def forward(self, x: Tensor, more: Tensor | float = 0.0) -> Any:
+        return super().forward(x, self.position(self.table))
+
+
+@pytest.mark.parametrize("distill", [None, {"steps": 2, "examples": 2}])
+def test_buffers_of_16_bits_that_no_checkpoint_holds_are_read_as_the_weights_are(distill: Any) -> None:
+    merged, calibration = make(lambda: Model(Table))  # type: ignore[arg-type]
+    merged = merged.bfloat16()
+    result = quantize(merged, {"a": merged}, calibration, QuantConfig(bits=8, group_size=16, distill=distill))
+    with torch.no_grad():
+        ours, wanted = (model(**calibration["a"][0]).float() for model in (result.model, merged))
+    # 8 bits of mantissa, in sums of a few dozen.
+    assert (ours - wanted).square().sum() < 1e-2 * wanted.square().sum()
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +420,11 @@ class SkippedArgument(Model):
     def between(self, x: Tensor, ids: Tensor) -> Tensor:
         first = self.layers[0](x)
         return self.layers[2](self.layers[1](first), more=first)  # type: ignore[no-any-return]
+
+
+class MaskedAtRandom(Model):
+    def between(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().between(x[:, torch.randperm(LENGTH)[:3]], ids)
 
 
 class SharedPart(Model):
@@ -440,6 +492,7 @@ REFUSED: dict[type[Model], str] = {
     SkipOutside: r"block layers\.2 depends on what came out of layers\.0 by a way around",
     SkipInPlace: r"block layers\.2 depends on what came out of layers\.0 by a way around",
     SkippedArgument: r"block layers\.2 depends on what came out of layers\.0 by a way around",
+    MaskedAtRandom: r"block layers\.0: the model's forward, run again on the same inputs, gives it other hidden states",
     SharedPart: r"layers\.1\.down: block layers\.0 has the same weight",
     SharedWeight: r"layers\.2\.up: block layers\.1 has the same weight",
     SharedBetweenLists: r"others\.1\.up: block layers\.1 has the same weight",

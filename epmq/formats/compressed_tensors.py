@@ -32,6 +32,7 @@ from epmq.formats.packed import (
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from epmq.names import cuts_weights
 from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -75,6 +76,8 @@ class CompressedTensorsWriter:
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
         """Raise FormatError for the first linear that cannot be stored; settle one group size where one is needed."""
+        if linears:
+            self._refuse_swapped()
         self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
         schemes = set(self._planned.values())
         if len(schemes) < 2 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
@@ -122,7 +125,9 @@ class CompressedTensorsWriter:
         bits, sym = {scheme.bits for scheme in schemes}, all(scheme.sym for scheme in schemes)
         if not schemes:
             return ["An ordinary checkpoint: nothing is quantized."]
-        if not sym and len(schemes) > 1:
+        if cuts_weights(self.model):
+            told = ["transformers 5.23 refuses it: it may have to cut weights of this class, and cuts no packed ones."]
+        elif not sym and len(schemes) > 1:
             told = ["transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric."]
         elif not self._wants_dequantize(schemes):
             told = ["transformers 5 keeps it packed until the first forward, which dequantizes the whole model."]
@@ -141,6 +146,22 @@ class CompressedTensorsWriter:
         if "T5" in type(self.model).__name__:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
         return [*told, "`epmq.load` runs it packed."]
+
+    def _refuse_swapped(self) -> None:
+        """Raise FormatError where transformers puts other modules into the model before it loads this format: their
+        weights would be random ones."""
+        try:
+            from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+        except ImportError:
+            return
+        swapped: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+        for name, module in self.model.named_modules():
+            kind = type(module).__name__
+            if kind in swapped and METHOD in swapped[kind]["quantization_methods"]:
+                raise FormatError(
+                    f"{name}: transformers puts other modules in place of a {kind} before it loads {METHOD}, and would"
+                    " leave random weights there; use format native."
+                )
 
     def _scheme(self, name: str, tensor: QuantizedTensor) -> Scheme:
         columns = tensor.shape[1]
@@ -163,7 +184,8 @@ class CompressedTensorsWriter:
         if group < LEAST_GROUP:
             raise FormatError(
                 f"linear {name!r}: {METHOD} needs groups of one size, and none of {LEAST_GROUP} or more columns fits"
-                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size or format native."
+                f" {tensor.group_size} and {tensor.shape[1]} both; choose another group_size, exclude it or use format"
+                " native."
             )
         return group
 
