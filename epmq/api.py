@@ -19,6 +19,7 @@ from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
 from epmq.devices import compute_device, home_of
 from epmq.errors import CalibrationError, ConfigError, FormatError, SourceError
+from epmq.experts import separate
 from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
@@ -62,14 +63,14 @@ def quantize(
     _check_kinds(model, experts, calibration, config)
     started = time.perf_counter()
     model = unwrapped(model, "merged model")
-    merged = open_source(model, "merged model")
-    base_source = None if base is None else open_model(base, "base", model=model)
+    skeleton = separate(meta_copy(model), config.selects)
+    merged = open_model(model, "merged model", model=skeleton)
+    base_source = None if base is None else open_model(base, "base", model=skeleton)
     expert_sources = {
-        task: open_model(expert, f"expert {task!r}", base_source, model) for task, expert in (experts or {}).items()
+        task: open_model(expert, f"expert {task!r}", base_source, skeleton) for task, expert in (experts or {}).items()
     }
     home = home_of(model)
     where = compute_device(device, home)
-    skeleton = meta_copy(model)
     sink = ModuleSink(home)
     streams = {task: list(batches) for task, batches in calibration.items()}
     with progress_bar("quantizing") as progress:
@@ -165,5 +166,7 @@ def load(
             )
         from epmq.huggingface import skeleton_from_folder
 
-        model = skeleton_from_folder(folder, set(reader.names()))
+        model = skeleton_from_folder(folder, set(reader.names()), fused=reader.has_fused_experts)
+    elif not reader.has_fused_experts:
+        separate(model)
     return place(reader.into(model).eval(), device, dtype)

@@ -27,27 +27,28 @@ class CommonModel:
     notes: list[str] = field(default_factory=list)
 
 
-def common_model(base: Path, others: Mapping[str, Path]) -> CommonModel:
+def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) -> CommonModel:
     """The base's model, or its body where one of the others (checkpoints and adapters by label) has another head.
 
     So do classifiers over a pretraining checkpoint (BertForSequenceClassification over BertForMaskedLM), classifiers of
     other classes than the base's, and adapters that bring a head. A pooler that some checkpoint lacks is left out too.
-    Raises ModelError as :func:`epmq.huggingface.skeleton_from_folder` does, SourceError for files that cannot be read.
+    fused: as for :func:`epmq.huggingface.skeleton_from_folder`. Raises ModelError as that does, SourceError for files
+    that cannot be read.
     """
     stored = set(FileSource(base).keys())
-    skeleton = skeleton_from_folder(base, stored)
+    skeleton = skeleton_from_folder(base, stored, fused=fused)
     files = {label: _Tensors(path) for label, path in others.items()}
     if any(file.lacks_pooler() for file in files.values()):
         stored = {key for key in stored if "pooler." not in key}
     for label, file in files.items():
         if (tensor := file.other_head(skeleton, base)) is not None:
-            body = skeleton_from_folder(base, stored, bare=True)
+            body = skeleton_from_folder(base, stored, bare=True, fused=fused)
             name = type(body).__name__
             note = (
                 f"{label} has another head than the base ({tensor}): of {type(skeleton).__name__} only {name} is used."
             )
             return CommonModel(body, name, [note])
-    return CommonModel(skeleton_from_folder(base, stored))
+    return CommonModel(skeleton_from_folder(base, stored, fused=fused))
 
 
 class _Tensors:

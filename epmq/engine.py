@@ -14,6 +14,7 @@ from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError, NumericalError
+from epmq.experts import separated
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup
@@ -132,10 +133,16 @@ class Engine:
             for name in visit.selected():
                 outcomes.update(self._nearest(visit, name))
         self.notes += visit.notes
+        mixtures = tuple(f"{name}." for name in separated(visit.block))
         for name in visit.selected():
             if name not in outcomes:
+                # Loaders join the experts of a mixture, and so want all of them alike.
                 where = visit.name_of(name)
-                self.notes.append(f"{where}: not reached on the calibration inputs; left unquantized.")
+                rounds = self.config.of(self.config.override_of(where)).bits is not None
+                nearest = self._nearest(visit, name) if rounds and name.startswith(mixtures) else {}
+                outcomes.update(nearest)
+                what = "rounded to nearest" if nearest else "left unquantized"
+                self.notes.append(f"{where}: not reached on the calibration inputs; {what}.")
         for name, module in visit.block.named_modules():
             where = visit.name_of(name)
             if isinstance(module, nn.Linear) and not is_linear(module) and self.config.selects(where):
@@ -216,7 +223,8 @@ class Engine:
         pattern = self.config.override_of(where)
         self.matched.add(pattern)
         stored = stored_scale_dtype(self.config, self.merged, where)
-        outcome = quantize_group(empty, empty, merged, 0.0, self.config.of(pattern), False, stored, where)
+        settings = self.config.of(pattern).model_copy(update={"method": "rtn"})
+        outcome = quantize_group(empty, empty, merged, 0.0, settings, False, stored, where)
         return deploy(group, linears, outcome)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from epmq import files, trust
 from epmq.errors import EpmqError, ModelError, first_line
+from epmq.experts import separate
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -41,13 +42,13 @@ MOST = ((("position", "ctx", "length"), 2**24), (("num_", "n_", "layer", "depth"
 SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
 
 
-def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = False) -> nn.Module:
+def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = False, fused: bool = False) -> nn.Module:
     """The model of ``folder/config.json`` with parameters on the meta device and its buffers made, in the dtype that is
     named there, as transformers makes them.
 
     stored: tensor names of the checkpoint. A pooler that the checkpoint has no weights for is left out, as sentence
-    encoders are published. bare: without the head. Raises ModelError when transformers is absent or does not know the
-    model.
+    encoders are published. bare: without the head. fused: experts as transformers keeps them, not one by one
+    (:mod:`epmq.experts`). Raises ModelError when transformers is absent or does not know the model.
     """
     transformers = _transformers()
     _check_config(Path(folder) / "config.json")
@@ -72,7 +73,7 @@ def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = Fals
     pooler: Any = getattr(model, "pooler", None)
     if pooler is not None and pooler.state_dict() and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
-    return model.eval()
+    return model.eval() if fused else separate(model.eval())
 
 
 def tokenizer_from_folder(folder: str | Path) -> Any:

@@ -78,10 +78,12 @@ class Sources:
     class_name: str | None
 
 
-def model_of(recipe: Recipe) -> CommonModel:
+def model_of(recipe: Recipe, fused: bool = False) -> CommonModel:
     """What is merged and quantized: the base's model, or its body where an expert has another head."""
     others = {f"expert {task!r}": path for task, path in recipe.experts.items()}
-    return common_model(recipe.base, others if recipe.merged is None else {**others, "merged": recipe.merged})
+    if recipe.merged is not None:
+        others["merged"] = recipe.merged
+    return common_model(recipe.base, others, fused)
 
 
 def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
@@ -146,7 +148,7 @@ def _model_for_names(recipe: Recipe) -> CommonModel | None:
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
     try:
-        common = model_of(recipe)
+        common = model_of(recipe, fused=True)  # as the base's files have them
         present = NamedForModel(FileSource(base), common.skeleton, aliases=True).keys()
         if missing := sorted(set(common.skeleton.state_dict()).difference(present)):
             raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")

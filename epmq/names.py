@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import SourceError
-from epmq.sources import WeightSource
+from epmq.experts import FUSED, OUTPUT, parts_of, separated
+from epmq.sources import FileSource, WeightSource
 
 # What older checkpoints store and every model computes.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -64,19 +65,72 @@ def _rule_of(model: Any) -> Rule:
     except ImportError:
         return _rule_of_4(model)
     steps = get_model_conversion_mapping(model)
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    converters: list[Any] = [step for step in steps if isinstance(step, WeightConverter)]
     renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+    one_by_one = any(separated(model))
 
     def rename(key: str) -> tuple[str, bool]:
         for step in renamings:
             key, _ = step.rename_source_key(key)
         for step in converters:
-            key, pattern = step.rename_source_key(key)
+            joined, pattern = step.rename_source_key(key)
             if pattern is not None:
-                return key, True
+                own = _of_one_expert(step, key, pattern) if one_by_one else None
+                return (joined, True) if own is None else (own, False)
         return key, False
 
     return rename
+
+
+def _of_one_expert(step: Any, key: str, pattern: str) -> str | None:
+    """The name of an expert's weight where experts are separate (:mod:`epmq.experts`); None where transformers does
+    more to it than to put it beside others."""
+    parts = _joined_by(step)
+    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    if found is None or found.re.groups != 1 or pattern not in parts:
+        return None
+    parent = step.target_patterns[0].rpartition(".")[0]
+    return f"{key[: found.start()]}{parent}.{found[1]}.{parts[pattern]}.weight{key[found.end() :]}"
+
+
+def _joined_by(step: Any) -> dict[str, str]:
+    """The weights that transformers puts beside each other for fused experts, and does no more: by the pattern of their
+    stored names what they are called where experts are separate."""
+    leaf = step.target_patterns[0].rpartition(".")[2]
+    parts = {FUSED: ["gate_proj", "up_proj"], OUTPUT: [OUTPUT]}.get(leaf, [])
+    joins = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in step.operations]
+    if len(step.source_patterns) != len(parts) or joins != [("MergeModulelist", 0), ("Concatenate", 1)][: len(parts)]:
+        return {}
+    return dict(zip(step.source_patterns, parts, strict=True))
+
+
+def stored_experts(model: nn.Module) -> dict[str, str]:
+    """What transformers expects the linears of separate experts to be called in files: {name in the model: stored}.
+
+    Those that it would not find there under any name are left out.
+    """
+    found: dict[str, str] = {}
+    modules = list(separated(model))
+    if not modules:
+        return found
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    asked: Any = model
+    steps: list[Any] = [step for step in get_model_conversion_mapping(asked) if isinstance(step, WeightConverter)]
+    rule = _rule_of(model)
+    for step in steps:
+        parent = step.target_patterns[0].rpartition(".")[0]
+        for pattern, part in _joined_by(step).items():
+            stored = pattern.rpartition("*.")[2].removesuffix(".weight")
+            for module in modules:
+                if not f".{module}".endswith(f".{parent.removeprefix('.')}"):
+                    continue
+                for number, _ in model.get_submodule(module).named_children():
+                    name, key = f"{module}.{number}.{part}", f"{module}.{number}.{stored}"
+                    if rule(f"{key}.weight") == (f"{name}.weight", False):
+                        found.setdefault(name, key)
+    return found
 
 
 def cuts_weights(model: nn.Module) -> bool:
@@ -95,6 +149,52 @@ def cuts_weights(model: nn.Module) -> bool:
         and step.source_patterns[0].endswith(".weight")
         for step in get_model_conversion_mapping(found)
     )
+
+
+class _Separated:
+    """A checkpoint whose fused experts are listed one by one, read so where it can be."""
+
+    def __init__(self, source: WeightSource, fused: Iterable[str]):
+        self._source, self.name = source, source.name
+        self._whole = [key for key in source.keys() if key not in set(fused)]
+        self._parts: dict[str, tuple[str, int, slice]] = {}
+        for key in fused:
+            parent, _, leaf = key.rpartition(".")
+            for name, where in parts_of(leaf, source.shape(key)).items():
+                self._parts[f"{parent}.{name}"] = (key, *where)
+
+    def keys(self) -> list[str]:
+        return [*self._whole, *self._parts]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key not in self._parts:
+            return self._source.shape(key)
+        fused, _, rows = self._parts[key]
+        shape = self._source.shape(fused)
+        return (len(range(*rows.indices(shape[1]))), *shape[2:])
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._source.dtype(self._parts[key][0] if key in self._parts else key)
+
+    def tensor(self, key: str) -> Tensor:
+        if key not in self._parts:
+            return self._source.tensor(key)
+        fused, number, rows = self._parts[key]
+        if isinstance(self._source, FileSource):
+            return self._source.part(fused, number, rows)
+        return self._source.tensor(fused)[number, rows]
+
+
+def _with_separate_experts(source: WeightSource, model: nn.Module) -> WeightSource:
+    if not any(separated(model)):
+        return source
+    rule = _rule_of(model)
+    fused = [
+        key
+        for key in source.keys()
+        if key.endswith((f".{FUSED}", f".{OUTPUT}")) and len(source.shape(key)) == 3 and not rule(key)[1]
+    ]
+    return _Separated(source, fused) if fused else source
 
 
 def _rule_of_4(model: Any) -> Rule:
@@ -136,7 +236,7 @@ class NamedForModel:
     """
 
     def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
-        self._source = source
+        self._source = source = _with_separate_experts(source, model)
         self.aliases = aliases
         names = names_in_model(source.keys(), model)
         for key, name in names.computed.items():

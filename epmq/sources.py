@@ -7,7 +7,7 @@ else with the same four methods, such as :class:`epmq.merge.MergedSource`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,13 +89,20 @@ class FileSource:
         return self._dtype[key]
 
     def tensor(self, key: str) -> Tensor:
+        return self._read(key, lambda handle: handle.get_tensor(key))
+
+    def part(self, key: str, number: int, rows: slice) -> Tensor:
+        """``tensor(key)[number, rows]``, of which no more is read."""
+        return self._read(key, lambda handle: handle.get_slice(key)[number, rows])
+
+    def _read(self, key: str, read: Callable[[Any], Tensor]) -> Tensor:
         self._must_have(key)
         file = self._file_of[key]
         self._must_be_the_same(file, key)
         # Opened anew and copied: a mapping kept open would count every page ever read as resident.
         try:
             with safe_open(file, framework="pt") as handle:
-                tensor: Tensor = handle.get_tensor(key).clone()
+                tensor: Tensor = read(handle).clone()
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{file}: tensor {key!r} cannot be read ({error}).") from error
         self._must_be_the_same(file, key)

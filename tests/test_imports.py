@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "quantized", "ties", "console", "memory", "orientation", "origins", "rows", "unread"),
+    ("errors", "experts", "quantized", "ties", "console", "memory", "orientation", "origins", "rows", "unread"),
     ("trust", "patterns", "gradient", "self_saving", "page.markup", "page.numbers", "page.layout"),
     ("extension",),
     ("onednn",),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from epmq import patterns
 from epmq.errors import FormatError
+from epmq.experts import separated
 from epmq.formats.packed import (
     CONFIG_NAME,
     SCALE_DTYPES,
@@ -32,7 +33,7 @@ from epmq.formats.packed import (
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.names import cuts_weights
+from epmq.names import cuts_weights, stored_experts
 from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -71,6 +72,8 @@ class CompressedTensorsWriter:
         self.folder, self.model, self.dtype = folder, model, dtype
         self.shards = ShardWriter(folder, shard_bytes)
         self._linears = list(plain_linears(model))
+        self._experts = [n for n in self._linears if n.startswith(tuple(f"{m}." for m in separated(model)))]
+        self._stored = stored_experts(model)
         self._planned: dict[str, Scheme] = {}
         self._schemes: dict[str, Scheme] = {}
 
@@ -79,6 +82,11 @@ class CompressedTensorsWriter:
         if linears:
             self._refuse_swapped()
         self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
+        self._unify(linears)
+        self._check_experts()
+
+    def _unify(self, linears: Mapping[str, QuantizedTensor]) -> None:
+        """Settle one group size where transformers must dequantize the file and the schemes differ in no more."""
         schemes = set(self._planned.values())
         if len(schemes) < 2 or not self._wants_dequantize(schemes) or len({(s.bits, s.sym) for s in schemes}) > 1:
             return
@@ -102,17 +110,19 @@ class CompressedTensorsWriter:
         if scheme.group_size not in (-1, tensor.group_size):
             group_of = column_groups(columns, tensor.group_size)[:: scheme.group_size].long()
             scales, zeros = scales[:, group_of], None if zeros is None else zeros[:, group_of]
-        self.shards.add(f"{name}.weight_packed", pack(tensor.codes, tensor.bits))
-        self.shards.add(f"{name}.weight_scale", scales)
+        stored = self._stored.get(name, name)
+        self.shards.add(f"{stored}.weight_packed", pack(tensor.codes, tensor.bits))
+        self.shards.add(f"{stored}.weight_scale", scales)
         if zeros is not None:
-            self.shards.add(f"{name}.weight_zero_point", pack(zeros.T, tensor.bits).T)
-        self.shards.add(f"{name}.weight_shape", torch.tensor([rows, columns]))
+            self.shards.add(f"{stored}.weight_zero_point", pack(zeros.T, tensor.bits).T)
+        self.shards.add(f"{stored}.weight_shape", torch.tensor([rows, columns]))
         if bias is not None:
-            self.shards.add(f"{name}.bias", bias)
+            self.shards.add(f"{stored}.bias", bias)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is."""
-        self.shards.add(name, tensor)
+        module, _, leaf = name.rpartition(".")
+        self.shards.add(f"{self._stored[module]}.{leaf}" if module in self._stored else name, tensor)
 
     def finish(self) -> None:
         """Write the last shard, the index and ``quantization_config`` (none when nothing is quantized)."""
@@ -127,6 +137,10 @@ class CompressedTensorsWriter:
             return ["An ordinary checkpoint: nothing is quantized."]
         if cuts_weights(self.model):
             told = ["transformers 5.23 refuses it: it may have to cut weights of this class, and cuts no packed ones."]
+        elif self._experts and self._schemes.keys().isdisjoint(self._experts):
+            told = ["transformers 5.23 refuses it: it joins no unquantized experts beside quantized linears."]
+        elif not sym and self._experts:
+            told = ["transformers 5.23 refuses it: it joins experts of symmetric grids only (`sym: true`)."]
         elif not sym and len(schemes) > 1:
             told = ["transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric."]
         elif not self._wants_dequantize(schemes):
@@ -146,6 +160,23 @@ class CompressedTensorsWriter:
         if "T5" in type(self.model).__name__:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
         return [*told, "`epmq.load` runs it packed."]
+
+    def _check_experts(self) -> None:
+        """Raise FormatError for experts that transformers could not put together again, or would, wrongly."""
+        planned = {self._planned.get(name) for name in self._experts}
+        if planned in (set(), {None}):
+            return
+        for name in self._experts:
+            if name not in self._stored:
+                raise FormatError(
+                    f"{name}: transformers reads no single experts of {type(self.model).__name__}, and would leave"
+                    " random weights there; use format native, or exclude the experts."
+                )
+        if len(planned) > 1:
+            raise FormatError(
+                f"{METHOD}: transformers joins experts, such as {self._experts[0]}, of one scheme only; give all of"
+                " them the same bits and a group_size that divides their columns, or use format native."
+            )
 
     def _refuse_swapped(self) -> None:
         """Raise FormatError where transformers puts other modules into the model before it loads this format: their

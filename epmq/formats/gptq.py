@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from epmq import trust
 from epmq.errors import FormatError, SourceError
+from epmq.experts import separated
 from epmq.formats.packed import (
     CONFIG_NAME,
     SCALE_DTYPES,
@@ -78,6 +79,11 @@ class GPTQWriter:
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
         """Raise FormatError for a linear that cannot be stored or would stay unquantized, and where there is none."""
+        for experts in separated(self.model):
+            raise FormatError(
+                f"{experts}: loaders of {METHOD} may keep experts in other modules; use format compressed-tensors with"
+                " sym: true, or native."
+            )
         for name, tensor in linears.items():
             self._check(name, tensor)
         self._check_complete(linears)

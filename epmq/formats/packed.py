@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
+from epmq.experts import FUSED
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear
 from epmq.names import names_in_model
@@ -89,6 +90,11 @@ class PackedReader:
     def names(self) -> list[str]:
         """Names of the modules' tensors, the quantized weights' included."""
         return self.plain + [f"{name}.weight" for name in self.linears]
+
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether experts of a mixture are in one tensor, unquantized."""
+        return any(name.endswith(f".{FUSED}") for name in self.plain)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors under native names, one at a time."""

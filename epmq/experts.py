@@ -1,0 +1,138 @@
+"""Experts of a mixture one by one: transformers keeps them all in two tensors, which no linear is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# How a class of transformers must keep its experts, by its own words: W = [gate; up], as nn.Linear has it, no biases.
+LAYOUT = {
+    "has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True,
+}  # fmt: skip
+FUSED, OUTPUT = "gate_up_proj", "down_proj"
+
+
+class Expert(nn.Module):
+    """A gated MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int, act_fn: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": dtype}
+        self.gate_proj = nn.Linear(width, inner, **options)
+        self.up_proj = nn.Linear(width, inner, **options)
+        self.down_proj = nn.Linear(inner, width, **options)
+        self.act_fn = act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return found
+
+
+class SeparateExperts(nn.Module):
+    """In place of a module with ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``: E children, called by
+    their numbers, of three linears each. Weights are on the meta device."""
+
+    def __init__(self, fused: nn.Module):
+        super().__init__()
+        both: Any = fused.get_parameter(FUSED)
+        act_fn: Any = fused.act_fn
+        self.count, inner, width = both.shape[0], both.shape[1] // 2, both.shape[2]
+        for number in range(self.count):
+            self.add_module(str(number), Expert(width, inner, act_fn, both.dtype))
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As of transformers: hidden_states ``[T, H]``, the experts of each and their weights ``[T, k]``."""
+        tokens, each = top_k_index.shape
+        chosen = top_k_index.flatten()
+        order = torch.argsort(chosen, stable=True)
+        # A number behind the last means none of them.
+        sizes = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
+        order = order[: sum(sizes)]
+        parts = hidden_states[order // each].split(sizes)
+        found = [self.get_submodule(str(n))(x) for n, x in enumerate(parts) if len(x)]
+        outputs = hidden_states.new_zeros(tokens * each, hidden_states.shape[-1])
+        if found:
+            outputs[order] = (torch.cat(found) * top_k_weights.flatten()[order, None]).to(outputs.dtype)
+        return outputs.view(tokens, each, -1).sum(1)
+
+
+def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: True) -> nn.Module:
+    """Put :class:`SeparateExperts` in place of each module of fused experts that they compute the same as; in place.
+
+    For models without weights: what the fused tensors hold is not taken over (:class:`epmq.names.NamedForModel` does).
+    wanted: whether a linear of this name is needed; modules of which none is stay.
+    """
+    for name, module in list(model.named_modules()):
+        if _can_separate(module) and any(
+            wanted(f"{name}.{part.removesuffix('.weight')}")
+            for leaf in (FUSED, OUTPUT)
+            for part in parts_of(leaf, tuple(module.get_parameter(leaf).shape))
+        ):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SeparateExperts(module).train(module.training))
+    return model
+
+
+def separated(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that :func:`separate` has put into a model."""
+    return (name for name, module in model.named_modules() if isinstance(module, SeparateExperts))
+
+
+def parts_of(leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, slice]]:
+    """Each expert's weights in a fused tensor, by their names below the module of all: its number and its rows."""
+    half = shape[1] // 2
+    rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)} if leaf == FUSED else {OUTPUT: slice(None)}
+    return {f"{number}.{part}.weight": (number, where) for number in range(shape[0]) for part, where in rows.items()}
+
+
+def _can_separate(module: nn.Module) -> bool:
+    if any(getattr(module, name, None) is not wanted for name, wanted in LAYOUT.items()):
+        return False
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if set(shapes) != {FUSED, OUTPUT} or not hasattr(module, "act_fn") or len(shapes[FUSED]) != 3:
+        return False
+    count, both, width = shapes[FUSED]
+    return both % 2 == 0 and shapes[OUTPUT] == (count, width, both // 2) and _computes_the_same(module)
+
+
+@torch.no_grad()
+def _computes_the_same(module: nn.Module) -> bool:
+    """Whether a small module of this one's class and settings gives what separate experts give.
+
+    Some classes cut what goes into the activation, so the numbers are large.
+    """
+    count, width, inner, tokens = 3, 4, 5, 32
+    make = torch.Generator().manual_seed(0)
+    weights = {
+        FUSED: torch.randn(count, 2 * inner, width, generator=make),
+        OUTPUT: torch.randn(count, width, inner, generator=make),
+    }
+    probe: Any = copy.copy(module)
+    probe._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
+    probe.config = SimpleNamespace(_experts_implementation="eager")
+    for name, value in (("num_experts", count), ("hidden_dim", width), ("intermediate_dim", inner)):
+        if hasattr(module, name):
+            setattr(probe, name, value)
+    ours: Any = SeparateExperts(probe).to_empty(device="cpu")
+    state = {
+        name: weights[leaf][number, rows]
+        for leaf in (FUSED, OUTPUT)
+        for name, (number, rows) in parts_of(leaf, tuple(weights[leaf].shape)).items()
+    }
+    ours.load_state_dict(state)
+    x = 20 * torch.randn(tokens, width, generator=make)
+    chosen = torch.stack([torch.randperm(count, generator=make)[:2] for _ in range(tokens)])
+    shares = torch.rand(tokens, 2, generator=make)
+    wanted = ours(x, chosen, shares)
+    try:
+        found = probe(x, chosen, shares)
+    except Exception:  # whatever a class does that is called otherwise, or needs more: it is another one
+        return False
+    same = isinstance(found, Tensor) and found.shape == wanted.shape
+    return same and bool((found - wanted).norm() <= 1e-4 * wanted.norm())

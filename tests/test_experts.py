@@ -1,0 +1,256 @@
+"""Mixtures of experts, which transformers keeps in one tensor: taken apart, quantized one by one, read again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import DECODER, VOCABULARY
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import epmq
+from epmq.errors import FormatError
+from epmq.experts import SeparateExperts, separate, separated
+from epmq.jobs import load_any, quantize_to_folder
+from epmq.names import NamedForModel
+from epmq.recipe import Recipe
+from epmq.skeleton import fill, meta_copy
+from epmq.sources import DictSource
+
+transformers = pytest.importorskip("transformers")
+if transformers.__version__.startswith("4."):
+    pytest.skip("transformers 4 keeps experts apart itself", allow_module_level=True)
+
+MOE = {**DECODER, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4,
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Mixtral": {**MOE, "num_local_experts": 4},
+    "Qwen2Moe": {**MOE, "num_experts": 4},
+    "Qwen3Moe": {**MOE, "num_experts": 4},
+    "Olmoe": {**MOE, "num_experts": 4},
+    "DeepseekV2": {**MOE, **LATENT},
+    "MiniMaxM2": {**MOE, "num_local_experts": 4},
+}
+BATCH = {"input_ids": torch.arange(3, 3 + 8 * 16).remainder(VOCABULARY - 3).add(3).view(8, 16)}
+TASKS = ("a", "b")
+
+
+def make(family: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SETTINGS.get(family, MOE), **more)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def varied(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return twin
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """The same model with separate experts, weights and all."""
+    twin = separate(meta_copy(model))
+    fill(twin, "", NamedForModel(DictSource(model.state_dict()), twin, aliases=True), None)
+    return twin
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**BATCH).logits
+    return found
+
+
+def quantized(model: nn.Module, **settings: Any) -> epmq.QuantResult:
+    experts = {task: varied(model) for task in TASKS}
+    config = epmq.QuantConfig(**{"bits": 4, "group_size": 16, "sym": True, **settings})
+    return epmq.quantize(model, experts, {task: [BATCH] for task in TASKS}, config)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_separate_experts_compute_what_fused_ones_do(family: str) -> None:
+    model = make(family)
+    twin = whole(model)
+    assert list(separated(twin)) and not any("gate_up_proj" in name for name in twin.state_dict())
+    # Sums of a few hundred products in fp32, in another order, through two layers.
+    torch.testing.assert_close(logits(twin), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cut", "biases"])
+def test_experts_that_compute_otherwise_are_left_as_they_are(kind: str) -> None:
+    if kind == "biases":
+        model = make("GptOss", num_local_experts=4)
+    else:
+        model = make("Mixtral")
+
+        class Cut(type(model.model.layers[0].mlp.experts)):  # type: ignore[misc]
+            def forward(self, *args: Any) -> Tensor:
+                found: Tensor = super().forward(*args)
+                return found.clamp(max=100.0)
+
+        for layer in model.model.layers:
+            layer.mlp.experts.__class__ = Cut
+    assert not list(separated(separate(meta_copy(model))))
+
+
+def test_an_expert_without_tokens_is_not_called() -> None:
+    experts = SeparateExperts(make("Mixtral").model.layers[0].mlp.experts).to_empty(device="cpu")
+    experts.get_submodule("2").forward = None  # type: ignore[assignment]
+    x, chosen = torch.zeros(5, 32), torch.tensor([[0, 1]] * 5)
+    assert experts(x, chosen, torch.ones(5, 2)).shape == x.shape
+
+
+def test_experts_get_the_codes_that_they_get_as_linears_of_a_model() -> None:
+    model = make("Qwen3Moe")
+    torch.manual_seed(1)
+    ours = quantized(model)
+    torch.manual_seed(1)
+    experts = {task: whole(varied(model)) for task in TASKS}
+    config = epmq.QuantConfig(bits=4, group_size=16, sym=True)
+    twin = epmq.quantize(whole(model), experts, {task: [BATCH] for task in TASKS}, config)
+    state = ours.model.state_dict()
+    assert state.keys() == twin.model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in twin.model.state_dict().items())
+    parts = [m for name, m in ours.model.named_modules() if ".experts." in name and isinstance(m, epmq.QuantLinear)]
+    assert len(parts) == 2 * 4 * 3
+    assert not any("in no linear layer" in note for note in ours.report["notes"])
+    assert "model.layers.0.mlp.experts.gate_up_proj" in model.state_dict()  # the caller's own stays as it was
+
+
+def test_the_preset_with_distillation_knows_them_too() -> None:
+    settings = {"distill": {"steps": 2, "examples": 4, "copies": 0}}
+    result = quantized(make("Mixtral"), **settings)
+    assert sum(isinstance(module, epmq.QuantLinear) for module in result.model.modules()) == 2 * (4 + 4 * 3)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2"])
+def test_transformers_puts_symmetric_experts_together_again(family: str, tmp_path: Path) -> None:
+    result = quantized(make(family))
+    epmq.save(result, tmp_path / "out")
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
+    own = type(model)(model.config)
+    assert torch.equal(logits(epmq.load(tmp_path / "out", model=own)), logits(result.model))
+
+
+def test_asymmetric_experts_are_told_not_to_load_in_transformers(tmp_path: Path) -> None:
+    result = quantized(make("Qwen3Moe"), sym=False)
+    epmq.save(result, tmp_path / "out")
+    assert "it joins experts of symmetric grids only" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(RuntimeError, match="conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "format", "message"),
+    [
+        ("GraniteMoe", {}, "compressed-tensors", "transformers reads no single experts of GraniteMoeForCausalLM"),
+        ("Qwen3Moe", {"overrides": {"down_proj": {"bits": 8}}}, "compressed-tensors", "experts, .* of one scheme only"),
+        ("Qwen3Moe", {"exclude": [r"experts\.0\."]}, "compressed-tensors", "experts, .* of one scheme only"),
+        ("Qwen3Moe", {}, "gptq", "experts: loaders of gptq may keep experts in other modules"),
+    ],
+)
+def test_files_that_loaders_would_misread_are_refused(
+    family: str, settings: dict[str, Any], format: Any, message: str, tmp_path: Path
+) -> None:
+    more = {"num_local_experts": 4} if family == "GraniteMoe" else {}
+    result = quantized(make(family, **more), **settings)
+    with pytest.raises(FormatError, match=message):
+        epmq.save(result, tmp_path / "out", format=format)
+    epmq.save(result, tmp_path / "native", format="native")
+    assert torch.equal(logits(epmq.load(tmp_path / "native")), logits(result.model))
+
+
+def test_excluded_experts_stay_as_transformers_has_them(tmp_path: Path) -> None:
+    result = quantized(make("Mixtral"), exclude=["experts"])
+    assert not list(separated(result.model))
+    epmq.save(result, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+
+
+def test_excluded_experts_of_files_are_told_not_to_load_in_transformers(tmp_path: Path) -> None:
+    make("Mixtral").save_pretrained(tmp_path / "base")
+    config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="rtn", exclude=["experts"])
+    quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config), tmp_path / "out")
+    assert "it joins no unquantized experts" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(RuntimeError, match="conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert logits(epmq.load(tmp_path / "out")).isfinite().all()
+
+
+def test_experts_that_no_text_reaches_are_rounded_to_nearest() -> None:
+    model = make("Mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = 0.0
+            layer.mlp.gate.weight[:3] += 5.0
+    batch = {"input_ids": BATCH["input_ids"][:1, :1]}
+    config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="gptq")
+    result = epmq.quantize(model, None, {"a": [batch]}, config)
+    parts = {name: m for name, m in result.model.named_modules() if name.count(".experts.") and "proj" in name}
+    assert len(parts) == 2 * 4 * 3 and all(isinstance(module, epmq.QuantLinear) for module in parts.values())
+    unreached = [note.split(":")[0] for note in result.report["notes"] if "inputs; rounded to nearest." in note]
+    assert unreached
+    nearest = epmq.quantize(model, None, {}, config.model_copy(update={"method": "rtn"}))
+    for name in unreached:
+        assert torch.equal(parts[name].packed, nearest.model.get_submodule(name).packed)  # type: ignore[arg-type]
+
+
+def fuse(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """As a checkpoint that keeps experts as the model has them."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    return kept | {name: tensor.clone() for name, tensor in model.state_dict().items() if ".experts." in name}
+
+
+@pytest.mark.parametrize("stored", ["apart", "fused"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_folders_give_what_modules_in_memory_give(family: str, stored: str, tmp_path: Path) -> None:
+    base = make(family)
+    models: dict[str, nn.Module] = {"base": base, **{task: varied(base) for task in TASKS}}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+        if stored == "fused":
+            file = tmp_path / name / "model.safetensors"
+            save_file(fuse(load_file(file), model), file, metadata={"format": "pt"})
+    torch.testing.assert_close(logits(load_any(tmp_path / "base")), logits(base), rtol=1e-4, atol=1e-4)
+    config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="rtn")
+    recipe = Recipe(base=tmp_path / "base", experts={t: tmp_path / t for t in TASKS}, quantization=config)
+    quantize_to_folder(recipe, tmp_path / "out")
+    merged = epmq.merge(base, {task: models[task] for task in TASKS})
+    wanted = epmq.quantize(merged, None, {}, config)
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(wanted.model))
+
+
+def test_experts_may_be_files_beside_modules(tmp_path: Path) -> None:
+    model = make("Mixtral")
+    torch.manual_seed(1)
+    experts: dict[str, Any] = {task: varied(model) for task in TASKS}
+    for task, expert in experts.items():
+        expert.save_pretrained(tmp_path / task)
+    calibration = {task: [BATCH] for task in TASKS}
+    config = epmq.QuantConfig(bits=4, group_size=16)
+    ours, theirs = (
+        epmq.quantize(model, given, calibration, config, base=model)
+        for given in (experts, {task: tmp_path / task for task in TASKS})
+    )
+    assert torch.equal(logits(ours.model), logits(theirs.model))
