@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,10 @@ def names_in_model(stored: Iterable[str], model: nn.Module) -> Names:
     A tensor goes by its new name, as transformers would give it, before its own, and by a name with or without the base
     model's prefix.
     """
-    present = set(model.state_dict())
+    return _found_in(set(model.state_dict()), stored, model)
+
+
+def _found_in(present: Collection[str], stored: Iterable[str], model: nn.Module) -> Names:
     rule = _rule_of(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = Names({}, {})
@@ -152,14 +155,15 @@ def cuts_weights(model: nn.Module) -> bool:
 
 
 class _Separated:
-    """A checkpoint whose fused experts are listed one by one, read so where it can be."""
+    """A checkpoint whose fused experts are listed one by one, read so where it can be. fused: {stored name: the
+    model's}."""
 
-    def __init__(self, source: WeightSource, fused: Iterable[str]):
+    def __init__(self, source: WeightSource, fused: Mapping[str, str]):
         self._source, self.name = source, source.name
-        self._whole = [key for key in source.keys() if key not in set(fused)]
+        self._whole = [key for key in source.keys() if key not in fused]
         self._parts: dict[str, tuple[str, int, slice]] = {}
-        for key in fused:
-            parent, _, leaf = key.rpartition(".")
+        for key, called in fused.items():
+            parent, _, leaf = called.rpartition(".")
             for name, where in parts_of(leaf, source.shape(key)).items():
                 self._parts[f"{parent}.{name}"] = (key, *where)
 
@@ -186,14 +190,11 @@ class _Separated:
 
 
 def _with_separate_experts(source: WeightSource, model: nn.Module) -> WeightSource:
-    if not any(separated(model)):
+    places = {f"{module}.{leaf}" for module in separated(model) for leaf in (FUSED, OUTPUT)}
+    if not places:
         return source
-    rule = _rule_of(model)
-    fused = [
-        key
-        for key in source.keys()
-        if key.endswith((f".{FUSED}", f".{OUTPUT}")) and len(source.shape(key)) == 3 and not rule(key)[1]
-    ]
+    found = _found_in(places, source.keys(), model).of
+    fused = {key: name for key, name in found.items() if len(source.shape(key)) == 3}
     return _Separated(source, fused) if fused else source
 
 

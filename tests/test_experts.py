@@ -241,6 +241,16 @@ def test_folders_give_what_modules_in_memory_give(family: str, stored: str, tmp_
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(wanted.model))
 
 
+def test_fused_experts_may_have_other_names_in_files(tmp_path: Path) -> None:
+    base = make("GraniteMoe", num_local_experts=4)
+    base.save_pretrained(tmp_path / "base")
+    assert any("input_linear" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    config = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
+    quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config, format="native"), tmp_path / "out")
+    wanted = epmq.quantize(base, None, {}, config)
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(wanted.model))
+
+
 def test_experts_may_be_files_beside_modules(tmp_path: Path) -> None:
     model = make("Mixtral")
     torch.manual_seed(1)
