@@ -166,7 +166,5 @@ def load(
             )
         from epmq.huggingface import skeleton_from_folder
 
-        model = skeleton_from_folder(folder, set(reader.names()), fused=reader.has_fused_experts)
-    elif not reader.has_fused_experts:
-        separate(model)
-    return place(reader.into(model).eval(), device, dtype)
+        model = skeleton_from_folder(folder, set(reader.names()), fused=True)
+    return place(reader.into(reader.separate(model)).eval(), device, dtype)

@@ -70,7 +70,8 @@ def _rule_of(model: Any) -> Rule:
     steps = get_model_conversion_mapping(model)
     converters: list[Any] = [step for step in steps if isinstance(step, WeightConverter)]
     renamings = [step for step in steps if not isinstance(step, WeightConverter)]
-    one_by_one = any(separated(model))
+    one_by_one = set(separated(model))
+    prefix = f"{model.base_model_prefix}."
 
     def rename(key: str) -> tuple[str, bool]:
         for step in renamings:
@@ -79,7 +80,9 @@ def _rule_of(model: Any) -> Rule:
             joined, pattern = step.rename_source_key(key)
             if pattern is not None:
                 own = _of_one_expert(step, key, pattern) if one_by_one else None
-                return (joined, True) if own is None else (own, False)
+                # Some layers' may be kept together.
+                apart = own is not None and not one_by_one.isdisjoint(_forms(own.rsplit(".", 3)[0], prefix))
+                return (own, False) if own is not None and apart else (joined, True)
         return key, False
 
     return rename

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import epmq
-from epmq.errors import FormatError
+from epmq.errors import FormatError, SourceError
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.jobs import load_any, quantize_to_folder
 from epmq.names import NamedForModel
@@ -186,6 +186,23 @@ def test_excluded_experts_stay_as_transformers_has_them(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_experts_of_one_block_may_be_excluded(family: str, tmp_path: Path) -> None:
+    model = make(family)
+    result = quantized(model, exclude=[r"layers\.0\."])
+    assert list(separated(result.model)) == ["model.layers.1.mlp.experts"]
+    epmq.save(result, tmp_path / "out")
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+    assert torch.equal(logits(epmq.load(tmp_path / "out", model=make(family))), logits(result.model))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(theirs), logits(result.model), rtol=1e-4, atol=1e-4)
+    # Of these files' experts, transformers makes the tensor that is kept.
+    model.save_pretrained(tmp_path / "expert")
+    config = epmq.QuantConfig(bits=4, group_size=16, exclude=[r"layers\.1\."])
+    with pytest.raises(SourceError, match=r"transformers computes 'model\.layers\.1\.mlp\.experts"):
+        epmq.quantize(model, {"a": tmp_path / "expert"}, {"a": [BATCH]}, config)
 
 
 def test_excluded_experts_of_files_are_told_not_to_load_in_transformers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
-from epmq.experts import FUSED
+from epmq.experts import FUSED, separate
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear
 from epmq.names import names_in_model
@@ -91,10 +91,11 @@ class PackedReader:
         """Names of the modules' tensors, the quantized weights' included."""
         return self.plain + [f"{name}.weight" for name in self.linears]
 
-    @property
-    def has_fused_experts(self) -> bool:
-        """Whether experts of a mixture are in one tensor, unquantized."""
-        return any(name.endswith(f".{FUSED}") for name in self.plain)
+    def separate(self, model: nn.Module) -> nn.Module:
+        """Take a model's mixtures apart (:func:`epmq.experts.separate`), but those whose experts are kept in one."""
+        fused = [name for name in names_in_model(self.plain, model).of.values() if name.endswith(f".{FUSED}")]
+        together = tuple(name.removesuffix(FUSED) for name in fused)
+        return separate(model, lambda linear: not linear.startswith(together))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors under native names, one at a time."""
