@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq import trust
-from epmq.adapters import ADAPTER_WEIGHTS, PREFIX
+from epmq.adapters import ADAPTER_WEIGHTS, BASE_COPY, PREFIX
 from epmq.errors import ModelError
 from epmq.huggingface import skeleton_from_folder
 from epmq.names import names_in_model
@@ -52,7 +52,7 @@ def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) ->
 
 
 class _Tensors:
-    """Names and shapes in a checkpoint, or in an adapter's file without its factors."""
+    """Names and shapes in a checkpoint, or of what an adapter's file brings whole."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,7 +61,11 @@ class _Tensors:
         # Who opens it for its tensors tells what is wrong with an adapter.
         self.source = FileSource(file) if not self.is_adapter or trust.is_file(file) else None
         keys = self.source.keys() if self.source else []
-        self.stored = {key.removeprefix(PREFIX) if self.is_adapter else key: key for key in keys if ".lora_" not in key}
+        self.stored = {key: key for key in keys}
+        if self.is_adapter:
+            # Copies of the base's weights, which embeddings and outputs that are adapted bring along, are of the base.
+            brought = [key for key in keys if ".lora_" not in key and not key.endswith(BASE_COPY)]
+            self.stored = {key.removeprefix(PREFIX): key for key in brought}
 
     def lacks_pooler(self) -> bool:
         return not self.is_adapter and not any("pooler." in key for key in self.stored)

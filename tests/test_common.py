@@ -190,6 +190,23 @@ def test_adapters_with_heads_leave_the_base_without_its_own(tmp_path: Path, caps
     assert config["architectures"] == ["BertModel"]
 
 
+def test_an_adapter_of_the_base_s_own_head_leaves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    job, _ = headed_job(tmp_path, "llama")
+    base = transformers.LlamaForCausalLM.from_pretrained(job.folder / "base")
+    wanted = base.lm_head.weight.detach().clone()
+    for task in TASKS:
+        place = job.folder / "experts" / task
+        shutil.rmtree(place)
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        adapted = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(job.folder / "base"), settings)
+        adapted.save_pretrained(place, save_embedding_layers=True)
+        assert any("lm_head.base_layer" in name for name in load_file(place / "adapter_model.safetensors"))
+        wanted += 0.4 * (adapted.merge_and_unload().lm_head.weight - base.lm_head.weight).detach()
+    del job.recipe["evaluation"]
+    torch.testing.assert_close(made(job, "merge", capsys)["lm_head.weight"], wanted)
+
+
 def test_an_expert_of_the_base_s_class_without_its_head_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
