@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epmq.errors import SourceError
 from epmq.experts import FUSED, OUTPUT, parts_of, separated
-from epmq.sources import FileSource, WeightSource
+from epmq.sources import DictSource, FileSource, WeightSource
 
 # What older checkpoints store and every model computes.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -196,9 +196,21 @@ def _with_separate_experts(source: WeightSource, model: nn.Module) -> WeightSour
     places = {f"{module}.{leaf}" for module in separated(model) for leaf in (FUSED, OUTPUT)}
     if not places:
         return source
-    found = _found_in(places, source.keys(), model).of
-    fused = {key: name for key, name in found.items() if len(source.shape(key)) == 3}
+    # A module has them already as transformers makes them of files.
+    own = {key for key in source.keys() if key in places} if isinstance(source, DictSource) else set()
+    found = _found_in(places, (key for key in source.keys() if key not in own), model)
+    _refuse_computed(source, found)
+    names = found.of | {key: key for key in own}
+    fused = {key: name for key, name in names.items() if len(source.shape(key)) == 3}
     return _Separated(source, fused) if fused else source
+
+
+def _refuse_computed(source: WeightSource, names: Names) -> None:
+    for key, name in names.computed.items():
+        raise SourceError(
+            f"{source.name}: transformers computes {name!r} from {key!r} and others as it loads them, and only new"
+            " names are given here; load it with transformers and pass the module to epmq.quantize."
+        )
 
 
 def _rule_of_4(model: Any) -> Rule:
@@ -243,11 +255,7 @@ class NamedForModel:
         self._source = source = _with_separate_experts(source, model)
         self.aliases = aliases
         names = names_in_model(source.keys(), model)
-        for key, name in names.computed.items():
-            raise SourceError(
-                f"{source.name}: transformers computes {name!r} from {key!r} and others as it loads them, and only new"
-                " names are given here; load it with transformers and pass the module to epmq.quantize."
-            )
+        _refuse_computed(source, names)
         self._key_of: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
         stored: dict[str, list[str]] = {}

@@ -268,6 +268,24 @@ def test_fused_experts_may_have_other_names_in_files(tmp_path: Path) -> None:
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(wanted.model))
 
 
+def test_experts_that_files_hold_turned_are_quantized_in_memory_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {
+        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    text = {**MOE, "num_experts": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    nearest = epmq.QuantConfig(bits=8, group_size=16, method="rtn")
+    result = epmq.quantize(model, None, {}, nearest)
+    assert len(list(separated(result.model))) == 2
+    assert (logits(result.model) - logits(model)).norm() < 0.05 * logits(model).norm()
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(SourceError, match=r"transformers computes 'model\.language_model\.layers\.0\.mlp\.experts"):
+        quantize_to_folder(Recipe(base=tmp_path / "base", quantization=nearest), tmp_path / "out")
+
+
 def test_experts_may_be_files_beside_modules(tmp_path: Path) -> None:
     model = make("Mixtral")
     torch.manual_seed(1)
