@@ -252,9 +252,13 @@ class NamedForModel:
     """
 
     def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
+        in_memory = isinstance(source, DictSource)
         self._source = source = _with_separate_experts(source, model)
         self.aliases = aliases
         names = names_in_model(source.keys(), model)
+        if in_memory and set(source.keys()) == set(model.state_dict()):
+            # What transformers does to the names of files is not for a module's own.
+            names = Names({key: key for key in source.keys()}, {})
         _refuse_computed(source, names)
         self._key_of: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}

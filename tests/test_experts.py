@@ -89,10 +89,14 @@ def test_separate_experts_compute_what_fused_ones_do(family: str) -> None:
     torch.testing.assert_close(logits(twin), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["cut", "biases"])
+@pytest.mark.parametrize("kind", ["cut", "biases", "another activation"])
 def test_experts_that_compute_otherwise_are_left_as_they_are(kind: str) -> None:
     if kind == "biases":
         model = make("GptOss", num_local_experts=4)
+    elif kind == "another activation":
+        model = make("Mixtral")
+        for layer in model.model.layers:
+            layer.mlp.experts.act_fn = nn.CosineSimilarity()  # of gate and up, as Inkling 2 has it
     else:
         model = make("Mixtral")
 
@@ -266,6 +270,20 @@ def test_fused_experts_may_have_other_names_in_files(tmp_path: Path) -> None:
     quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config, format="native"), tmp_path / "out")
     wanted = epmq.quantize(base, None, {}, config)
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(wanted.model))
+
+
+def test_names_of_a_module_s_own_experts_are_not_those_of_files() -> None:
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16], "rope_parameters": rope}
+    torch.manual_seed(0)
+    config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Ernie4_5_VLMoeForConditionalGeneration(config).eval()
+    result = epmq.quantize(model, None, {}, epmq.QuantConfig(bits=8, group_size=16, method="rtn"))
+    name = next(separated(result.model))
+    up = model.get_parameter(f"{name}.gate_up_proj")[3, 16:]
+    layer: Any = result.model.get_submodule(f"{name}.3.up_proj")
+    assert (layer.weight - up).norm() < 0.01 * up.norm()
 
 
 def test_experts_that_files_hold_turned_are_quantized_in_memory_only(tmp_path: Path) -> None:
