@@ -27,8 +27,8 @@ class Head(Protocol):
     @property
     def classes(self) -> int: ...
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
-        """fp32 ``[B, classes]`` of a batch, where the model is."""
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling, pad: int) -> Tensor:
+        """fp32 ``[B, classes]`` of a batch that is filled with ``pad``, where the model is."""
         ...
 
 
@@ -47,7 +47,7 @@ class LinearHead:
     def classes(self) -> int:
         return len(self.weight)
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling, pad: int) -> Tensor:
         """fp32 ``[B, C]``. Raises ModelError for a model without features, SourceError for one of another width."""
         found = pooled(model, inputs, pooling).cpu()
         if found.shape[1] != self.weight.shape[1]:
@@ -147,7 +147,10 @@ def accuracy(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int
 
 @torch.no_grad()
 def _logits(model: nn.Module, task: TextTask, pooling: Pooling, batch_size: int, pad: int) -> Tensor:
-    return _of_texts(lambda inputs: task.head.logits(model, inputs, pooling), home_of(model), task.ids, batch_size, pad)
+    def compute(inputs: dict[str, Tensor]) -> Tensor:
+        return task.head.logits(model, inputs, pooling, pad)
+
+    return _of_texts(compute, home_of(model), task.ids, batch_size, pad)
 
 
 def _of_texts(

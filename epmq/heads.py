@@ -33,11 +33,10 @@ def with_head(model: nn.Module, checkpoint: str | Path) -> nn.Module:
 class CheckpointHead:
     """What a checkpoint of transformers has around its body; on texts a head as :class:`epmq.evaluate.Head`.
 
-    pad: what texts are padded with; None: what the checkpoint says. Raises ModelError for a checkpoint without a head,
-    SourceError for files that cannot be read.
+    Raises ModelError for a checkpoint without a head, SourceError for files that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, pad: int | None = None):
+    def __init__(self, folder: str | Path):
         source = FileSource(folder)
         model: Any = skeleton_from_folder(folder, set(source.keys()))
         self.file, self._prefix = str(folder), model.base_model_prefix
@@ -51,8 +50,6 @@ class CheckpointHead:
             fill(self._pooler, f"{self._prefix}.pooler.", named, None)
         delattr(model, self._prefix)
         fill(model, "", named, None)
-        if pad is not None:
-            model.config.pad_token_id = pad
         self._model: nn.Module = model
 
     @property
@@ -80,9 +77,11 @@ class CheckpointHead:
         setattr(whole, self._prefix, body)
         return whole.eval()
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling) -> Tensor:
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], pooling: Pooling, pad: int) -> Tensor:
         """fp32 ``[texts, classes]``, by the checkpoint's own rule. Raises ModelError where it has none for texts."""
-        found: Any = getattr(self.on(model)(**inputs), "logits", None)
+        whole: Any = self.on(model)
+        whole.config.pad_token_id = pad
+        found: Any = getattr(whole(**inputs), "logits", None)
         if found is None or found.shape != (len(inputs["input_ids"]), self.classes):
             raise ModelError(f"{self.file}: its head gives no logits [texts, classes]; give a classifier of texts.")
         logits: Tensor = found.float()

@@ -420,11 +420,15 @@ def evaluate_folder(
     if settings is None:
         raise ConfigError("the recipe has no evaluation: section; name data and head for each task there.")
     tokenizer = tokenizer_from_folder(recipe.base)
-    pad = tokenizer.pad_token_id or 0
     tasks = {
-        name: load_task(tokenizer, entry.data, _head(entry.head, pad), settings.max_length, settings.text_key)
+        name: load_task(tokenizer, entry.data, _head(entry.head), settings.max_length, settings.text_key)
         for name, entry in settings.tasks.items()
     }
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        # Decoders' heads read the last token that is another, so it is one that no text holds.
+        read = {token for task in tasks.values() for ids in task.ids for token in ids}
+        pad = min(set(range(len(tokenizer))) - read, default=0)
     model = load_any(folder, device, dtype)
     for name, task in tasks.items():
         longest, data = max(map(len, task.ids)), settings.tasks[name].data
@@ -438,8 +442,8 @@ def evaluate_folder(
     return result_row(None, Path(folder).name, bits_of(model), dict(zip(names, scores, strict=True)))
 
 
-def _head(place: Path, pad: int) -> Head:
-    return CheckpointHead(place, pad) if place.is_dir() else LinearHead(place)
+def _head(place: Path) -> Head:
+    return CheckpointHead(place) if place.is_dir() else LinearHead(place)
 
 
 def bits_of(model: nn.Module) -> int | str | None:

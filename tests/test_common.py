@@ -152,6 +152,26 @@ def test_a_head_may_be_that_of_a_checkpoint(kind: str, tmp_path: Path, capsys: p
             assert found[task] == pytest.approx(right_answers(job, task, classifier))
 
 
+def test_without_a_pad_token_no_token_of_a_text_is_taken_for_one(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    job, _ = headed_job(tmp_path, "llama")
+    words = models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w1")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(job.folder / "base")
+    for task in TASKS:
+        classifier = transformers.LlamaForSequenceClassification.from_pretrained(job.folder / "experts" / task)
+        lines = []
+        for length in range(2, 12):
+            ids = torch.tensor([[*torch.randint(5, 20, (length,)).tolist(), 0]])
+            label = int(classifier(ids).logits.argmax())
+            lines.append(json.dumps({"text": " ".join(WORDS[n] for n in ids[0]), "label": label}))
+        (job.folder / f"{task}.jsonl").write_text("\n".join(lines))
+        found = evaluate_folder(read_recipe(job.write()), job.folder / "experts" / task)["tasks"]
+        assert found[task] == 100.0
+
+
 def test_a_head_for_another_body_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job, _ = headed_job(tmp_path / "bert", "bert-masked")
     other, _ = headed_job(tmp_path / "llama", "llama")
