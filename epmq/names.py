@@ -35,10 +35,7 @@ def names_in_model(stored: Iterable[str], model: nn.Module) -> Names:
     A tensor goes by its new name, as transformers would give it, before its own, and by a name with or without the base
     model's prefix.
     """
-    return _found_in(set(model.state_dict()), stored, model)
-
-
-def _found_in(present: Collection[str], stored: Iterable[str], model: nn.Module) -> Names:
+    present = set(model.state_dict())
     rule = _rule_of(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = Names({}, {})
@@ -158,8 +155,8 @@ def cuts_weights(model: nn.Module) -> bool:
 
 
 class _Separated:
-    """A checkpoint whose fused experts are listed one by one, read so where it can be. fused: {stored name: the
-    model's}."""
+    """A checkpoint whose fused experts are listed one by one, read so where it can be. fused: {stored name: as
+    transformers renames it}."""
 
     def __init__(self, source: WeightSource, fused: Mapping[str, str]):
         self._source, self.name = source, source.name
@@ -196,17 +193,20 @@ def _with_separate_experts(source: WeightSource, model: nn.Module) -> WeightSour
     places = {f"{module}.{leaf}" for module in separated(model) for leaf in (FUSED, OUTPUT)}
     if not places:
         return source
-    # A module has them already as transformers makes them of files.
-    own = {key for key in source.keys() if key in places} if isinstance(source, DictSource) else set()
-    found = _found_in(places, (key for key in source.keys() if key not in own), model)
-    _refuse_computed(source, found)
-    names = found.of | {key: key for key in own}
-    fused = {key: name for key, name in names.items() if len(source.shape(key)) == 3}
+    rule, prefix = _rule_of(model), f"{getattr(model, 'base_model_prefix', '')}."
+    fused: dict[str, str] = {}
+    for key in sorted(source.keys()):
+        # A module has them already as transformers makes them of files.
+        own = isinstance(source, DictSource) and not places.isdisjoint(_forms(key, prefix))
+        renamed, computed = (key, False) if own else rule(key)
+        if called := [name for name in (renamed, key) if not places.isdisjoint(_forms(name, prefix))]:
+            _refuse_computed(source, {key: renamed} if computed else {})
+            fused |= {key: called[0]} if len(source.shape(key)) == 3 else {}
     return _Separated(source, fused) if fused else source
 
 
-def _refuse_computed(source: WeightSource, names: Names) -> None:
-    for key, name in names.computed.items():
+def _refuse_computed(source: WeightSource, computed: Mapping[str, str]) -> None:
+    for key, name in computed.items():
         raise SourceError(
             f"{source.name}: transformers computes {name!r} from {key!r} and others as it loads them, and only new"
             " names are given here; load it with transformers and pass the module to epmq.quantize."
@@ -259,7 +259,7 @@ class NamedForModel:
         if in_memory and set(source.keys()) == set(model.state_dict()):
             # What transformers does to the names of files is not for a module's own.
             names = Names({key: key for key in source.keys()}, {})
-        _refuse_computed(source, names)
+        _refuse_computed(source, names.computed)
         self._key_of: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
         stored: dict[str, list[str]] = {}

@@ -304,6 +304,30 @@ def test_experts_that_files_hold_turned_are_quantized_in_memory_only(tmp_path: P
         quantize_to_folder(Recipe(base=tmp_path / "base", quantization=nearest), tmp_path / "out")
 
 
+@pytest.mark.parametrize("given", ["modules", "files", "fused files"])
+def test_heads_on_experts_of_a_bare_mixture_are_left_out(given: str, tmp_path: Path) -> None:
+    model = make("Mixtral").model
+    config = transformers.MixtralConfig(**SETTINGS["Mixtral"], num_labels=2)
+    torch.manual_seed(1)
+    experts: dict[str, Any] = {}
+    for task in TASKS:
+        experts[task] = transformers.MixtralForSequenceClassification(config).eval()
+        experts[task].model.load_state_dict(varied(model).state_dict())
+    wanted = epmq.quantize(
+        model, {task: expert.model for task, expert in experts.items()}, {"a": [BATCH], "b": [BATCH]}
+    )
+    if given != "modules":
+        for task, expert in experts.items():
+            expert.save_pretrained(tmp_path / task)
+            file = tmp_path / task / "model.safetensors"
+            if given == "fused files":
+                save_file(fuse(load_file(file), expert), file, metadata={"format": "pt"})
+        experts = {task: tmp_path / task for task in TASKS}
+    result = epmq.quantize(model, experts, {"a": [BATCH], "b": [BATCH]})
+    assert any(note.startswith("score.weight: in expert 'a'") for note in result.report["notes"])
+    assert all(torch.equal(t, wanted.model.state_dict()[name]) for name, t in result.model.state_dict().items())
+
+
 def test_experts_may_be_files_beside_modules(tmp_path: Path) -> None:
     model = make("Mixtral")
     torch.manual_seed(1)
