@@ -22,6 +22,7 @@ from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
+from epmq.experts import keep_rows, weights_of_rows
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
 from epmq.inputs import InputGroup, input_groups, observe
@@ -67,17 +68,24 @@ def collect(
             if address.list_name != current_list:
                 current_list = address.list_name
                 sequence = sequence_of(runner, address, batches[0].inputs, states[0])
-            block = copy.deepcopy(runner.block(address))
+            block = keep_rows(copy.deepcopy(runner.block(address)))
             fill(block, f"{address.name}.", expert, torch.float32, device)
-            call = runner.capture(address, batches[0].inputs, states[0])
-            groups = input_groups(block, call, lambda name: True)
+            groups: list[InputGroup] = []
+            for batch, state in zip(batches, states, strict=True):
+                call = runner.capture(address, batch.inputs, state)
+                # What one batch leaves out another may reach: an expert of a mixture.
+                known = {name for group in groups for name in group.linears}
+                new = input_groups(block, call, lambda name: True)
+                groups += [group for group in new if not known.intersection(group.linears)]
+                if len(known.union(*(group.linears for group in new))) == len(linears_of({"": block})):
+                    break
             linears = {group: [block.get_submodule(name) for name in group.linears] for group in groups}
             columns = {group: (features_of(linears[group][0]) or (0, 0))[0] for group in groups}
             found = {group.first: TaskStatistics(columns[group], None, device=device) for group in groups}
             positions = {group.first: sequence if group.sequence is None else None for group in groups}
             for batch, state in zip(batches, states, strict=True):
                 call = runner.capture(address, batch.inputs, state)
-                with observe(block, list(found), _adding(found, batch, positions)):
+                with observe(block, list(found), _adding(found, batch, positions, block)):
                     output = call.run(block)
                 if not all_finite(hidden_of(output)):
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
@@ -90,14 +98,17 @@ def collect(
 
 
 def _adding(
-    found: Mapping[str, TaskStatistics], batch: Batch, positions: Mapping[str, str | None]
+    found: Mapping[str, TaskStatistics], batch: Batch, positions: Mapping[str, str | None], block: nn.Module
 ) -> Callable[[str, Tensor], None]:
     """Adds what a module reads; one that runs again in a block is seen as it ran first."""
     seen: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
         if name not in seen:
-            rows, weights, _ = rows_of(x, batch.weights_of(positions[name]))
+            at = batch.weights_of(positions[name])
+            rows, weights, matched = rows_of(x, at)
+            if not matched and at is not None:
+                weights = weights_of_rows(block, name, at)
             found[name].add(rows, None, weights)
             seen.add(name)
 

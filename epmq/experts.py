@@ -35,10 +35,14 @@ class Expert(nn.Module):
 
 class SeparateExperts(nn.Module):
     """In place of a module with ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``: E children, called by
-    their numbers, of three linears each. Weights are on the meta device."""
+    their numbers, of three linears each. Weights are on the meta device.
+
+    rows: of the last call the number of tokens and those that each child was given, where ``keeps_rows`` is set.
+    """
 
     def __init__(self, fused: nn.Module):
         super().__init__()
+        self.keeps_rows, self.rows = False, (0, tuple[Tensor, ...]())
         both: Any = fused.get_parameter(FUSED)
         act_fn: Any = fused.act_fn
         self.count, inner, width = both.shape[0], both.shape[1] // 2, both.shape[2]
@@ -54,7 +58,10 @@ class SeparateExperts(nn.Module):
         # A number behind the last means none of them.
         sizes = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
         order = order[: sum(sizes)]
-        parts = hidden_states[order // each].split(sizes)
+        given = order // each
+        if self.keeps_rows:
+            self.rows = (tokens, given.split(sizes))
+        parts = hidden_states[given].split(sizes)
         found = [self.get_submodule(str(n))(x) for n, x in enumerate(parts) if len(x)]
         outputs = hidden_states.new_zeros(tokens * each, hidden_states.shape[-1])
         if found:
@@ -82,6 +89,26 @@ def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: Tr
 def separated(model: nn.Module) -> Iterator[str]:
     """Names of the modules that :func:`separate` has put into a model."""
     return (name for name, module in model.named_modules() if isinstance(module, SeparateExperts))
+
+
+def keep_rows(block: nn.Module) -> nn.Module:
+    """Let a block's mixtures note which rows go where, for :func:`weights_of_rows`."""
+    for module in block.modules():
+        if isinstance(module, SeparateExperts):
+            module.keeps_rows = True
+    return block
+
+
+def weights_of_rows(block: nn.Module, linear: str, weights: Tensor) -> Tensor | None:
+    """The weights ``[M]`` of what a linear of a mixture read last, from those of all positions ``[B, S]``; None for one
+    that is not in a mixture, or in one that read other positions."""
+    for name in separated(block):
+        if linear.startswith(f"{name}."):
+            experts: Any = block.get_submodule(name)
+            tokens, rows = experts.rows
+            number = int(linear.removeprefix(f"{name}.").partition(".")[0])
+            return weights.reshape(-1)[rows[number]] if tokens == weights.numel() else None
+    return None
 
 
 def parts_of(leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, slice]]:

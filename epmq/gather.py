@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from epmq.errors import CalibrationError, NumericalError
+from epmq.experts import weights_of_rows
 from epmq.inputs import InputGroup, narrows
 from epmq.norms import CHANNELS_SECOND, NormStatistics, reads_one_input
 from epmq.rows import SAMPLE_ROWS
@@ -115,8 +116,11 @@ def _of_task(
         if x is None:
             continue
         reached = True
-        rows, weights, matched = rows_of(x, batch.weights_of(sequence))
-        if not matched:
+        positions = batch.weights_of(sequence)
+        rows, weights, matched = rows_of(x, positions)
+        if not matched and positions is not None:
+            weights = weights_of_rows(visit.block, group.first, positions)
+        if not matched and weights is None:
             visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
         target = None
         if targets is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.config import QuantConfig
+from epmq.experts import keep_rows
 from epmq.precision import Precision
 from epmq.runner import BlockRunner
 from epmq.skeleton import fill
@@ -82,7 +83,7 @@ class Walk:
         """A copy of a block with the weights of ``source``."""
         block = copy.deepcopy(self.runner.block(address))
         fill(block, address.name + ".", source, torch.float32, self.device)
-        return block.float()  # buffers that no source holds are of the model's dtype
+        return keep_rows(block.float())  # buffers that no source holds are of the model's dtype
 
     def call(self, address: BlockAddress, task: str, batch: Batch) -> BlockCall:
         """What the deployed model hands to a block."""

@@ -13,13 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import epmq
+from epmq.collected import collect
 from epmq.errors import FormatError, SourceError
 from epmq.experts import SeparateExperts, separate, separated
+from epmq.formats.statistics import StatisticsWriter
 from epmq.jobs import load_any, quantize_to_folder
 from epmq.names import NamedForModel
+from epmq.quantized import unpack
 from epmq.recipe import Recipe
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import DictSource
+from epmq.streams import make_streams
 
 transformers = pytest.importorskip("transformers")
 if transformers.__version__.startswith("4."):
@@ -341,3 +345,46 @@ def test_experts_may_be_files_beside_modules(tmp_path: Path) -> None:
         for given in (experts, {task: tmp_path / task for task in TASKS})
     )
     assert torch.equal(logits(ours.model), logits(theirs.model))
+
+
+def padded(length: int) -> dict[str, Tensor]:
+    """BATCH with as many positions at its end masked."""
+    ids = torch.cat([BATCH["input_ids"], torch.full((8, length), 7)], 1)
+    mask = torch.cat([torch.ones(8, 16, dtype=torch.int64), torch.zeros(8, length, dtype=torch.int64)], 1)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("method", ["gptq", "epmq"])
+def test_masked_positions_count_for_no_expert(method: Any) -> None:
+    model = make("Mixtral")
+    torch.manual_seed(1)
+    experts = {task: varied(model) for task in TASKS}
+    config = epmq.QuantConfig(bits=4, group_size=16, method=method)
+    results = [
+        epmq.quantize(model, experts, {task: [batch] for task in TASKS}, config, base=model)
+        for batch in (padded(0), padded(9))
+    ]
+    assert not any("row per position" in note for result in results for note in result.report["notes"])
+    plain, masked = (result.model.state_dict() for result in results)
+    packed = [name for name in plain if name.endswith("experts.0.gate_proj.packed")]
+    assert len(packed) == 2
+    for name in packed:
+        # Sums in another order may turn a code that lies at a tie.
+        assert (unpack(plain[name], 4, 32) != unpack(masked[name], 4, 32)).float().mean() < 0.01
+
+
+def test_statistics_of_experts_leave_masked_positions_out_too(tmp_path: Path) -> None:
+    model = make("Mixtral")
+    sums = []
+    for name, batch in (("plain", padded(0)), ("masked", padded(9))):
+        skeleton = separate(meta_copy(model))
+        source = NamedForModel(DictSource(model.state_dict()), skeleton, aliases=True)
+        (tmp_path / name).mkdir()
+        writer = StatisticsWriter(tmp_path / name)
+        streams = make_streams({"a": [batch]})["a"]
+        collect(skeleton, source, "a", streams, writer, lambda *_: None, torch.device("cpu"))
+        writer.finish("a", {"examples": 8})
+        sums.append(load_file(next((tmp_path / name).glob("*.safetensors"))))
+    assert sums[0].keys() == sums[1].keys() and any("experts.3" in name for name in sums[0])
+    for name, tensor in sums[0].items():
+        torch.testing.assert_close(sums[1][name], tensor, rtol=1e-3, atol=1e-3)
