@@ -35,8 +35,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
-test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resumed
 	EPMQ_KILLS=50 $(BIN)/python -m pytest tests/test_resume.py -k random_moments
