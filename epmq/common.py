@@ -38,17 +38,18 @@ def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) ->
     stored = set(FileSource(base).keys())
     skeleton = skeleton_from_folder(base, stored, fused=fused)
     files = {label: _Tensors(path) for label, path in others.items()}
+    used = stored
     if any(file.lacks_pooler() for file in files.values()):
-        stored = {key for key in stored if "pooler." not in key}
+        used = {key for key in stored if "pooler." not in key}
     for label, file in files.items():
         if (tensor := file.other_head(skeleton, base)) is not None:
-            body = skeleton_from_folder(base, stored, bare=True, fused=fused)
+            body = skeleton_from_folder(base, used, bare=True, fused=fused)
             name = type(body).__name__
             note = (
                 f"{label} has another head than the base ({tensor}): of {type(skeleton).__name__} only {name} is used."
             )
             return CommonModel(body, name, [note])
-    return CommonModel(skeleton_from_folder(base, stored, fused=fused))
+    return CommonModel(skeleton if used == stored else skeleton_from_folder(base, used, fused=fused))
 
 
 class _Tensors:

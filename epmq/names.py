@@ -59,14 +59,10 @@ def _rule_of(model: Any) -> Rule:
     """How transformers renames tensors that are loaded into this model; other models' keep their names."""
     if not hasattr(model, "base_model_prefix"):
         return lambda key: (key, False)
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:
+    steps = _conversions(model)
+    if steps is None:
         return _rule_of_4(model)
-    steps = get_model_conversion_mapping(model)
-    converters: list[Any] = [step for step in steps if isinstance(step, WeightConverter)]
-    renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+    renamings, converters = steps
     one_by_one = set(separated(model))
     prefix = f"{model.base_model_prefix}."
 
@@ -83,6 +79,19 @@ def _rule_of(model: Any) -> Rule:
         return key, False
 
     return rename
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]] | None:
+    """transformers' own steps for the names of a model of its, and those that compute as well; None where it has none,
+    which is before 5."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return None
+    steps = get_model_conversion_mapping(model)
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    return [step for step in steps if not isinstance(step, WeightConverter)], converters
 
 
 def _of_one_expert(step: Any, key: str, pattern: str) -> str | None:
@@ -114,15 +123,11 @@ def stored_experts(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     modules = list(separated(model))
-    if not modules:
+    steps = _conversions(model) if modules and hasattr(model, "base_model_prefix") else None
+    if steps is None:
         return found
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    asked: Any = model
-    steps: list[Any] = [step for step in get_model_conversion_mapping(asked) if isinstance(step, WeightConverter)]
     rule = _rule_of(model)
-    for step in steps:
+    for step in steps[1]:
         parent = step.target_patterns[0].rpartition(".")[0]
         for pattern, part in _joined_by(step).items():
             stored = pattern.rpartition("*.")[2].removesuffix(".weight")
@@ -138,19 +143,10 @@ def stored_experts(model: nn.Module) -> dict[str, str]:
 
 def cuts_weights(model: nn.Module) -> bool:
     """Whether transformers is ready to make several weights of one as it loads this model."""
-    if not hasattr(model, "base_model_prefix"):
-        return False
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:
-        return False
-    found: Any = model
-    return any(
-        isinstance(step, WeightConverter)
-        and len(step.target_patterns) > 1 == len(step.source_patterns)
-        and step.source_patterns[0].endswith(".weight")
-        for step in get_model_conversion_mapping(found)
+    steps = _conversions(model) if hasattr(model, "base_model_prefix") else None
+    return steps is not None and any(
+        len(step.target_patterns) > 1 == len(step.source_patterns) and step.source_patterns[0].endswith(".weight")
+        for step in steps[1]
     )
 
 
