@@ -160,9 +160,7 @@ gpu:  ## on a machine with an NVIDIA GPU: extension in place, GPU tests, benchma
 	  $(if $(GPU_OUT),--out $(GPU_OUT))
 
 gpu-wheels: $(READY)  ## wheels of what a GPU machine without network may lack, for its GPU_PYTHON, into build/wheels
-	$(BIN)/python -m pip download --quiet --dest $(WHEELS) --only-binary=:all: --python-version $(GPU_PYTHON) \
-	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-	  $$($(BIN)/python -c "import sys; sys.path.append('benchmarks'); from gpu import packages; print(*packages.NEEDED.values(), *packages.WELCOME.values())")
+	$(BIN)/python benchmarks/gpu/packages.py --fetch $(WHEELS) $(GPU_PYTHON)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PEERS) $(TRANSFORMERS4) $(OLDEST) .venv-triton build demo .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from triton.runtime.errors import OutOfResources
 from epmq import ops, reference
 from epmq.errors import NumericalError
 from epmq.kernels import timing
+from epmq.quantized import pack
 
 FACTS = {"device": "a card", "torch": "2"}
 
@@ -208,7 +210,7 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
         "replayed": lambda call: call(),
     }.items():
         monkeypatch.setattr(parts, name, fake)
-    monkeypatch.setattr(rivals, "PRODUCTS", {"cublas": rivals.cublas, "gemlite": fails})
+    monkeypatch.setattr(rivals, "PRODUCTS", {"cublas": rivals.cublas, "another": fails})
     for module, name in ((rivals, "llm_compressor"), (torch, "compile"), (torch, "addmm")):
         monkeypatch.setattr(module, name, fails)
     here = setting(timed=True)
@@ -305,6 +307,85 @@ def test_what_is_welcome_is_installed_where_it_was_brought(tmp_path: Path, monke
     wheel_of("epmq_likes_this", tmp_path)
     packages.main(tmp_path, tmp_path / "target")
     assert (tmp_path / "target" / "epmq_likes_this.py").is_file()
+
+
+def test_rivals_are_installed_where_they_were_brought_and_never_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One is not there, one is there already; a version that is asked for and is not among the wheels stops nothing."""
+    monkeypatch.setattr(packages, "NEEDED", {})
+    monkeypatch.setattr(packages, "WELCOME", {})
+    rival = {"epmq_is_beside_this": "epmq-is-beside-this==1.0", "epmq_is_absent": "epmq-is-absent", "torch": "torch"}
+    monkeypatch.setattr(packages, "RIVALS", rival)
+    packages.main(tmp_path / "none", tmp_path / "target")
+    wheel_of("epmq_is_beside_this", tmp_path)
+    wheel_of("torch", tmp_path)
+    packages.main(tmp_path, tmp_path / "target")
+    assert sorted(path.name for path in (tmp_path / "target").glob("*.py")) == ["epmq_is_beside_this.py"]
+    monkeypatch.setattr(packages, "RIVALS", {"epmq_is_beside_this": "epmq-is-beside-this==2.0"})
+    packages.main(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists() and "goes on without them" in capfd.readouterr().out
+
+
+def test_wheels_are_fetched_without_what_rivals_bring_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    packages.fetch(tmp_path, "3.12")
+    needed, beside, built = commands
+    assert "numpy" in needed and "--no-deps" not in needed and not {*packages.RIVALS.values()} & {*needed}
+    assert "--no-deps" in beside and "compressed-tensors==0.19.0" in beside and "gemlite" not in beside
+    assert "wheel" in built and "--no-deps" in built and "gemlite" in built
+
+
+def test_what_compiles_is_measured_at_some_products_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "failures", Counter())
+    assert set(rivals.SOME) <= set(rivals.PRODUCTS)
+    layers = set(parts.LAYERS.values())
+    for shapes in rivals.SOME.values():
+        assert set(shapes) <= layers and all({*counts} <= {*parts.TOKENS} for counts in shapes.values())
+    assert rivals.measured("cublas", 3072, 1024, 8192) and not rivals.measured("tinygemm", 3072, 1024, 512)
+    assert rivals.measured("humming", 8192, 8192, 64) and not rivals.measured("humming", 6144, 4096, 64)
+    rivals.failures["humming"] += rivals.MOST_FAILURES
+    assert not rivals.measured("humming", 8192, 8192, 64) and rivals.measured("gemlite", 8192, 8192, 16)
+
+
+def test_humming_is_given_our_codes_and_told_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the checkpoints that it reads: words of eight codes along the input, of eight zeros along the output."""
+    given: dict[str, Any] = {}
+
+    class Layer:
+        humming_config = "config"
+
+        def __init__(self, rows: int, columns: int, form: dict[str, Any], torch_dtype: torch.dtype) -> None:
+            given.update(form, shape=(rows, columns), dtype_of_scales=torch_dtype)
+
+        def to(self, device: torch.device) -> Layer:
+            return self
+
+        def load_from_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+            given.update(tensors)
+
+        def transform(self) -> None:
+            given["transformed"] = True
+
+        def __call__(self, x: torch.Tensor, tuning_config: str) -> None:
+            given["programs"] = json.loads(tuning_config)
+
+    fakes = {
+        "humming.layer": SimpleNamespace(HummingLayer=Layer),
+        "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m: {"for": shape_m}),
+        "torch.utils.cpp_extension": SimpleNamespace(CUDA_HOME=None),
+    }
+    monkeypatch.setattr(rivals, "_module", fakes.__getitem__)
+    monkeypatch.setitem(rivals.SOME, "humming", {(64, 256): (1, 16, 64)})
+    monkeypatch.setenv("HUMMING_COMPILER", "nvcc")
+    weight = parts.random_weight(64, 256, torch.device("cpu"), 0)
+    assert weight.zeros is not None
+    rivals.humming(torch.zeros(16, 256).half(), weight)()
+    assert given["transformed"] and given["shape"] == (64, 256) and given["has_zero_point"]
+    assert torch.equal(given["weight"], pack(weight.codes, 4))
+    assert torch.equal(given["zero_point"], pack(weight.zeros.T, 4).T) and given["zero_point"].shape == (8, 2)
+    assert given["programs"] == [[0, 1, {"for": 1}], [1, 16, {"for": 16}], [16, 64, {"for": 64}]]
 
 
 def test_rotating_data_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """``python benchmarks/gpu/packages.py WHEELS TARGET``: what this Python lacks, from a folder of wheels into TARGET.
 
 A GPU machine's image has its own torch, Triton and much else, and often no network. What ``make gpu`` needs besides is
-brought along: ``make gpu-wheels`` fills the folder on a machine that has one. Nothing that is there is replaced.
+brought along: on a machine that has one, ``make gpu-wheels`` fills the folder (``--fetch WHEELS PYTHON``, PYTHON the
+version of the other's). Nothing that is there is replaced.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,22 @@ NEEDED = {
 }
 # With these the tests run several at a time; where neither the Python nor the folder has them, one after the other.
 WELCOME = {"execnet": "execnet", "xdist": "pytest-xdist"}
+# What is measured beside ours; each that is not there is named as absent. llm-compressor is the version that
+# benchmarks/peers knows, with the compressed-tensors that it pins; it imports datasets, and that the two after it. What
+# else these import, images with torch and transformers have: no auto-round, but pyarrow, pandas, xxhash, nvidia-ml-py
+# and, for Humming, cuda-bindings and an nvcc.
+RIVALS = {
+    "gemlite": "gemlite",
+    "humming": "humming-kernels",
+    "llmcompressor": "llmcompressor==0.14.0.1",
+    "compressed_tensors": "compressed-tensors==0.19.0",
+    "loguru": "loguru",
+    "datasets": "datasets<6",
+    "dill": "dill<0.4.2",
+    "multiprocess": "multiprocess<0.70.20",
+}
+# Those of which there is no wheel to fetch: make gpu-wheels builds it, of Python alone.
+BUILT = ("gemlite",)
 
 
 def missing(wanted: dict[str, str]) -> list[str]:
@@ -46,17 +64,14 @@ def missing(wanted: dict[str, str]) -> list[str]:
     return [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
 
 
-def main(wheels: Path, target: Path) -> None:
-    welcome = missing(WELCOME)
-    brought = all(any(wheels.glob(f"{name.replace('-', '_')}-*.whl")) for name in welcome)
-    names = missing(NEEDED) + (welcome if brought else [])
-    if not names:
-        return
-    if not wheels.is_dir():
-        sys.exit(
-            f"make gpu: {', '.join(names)} cannot be imported here and {wheels} is not there; run make gpu-wheels "
-            "where there is a network and bring that folder along."
-        )
+def among(wheels: Path, requirement: str) -> bool:
+    """Whether the folder has a wheel of this distribution, of whichever version."""
+    name = re.split("[<>=!~]", requirement)[0].replace("-", "_")
+    return any(wheels.glob(f"{name}-*.whl"))
+
+
+def install(wheels: Path, target: Path, names: list[str]) -> bool:
+    """Whether pip could install these from the folder."""
     command = [
         sys.executable,
         "-m",
@@ -69,9 +84,43 @@ def main(wheels: Path, target: Path) -> None:
         str(wheels),
     ]
     if subprocess.run([*command, "--target", str(target), *names]).returncode != 0:
-        sys.exit(f"make gpu: {', '.join(names)} could not be installed from {wheels}.")
+        return False
     print(f"from {wheels}: {', '.join(names)}")
+    return True
+
+
+def fetch(wheels: Path, python: str) -> None:
+    """Fill the folder for this version of Python on x86-64 Linux; what rivals need besides stands in their table."""
+    pip = [sys.executable, "-m", "pip"]
+    kept = [name for name in RIVALS.values() if name not in BUILT]
+    only = ["--only-binary=:all:", "--python-version", python]
+    for platform in ("manylinux_2_28", "manylinux_2_17", "manylinux2014"):
+        only += ["--platform", f"{platform}_x86_64"]
+    for command in (
+        ["download", "--dest", str(wheels), *only, *NEEDED.values(), *WELCOME.values()],
+        ["download", "--dest", str(wheels), *only, "--no-deps", *kept],
+        ["wheel", "--wheel-dir", str(wheels), "--no-deps", *BUILT],
+    ):
+        subprocess.run([*pip, *command, "--quiet"], check=True)
+
+
+def main(wheels: Path, target: Path) -> None:
+    welcome = missing(WELCOME)
+    names = missing(NEEDED) + (welcome if all(among(wheels, name) for name in welcome) else [])
+    if names and not wheels.is_dir():
+        sys.exit(
+            f"make gpu: {', '.join(names)} cannot be imported here and {wheels} is not there; run make gpu-wheels "
+            "where there is a network and bring that folder along."
+        )
+    if names and not install(wheels, target, names):
+        sys.exit(f"make gpu: {', '.join(names)} could not be installed from {wheels}.")
+    beside = [name for name in missing(RIVALS) if among(wheels, name)]
+    if beside and not install(wheels, target, beside):
+        print(f"make gpu: {', '.join(beside)} could not be installed from {wheels}; all goes on without them.")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "--fetch":
+        fetch(Path(sys.argv[2]), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
