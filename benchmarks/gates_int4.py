@@ -9,6 +9,7 @@ from machine_code import ARCHS, Counts, Gate, Program, build, common_faults, cou
 from naive_int4 import naive_product
 
 from epmq.kernels import tune
+from epmq.kernels.int4_matmul import AHEAD
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
 from epmq.kernels.tune import Config
 
@@ -16,7 +17,7 @@ GROUPS = (0, 32, 64, 128)  # 0: one scale a row
 # Instructions per weight of 8 tokens by 128 rows, by group, with HMMA and with HGMMA as the tensor instruction.
 DECODE_LIMITS = {128: (2.75, 3.1), 64: (2.9, 3.2), 32: (3.0, 3.3), 0: (2.2, 2.5)}
 # Of large tiles, by architecture, tokens and rows.
-TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 256): 3.2, (80, 64, 128): 4.0}
+TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 128): 3.9, (80, 64, 128): 4.0}
 
 
 def gates(everything: bool) -> Iterator[Gate]:
@@ -35,7 +36,7 @@ def gates(everything: bool) -> Iterator[Gate]:
 
 
 def is_main(arch: int, dtype: str, group: int, config: Config) -> bool:
-    wide = config.block_n == 128 or (config.block_m, config.block_n) == (128, 256)
+    wide = config.block_n == 128
     dearest = dtype == "bf16" and group == 32 and (arch, config.block_m, config.block_n) in TILE_LIMITS
     return wide and (group == 128 or config.block_m == 8 or dearest)
 
@@ -49,7 +50,8 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool)
     constants |= {
         "JOINED": config.joined,
         "SWIZZLE": 1 if split else 8,
-        "EARLY": split and arch >= 90,
+        "EARLY": arch >= 90,
+        "AHEAD": AHEAD if arch >= 90 else 0,
         "ASM": True,
         "WIDE": False,
     }

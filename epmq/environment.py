@@ -61,6 +61,7 @@ def _arguments(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "accumulate": (x, square, empty(WIDTH)),
         "gptq_sweep": (square, square, grid, grid, empty(WIDTH, dtype=torch.int32), BITS),
         "cholesky": (square,),
+        "product": (square, square),
         "subtract_product": (square, empty(WIDTH, GROUP), empty(GROUP, WIDTH)),
         "subtract_gram": (square, empty(WIDTH, GROUP)),
         "grid_losses": (square, grid, grid, BITS, GROUP, 2.0),

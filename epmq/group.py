@@ -16,8 +16,8 @@ from epmq.world import World
 
 PLAIN_GPTQ_DAMP = 0.01
 COARSE_NOTE = (
-    "targets of wide linears were solved with products of 16 significant bits, on matrix tiles;"
-    " EPMQ_CPU=avx512 takes 24."
+    "targets of wide linears were made with products of 16 significant bits, on a CPU's matrix tiles (EPMQ_CPU=avx512"
+    " takes 24) or a GPU's tensor cores (EPMQ_BACKEND=reference takes 24)."
 )
 
 
@@ -27,7 +27,7 @@ class GroupOutcome:
 
     weight: fp32 ``[N, K]`` as deployed (dequantized, or the unrounded target when bits is None). quantized: its codes,
     or None. bias: ``[N]``. anchor: relative lambda used. damp: relative damping used in the end. escalated: whether
-    that is more than was asked for. coarse: whether the target was solved with products of 16 significant bits.
+    that is more than was asked for. coarse: whether the target was made with products of 16 significant bits.
     """
 
     weight: Tensor

@@ -2,7 +2,7 @@
 
 Each operation exists once in :mod:`epmq.reference`; faster forms are registered here under the same name and
 signature. The choice is made from device, dtype and shape, never by catching an exception.
-``EPMQ_BACKEND=reference|cpp|cuda|triton|blocked`` asks for one backend; an operation that has no such form for the
+``EPMQ_BACKEND=reference|cpp|cuda|triton|blocked|pieces`` asks for one backend; an operation that has no such form for the
 tensors at hand runs as reference, which is logged once.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq import blocked, extension, reference, triton_forms
+from epmq import blocked, extension, pieces, reference, triton_forms
 from epmq.errors import ConfigError
 
 log = logging.getLogger("epmq")
 
-BACKENDS = ("reference", "cpp", "cuda", "triton", "blocked")
+BACKENDS = ("reference", "cpp", "cuda", "triton", "blocked", "pieces")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ register("accumulate", "reference", reference.accumulate)
 register("gptq_sweep", "reference", reference.gptq_sweep)
 register("grid_losses", "reference", reference.grid_losses)
 register("dequant_matmul", "reference", reference.dequant_matmul)
+register("product", "reference", reference.product)
+register("product", "pieces", pieces.product, pieces.accepts)
 register("subtract_product", "reference", reference.subtract_product)
 register("subtract_gram", "reference", reference.subtract_gram)
 register("cholesky", "reference", reference.cholesky)
@@ -121,6 +123,12 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`epmq.reference.cholesky`."""
     factor: tuple[Tensor, Tensor] = _call("cholesky", matrix)
     return factor
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """See :func:`epmq.reference.product`."""
+    out: Tensor = _call("product", a, b)
+    return out
 
 
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -95,6 +95,12 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return lower, info
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a · b``: ``[N, k]``, ``[k, n]``. Faster forms may take 16 significant bits of each factor, as those of
+    :func:`subtract_product` may: this serves the target. A row's bits do not depend on the rows beside it on a CPU."""
+    return a @ b
+
+
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out -= a · b`` in place: ``[N, n]``, ``[N, k]``, ``[k, n]``. Faster forms may take 16 significant bits of each
     factor: this serves the target, whose output changes by no more than that, and nothing that is factored."""

@@ -98,7 +98,9 @@ def solve_right(pull: Tensor, factor: Factor) -> Tensor:
 
 
 def is_coarse(pull: Tensor, hessian: Tensor) -> bool:
-    """Whether :func:`solve_right` of such tensors runs products with 16 significant bits in place of 24."""
+    """Whether such tensors were made, or :func:`solve_right` solves them, by products of 16 significant bits."""
+    if ops.choose("product", pull, hessian).backend == "pieces":
+        return True
     block, rest = slice(0, SOLVE_BLOCK), slice(SOLVE_BLOCK, None)
     form = ops.choose("subtract_product", pull[:0, rest], pull[:0, block], hessian[block, rest])
     return form.backend != "reference" and extension.rounds_products()

@@ -235,10 +235,10 @@ class Folded:
         w = task_weight(hessian, task.weight, weighting)
         if alpha > 0.0 and task.cross is not None and task.sum_target is not None:
             if task.of_outputs:
-                self.pull.add_(task.cross - expert.weight @ hessian, alpha=w * alpha)
+                self.pull.add_(task.cross - ops.product(expert.weight, hessian), alpha=w * alpha)
                 self.sum_pull.add_(task.sum_target - expert.weight @ task.sum_x, alpha=w * alpha)
             else:
-                self.pull.add_(expert.weight @ task.cross, alpha=w * alpha)
+                self.pull.add_(ops.product(expert.weight, task.cross), alpha=w * alpha)
                 self.sum_pull.add_(expert.weight @ task.sum_target, alpha=w * alpha)
         if gamma != 1.0:
             diagonal = hessian.diagonal().clone()
@@ -246,7 +246,7 @@ class Folded:
         towards = expert.weight - anchor.weight
         offset = expert.bias - anchor.bias
         self.hessian.add_(hessian, alpha=w)
-        self.pull.add_(towards @ hessian, alpha=w)
+        self.pull.add_(ops.product(towards, hessian), alpha=w)
         self.pull.addr_(offset, task.sum_x, alpha=w)
         self.sum_x.add_(task.sum_x, alpha=w)
         self.sum_pull.add_(towards @ task.sum_x + offset * task.weight, alpha=w)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,14 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # 2.5 bytes a weight at the copy rate against a fused tile at 0.85 of the matmul rate meet near 1900 tokens on H100.
 TWO_STAGES_FROM = 2048
 SHORTEST_PART = 4  # blocks of 128 columns: less leaves the pipeline no time to fill
+# Microseconds that two programs on a multiprocessor take for a step of 128 columns each, halved, by tokens and rows of
+# their tile; how much longer one takes alone; steps that filling its pipeline takes; microseconds of the launch that
+# sums parts, and the bytes a second, in 1e12, at which these are written and read.
+STEP = {
+    (8, 64): 0.17, (8, 128): 0.28, (16, 64): 0.19, (16, 128): 0.33, (32, 64): 0.27, (32, 128): 0.39, (64, 64): 0.29,
+    (64, 128): 0.56, (128, 64): 0.46, (128, 128): 0.77,
+}  # fmt: skip
+ALONE, FILLING, ANOTHER, SUM_RATE = 1.35, 1.5, 1.0, 3.5
 
 
 @dataclass(frozen=True)
@@ -85,36 +93,38 @@ def fixed(key: Key) -> Config:
 
 
 def default(key: Key) -> Config:
-    """Tile sizes from the shape alone (docs/kernels.md says why these)."""
+    """The configuration that should take least, from the shape alone (docs/kernels.md says how that is reckoned)."""
     if key.tokens >= TWO_STAGES_FROM:
         return Config(0, 0, 1, 0, 0, False, two_stages=True)
+    return min((with_parts(shape, key) for shape in fitting(key)), key=lambda config: estimate(config, key))
+
+
+def fitting(key: Key) -> list[Config]:
+    """Tiles for a key's tokens and rows, without their number of parts: none that is mostly empty or far too small."""
     rows = padded(key.out_features, TILE_ROWS)
-    if has_wgmma(key.arch) and key.tokens > 64 and rows >= 256:
-        shape = Config(128, 256, 1, 8, 3, True)
-    else:
-        block_n = min(128, rows)
-        block_m = min(64 if block_n == 128 or has_wgmma(key.arch) else 16, key.tokens)
-        shape = Config(block_m, block_n, 1, 4, 4 if block_m <= 32 else 3, joins(key.arch, block_m))
-    return with_parts(shape, key)
+    most = max(shape.block_m for shape in shapes(key.arch))
+    least = min(key.tokens, most)
+    found = [shape for shape in shapes(key.arch) if least <= shape.block_m < 2 * least and shape.block_n <= rows]
+    return found or [shape for shape in shapes(key.arch) if shape.block_m == 8 and shape.block_n <= rows]
 
 
 def with_parts(shape: Config, key: Key) -> Config:
-    """``shape`` with the number of parts that keeps the GPU full at the least cost in steps of 128 columns.
+    """``shape`` with the number of parts that should take least."""
+    blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
+    cuts = [replace(shape, split_k=parts) for parts in range(1, max(1, min(16, blocks // SHORTEST_PART)) + 1)]
+    return min(cuts, key=lambda config: estimate(config, key))
 
-    A part costs its steps and, where there are several, writing and reading its fp32 sums: a tile of BM tokens moves
-    as many bytes for that as BM / 8 steps.
-    """
+
+def estimate(config: Config, key: Key) -> float:
+    """Microseconds of a product on a GPU such as those that ``STEP`` was measured on: what it takes to fill the
+    multiprocessors with two programs each as often as is needed, and to write and read the sums of several parts."""
     rows, blocks = padded(key.out_features, TILE_ROWS), padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
-    tiles = -(-rows // shape.block_n) * -(-key.tokens // shape.block_m)
-    at_once = key.processors * (1 if shape.warps == 8 else 4 if shape.block_m <= 16 else 2)
-
-    def cost(parts: int) -> int:
-        sums = 2 + shape.block_m // 8 if parts > 1 else 0
-        steps: int = -(-tiles * parts // at_once) * (-(-blocks // parts) + sums)
-        return steps
-
-    parts: int = min(range(1, max(1, min(16, blocks // SHORTEST_PART)) + 1), key=cost)
-    return Config(**{**asdict(shape), "split_k": parts})
+    programs = -(-rows // config.block_n) * -(-key.tokens // config.block_m) * config.split_k
+    full, rest = divmod(programs, 2 * key.processors)
+    turns = 2 * full + (0 if rest == 0 else ALONE if rest <= key.processors else 2)
+    steps = -(-blocks // config.split_k) + FILLING
+    sums = ANOTHER + 8e-6 * config.split_k * key.tokens * rows / SUM_RATE if config.split_k > 1 else 0.0
+    return turns * steps * STEP[config.block_m, config.block_n] + sums
 
 
 def has_wgmma(arch: int) -> bool:
@@ -143,19 +153,25 @@ def candidates(key: Key) -> list[Config]:
         if shape.block_m < 64 and key.tokens > 4 * shape.block_m:
             continue
         best = with_parts(shape, key).split_k
-        found += [Config(**{**asdict(shape), "split_k": parts}) for parts in sorted({1, max(1, best // 2), best})]
+        blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
+        parts = {1, best - 1, best, best + 1, best // 2, 2 * best} & set(range(1, blocks // 2 + 1))
+        found += [replace(shape, split_k=count) for count in sorted(parts | {1})]
     return list(dict.fromkeys(found))
 
 
 def shapes(arch: int) -> list[Config]:
     """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
     found = []
-    for block_m, stages in ((8, 4), (16, 4), (32, 4), (64, 3)):
-        # 32 and 64 by 64 spill on sm_80.
-        widths = (128,) if block_m >= 32 and not has_wgmma(arch) else (64, 128)
-        found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in widths]
-    if has_wgmma(arch):
-        found += [Config(64, 256, 1, 8, 3, True), Config(128, 256, 1, 8, 3, True)]
+    for block_m, stages in ((8, 4), (16, 3), (32, 4), (64, 4), (128, 3)):
+        if has_wgmma(arch):
+            # Two programs of four warps share a multiprocessor: one's products hide the other's dequantization.
+            found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in (64, 128)]
+        elif block_m <= 64:
+            # 32 and 64 by 64 spill on sm_80.
+            widths = (128,) if block_m >= 32 else (64, 128)
+            found += [
+                Config(block_m, block_n, 1, 4, min(stages, 4 if block_m < 64 else 3), False) for block_n in widths
+            ]
     return found
 
 

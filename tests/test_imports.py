@@ -19,7 +19,7 @@ ORDER: list[tuple[str, ...]] = [
     ("settings", "schedules", "hub", "files", "sources", "data", "devices", "world", "calls"),
     ("blocks", "inputs"),
     ("runner",),
-    ("reference", "blocked", "names", "texts"),
+    ("reference", "blocked", "pieces", "names", "texts"),
     ("triton_forms",),
     (
         "config",

@@ -37,6 +37,42 @@ def test_subtract_product(form: Any, strides: str, shape: tuple[int, int, int]) 
     assert torch.equal(whole.cpu()[:, columns:], before[:, columns:])
 
 
+ON_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
+
+
+@pytest.mark.parametrize("shape", [(70, 256, 100), (33, 77, 45), (1, 1, 1), (5, 300, 0), (0, 8, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "large"])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("form", ["reference", "pieces"])
+def test_product(form: str, device: str, kind: str, shape: tuple[int, int, int]) -> None:
+    function = next(found.function for found in ops.implementations("product") if found.backend == form)
+    rows, depth, columns = shape
+    a, b = seeded(rows, depth), seeded(depth, columns)
+    if kind == "bf16":
+        a = a.bfloat16().float()
+    elif kind == "large":
+        a, b = a * 2.0**60, b * 2.0**-70
+    magnitude = a.double().abs() @ b.double().abs()
+    # Each factor cut to two bf16 numbers, and the product of the two lower ones.
+    cut = 3 * 2.0**-18 if form == "pieces" else 0.0
+    found = function(a.to(device), b.to(device)).cpu()
+    assert_close(found, a.double() @ b.double(), product_bound(magnitude, depth + 3) + cut * magnitude, "product")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_wide_products_on_a_gpu_are_made_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = seeded(512, 512).cuda(), seeded(512, 512).cuda()
+    assert ops.choose("product", a, b).backend == "pieces"
+    assert (
+        ops.choose("product", a[:8], b).backend == ops.choose("product", a.double(), b.double()).backend == "reference"
+    )
+    monkeypatch.setenv("EPMQ_BACKEND", "reference")
+    assert ops.choose("product", a, b).backend == "reference"
+
+
 @compiled
 def test_a_row_has_the_same_bits_whatever_is_subtracted_with_it() -> None:
     function = torch.ops.epmq_native.subtract_product
