@@ -2,7 +2,7 @@
 
 Each operation exists once in :mod:`epmq.reference`; faster forms are registered here under the same name and
 signature. The choice is made from device, dtype and shape, never by catching an exception.
-``EPMQ_BACKEND=reference|cpp|cuda|triton|blocked|pieces`` asks for one backend; an operation that has no such form for the
+``EPMQ_BACKEND=reference|cpp|cuda|triton|blocked|pieces`` asks for one backend; an operation without such a form for the
 tensors at hand runs as reference, which is logged once.
 """
 

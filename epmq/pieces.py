@@ -1,6 +1,6 @@
 """Products of fp32 matrices on the tensor cores of a GPU, each factor cut into two bf16 pieces.
 
-The form ``pieces`` of :func:`epmq.reference.product`. A factor is its nearest bf16 and the nearest bf16 of what is left,
+The form ``pieces`` of :func:`epmq.reference.product`. A factor is its nearest bf16 and the nearest one of what is left,
 16 significant bits in all; three of the four products of pieces count, the fourth lies below them. On sm_90 that takes
 about a quarter of fp32's time.
 """
