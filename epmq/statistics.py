@@ -18,7 +18,7 @@ from epmq.errors import CalibrationError, NumericalError
 from epmq.reference import symmetrize
 from epmq.world import World
 
-CARRIED_ROWS = 256
+CARRIED_ROWS, CARRIED_ON_GPU = 256, 2048  # what a cache holds; what makes few launches
 # The share of a column's sum of squares that may be rounding. A sum of d equal terms in fp32, one after the other, is
 # off by up to d/3 units of 2^-24, and the variance takes Σx² once and Σx twice: d units, whatever dtype keeps the sums.
 # d is 160 rows in a part of the extension's (no more in BLAS) and then the parts of a batch: 512 at 56,320 rows. On a
@@ -286,7 +286,7 @@ class Folded:
 
 def _carry(total: Tensor, moment: Tensor, lower: bool) -> None:
     """Move what is in ``moment`` over to ``total``; of a lower triangle little more than that."""
-    step = CARRIED_ROWS if lower else max(1, len(moment))
+    step = (CARRIED_ROWS if moment.device.type == "cpu" else CARRIED_ON_GPU) if lower else max(1, len(moment))
     for start in range(0, len(moment), step):
         rows = slice(start, start + step)
         columns = (rows, slice(0, start + step)) if lower else (rows,)

@@ -221,8 +221,8 @@ def product_tiles(
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
     scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
     out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: begun
-    while the launch before may still run, and waits for its end; the next may begin once all of this one's programs have.
-    AHEAD: steps whose weights, which no launch before writes in these moments, are asked for before that.
+    while the launch before may still run, and waits for its end; the next one may begin once all programs of this one
+    have. AHEAD: steps whose weights are asked for before that; those no launch before has to make.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
