@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import ConfigError
+from epmq.staging import sent
 
 
 def compute_device(wanted: str | torch.device | None, home: torch.device | None = None) -> torch.device:
@@ -43,7 +44,8 @@ def cast_there(tensor: Tensor, device: torch.device | None, floats: torch.dtype 
 
     In one step torch casts on the CPU, into fresh memory of twice the size, before it moves that.
     """
-    return tensor.to(device=device).to(dtype=floats if tensor.is_floating_point() else None)
+    there = tensor if device is None else sent(tensor, device)
+    return there.to(dtype=floats if tensor.is_floating_point() else None)
 
 
 def moved(value: Any, device: torch.device, floats: torch.dtype | None = None) -> Any:
