@@ -32,6 +32,12 @@ def compute_device(wanted: str | torch.device | None, home: torch.device | None 
     return device
 
 
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still give this process: what nobody holds, and what torch keeps there for later."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def home_of(model: nn.Module) -> torch.device:
     """Where a module's first tensor lives; the CPU for one without tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
