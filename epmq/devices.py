@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq.errors import ConfigError
+from epmq.staging import sent
 
 
 def compute_device(wanted: str | torch.device | None, home: torch.device | None = None) -> torch.device:
@@ -31,6 +32,12 @@ def compute_device(wanted: str | torch.device | None, home: torch.device | None 
     return device
 
 
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still give this process: what nobody holds, and what torch keeps there for later."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def home_of(model: nn.Module) -> torch.device:
     """Where a module's first tensor lives; the CPU for one without tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -43,7 +50,8 @@ def cast_there(tensor: Tensor, device: torch.device | None, floats: torch.dtype 
 
     In one step torch casts on the CPU, into fresh memory of twice the size, before it moves that.
     """
-    return tensor.to(device=device).to(dtype=floats if tensor.is_floating_point() else None)
+    there = tensor if device is None else sent(tensor, device)
+    return there.to(dtype=floats if tensor.is_floating_point() else None)
 
 
 def moved(value: Any, device: torch.device, floats: torch.dtype | None = None) -> Any:

@@ -93,14 +93,12 @@ def estimate(
     width = min((k for _, k in groups), default=1)
     batches = [_positions(inputs, width) for stream in calibration.values() for inputs in stream]
     positions = math.ceil(sum(batches) / processes)
-    rectangle = max((n * k for n, k in groups), default=0)
-    square = max((k * k for _, k in groups), default=0)
-    fixed = outer + 2 * largest + RECTANGLES * rectangle + SQUARES * square
+    fixed = outer + 2 * largest + _matrices(groups)
     fixed += (experts + 2) * max((t.numel() for t in skeleton.state_dict().values()), default=0)
     # Each process keeps the samples of its share of the tasks until the group is rounded.
     sampled = sum(max(SAMPLE_ROWS, len(stream)) for stream in calibration.values())
     fixed += math.ceil(sampled / processes) * max((n + k for n, k in groups), default=0)
-    fixed += 2 * max(batches, default=0) * sum(n + k for n, k in groups)
+    fixed += _flows(groups, max(batches, default=0))
     if config.distill is not None:
         fixed += whole * 2 + round(3 * config.distill.last_blocks * (whole - outer))
     inside = 1 if config.needs_expert_features and experts else 0
@@ -120,6 +118,15 @@ def estimate(
         walks = 2 if config.rounds else 1
         tuning = tuning_operations(config.distill, calibration, width, whole - outer) / processes / single
     return Estimate(FLOAT * fixed, states, disk, seconds, len(blocks), walks, tuning)
+
+
+def work_bytes(block: nn.Module, batches: Sequence[Mapping[str, Any]]) -> int:
+    """Memory that calibrating one block on these batches takes beyond the experts' streams: its weights twice, a
+    group's matrices, what its linears read and give of one batch, and the hidden states of all."""
+    groups = _groups(block)
+    positions = [_positions(inputs, min((k for _, k in groups), default=1)) for inputs in batches]
+    hidden = 2 * sum(positions) * min((k for _, k in groups), default=1)
+    return FLOAT * (2 * _elements(block) + hidden + _matrices(groups) + _flows(groups, max(positions, default=0)))
 
 
 def tuning_operations(
@@ -148,6 +155,18 @@ def _groups(block: nn.Module) -> list[tuple[int, int]]:
             key = (name.rpartition(".")[0], columns)
             rows[key] = rows.get(key, 0) + outputs
     return [(n, k) for (_, k), n in rows.items()]
+
+
+def _matrices(groups: list[tuple[int, int]]) -> int:
+    """Entries of the matrices of the group that has most of them."""
+    rectangle = max((n * k for n, k in groups), default=0)
+    square = max((k * k for _, k in groups), default=0)
+    return RECTANGLES * rectangle + SQUARES * square
+
+
+def _flows(groups: list[tuple[int, int]], positions: int) -> int:
+    """Entries of what linears read and give of so many positions, twice."""
+    return 2 * positions * sum(n + k for n, k in groups)
 
 
 def _elements(module: nn.Module) -> int:

@@ -317,7 +317,8 @@ def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surround
         try_out(job.skeleton, next(iter(job.calibration.values()))[0])
     place = next(folder for folder in journal.folder.parents if folder.exists())
     found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))
-    return Surroundings(journal.world, Shelf(states, journal.scratch, job.device), reused), found.told()
+    shelf, unlimited = Shelf(states, journal.scratch, job.device), recipe.memory is None
+    return Surroundings(journal.world, shelf, reused, takes_spare=unlimited), found.told()
 
 
 def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConfig) -> dict[str, QuantizedTensor]:

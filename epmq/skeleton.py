@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from epmq.devices import cast_there
 from epmq.errors import SourceError
-from epmq.sources import WeightSource, read_finite
+from epmq.sources import FiniteReader, WeightSource
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -56,12 +56,12 @@ def fill(
     aliases: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         aliases.setdefault(id(tensor), []).append(name)
-    present = set(source.keys())
+    present, reader = set(source.keys()), FiniteReader(source, device)
     for names in aliases.values():
         found = next((name for name in names if prefix + name in present), None)
         if found is None:
             raise SourceError(f"{source.name}: tensor {prefix + names[0]!r}, which the model needs, is missing.")
-        value = read_finite(source, prefix + found)
+        value = reader.read(prefix + found)
         target = _get(module, found)
         if value.shape != target.shape:
             raise SourceError(
@@ -74,6 +74,7 @@ def fill(
         replacement: Tensor = nn.Parameter(value, requires_grad=False) if parameter else value.clone()
         for name in names:
             _set(module, name, replacement)
+    reader.settle()
 
 
 def _get(module: nn.Module, name: str) -> Tensor:

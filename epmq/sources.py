@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from epmq import trust
+from epmq.devices import cast_there
 from epmq.errors import ChangedError, SourceError
 
 SAFETENSORS_DTYPES = {
@@ -279,10 +280,43 @@ def require_same_layout(reference: WeightSource, others: Mapping[str, WeightSour
 
 def read_finite(source: WeightSource, key: str) -> Tensor:
     """The tensor, refused with SourceError when a float entry is NaN or Inf."""
-    tensor = source.tensor(key)
-    if tensor.is_floating_point() and not all_finite(tensor):
-        raise SourceError(f"{source.name}: tensor {key!r} holds NaN or Inf; repair or replace that checkpoint.")
+    reader = FiniteReader(source)
+    tensor = reader.read(key)
+    reader.settle()
     return tensor
+
+
+class FiniteReader:
+    """Reads tensors of a source onto ``device`` (None: where they are) and refuses NaN and Inf in floats.
+
+    On another device than the CPU what was found is waited for once, by :meth:`settle`: a wait for every tensor would
+    keep the next from being read while this one is on its way.
+    """
+
+    def __init__(self, source: WeightSource, device: torch.device | None = None):
+        self.source, self.device = source, device
+        self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(self, key: str) -> Tensor:
+        """The tensor as stored. Raises SourceError, on the CPU, for one that is not finite."""
+        tensor = cast_there(self.source.tensor(key), self.device, None)
+        if tensor.is_floating_point() and tensor.numel():
+            self._extremes[key] = torch.aminmax(tensor)
+            if tensor.device.type == "cpu":
+                self.settle()
+        return tensor
+
+    def settle(self) -> None:
+        """Raise SourceError when one of the tensors that were read is not finite."""
+        if not self._extremes:
+            return
+        keys, extremes = list(self._extremes), [torch.stack(pair) for pair in self._extremes.values()]
+        self._extremes = {}
+        for key, finite in zip(keys, torch.isfinite(torch.stack(extremes)).all(1).tolist(), strict=True):
+            if not finite:
+                raise SourceError(
+                    f"{self.source.name}: tensor {key!r} holds NaN or Inf; repair or replace that checkpoint."
+                )
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from epmq.inputs import InputGroup
 from epmq.orientation import oriented, set_weight, weight_of
 from epmq.progress import Sink
 from epmq.quantized import QuantizedTensor
-from epmq.sources import WeightSource, read_finite
+from epmq.sources import FiniteReader, WeightSource
 from epmq.statistics import Expert
 
 Deployed = dict[str, tuple[QuantizedTensor | None, Tensor | None]]
@@ -124,13 +124,14 @@ def read_stack(
 ) -> Expert:
     """The same linears of another model, read from its source, in fp32 on ``device``."""
     weights, biases = [], []
+    reader, known = FiniteReader(source, device), set(source.keys())
     for name, linear in zip(group.linears, linears, strict=True):
-        stored = oriented(linear, read_finite(source, f"{address.name}.{name}.weight"))
+        stored = oriented(linear, reader.read(f"{address.name}.{name}.weight"))
         weight = cast_there(stored, device, torch.float32)
         bias = f"{address.name}.{name}.bias"
         weights.append(weight)
-        known = bias in source.keys()
-        biases.append(cast_there(read_finite(source, bias), device, torch.float32) if known else _no_bias(weight))
+        biases.append(cast_there(reader.read(bias), device, torch.float32) if bias in known else _no_bias(weight))
+    reader.settle()
     return Expert(torch.cat(weights), torch.cat(biases))
 
 

@@ -34,11 +34,11 @@ class Visit:
         self.block = walk.load(address, walk.merged)
         self.steps = self._steps() if walk.streams else []
         self.notes: list[str] = []
-        changing = [name for step in self.steps for name in _names(step)]
         self._seen_at: list[str] = []
-        self._store = OutputStore(self.block, changing, walk.reuse_bytes)
         if walk.inside:
             self._run_inside()
+        changing = [name for step in self.steps for name in _names(step)]
+        self._store = OutputStore(self.block, changing, walk.reuse_bytes(self.block))
 
     def name_of(self, part: str) -> str:
         """A part's name in the whole model."""

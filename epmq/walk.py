@@ -10,6 +10,8 @@ from torch import nn
 
 from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.config import QuantConfig
+from epmq.devices import free_bytes
+from epmq.estimate import work_bytes
 from epmq.experts import keep_rows
 from epmq.precision import Precision
 from epmq.runner import BlockRunner
@@ -38,7 +40,7 @@ class Walk:
         device: torch.device,
     ):
         self.merged, self.experts, self.config, self.device = merged, experts, config, device
-        self.world, self.reuse_bytes = around.world, around.reuse_bytes
+        self.world, self._around = around.world, around
         self.counts = {task: len(batches) for task, batches in streams.items()}
         self._first = next(iter(streams.values()))[0].inputs if streams else {}
         self.streams = shared(streams, self.world)
@@ -84,6 +86,14 @@ class Walk:
         block = copy.deepcopy(self.runner.block(address))
         fill(block, address.name + ".", source, torch.float32, self.device)
         return keep_rows(block.float())  # buffers that no source holds are of the model's dtype
+
+    def reuse_bytes(self, block: nn.Module) -> int:
+        """Memory for outputs of a block's finished linears, now that its experts have seen all batches."""
+        least = self._around.reuse_bytes
+        if self.device.type != "cuda" or not self._around.takes_spare:
+            return least
+        batches = [batch.inputs for batches in self.streams.values() for batch in batches]
+        return max(least, (free_bytes(self.device) - work_bytes(block, batches)) // 2)
 
     def call(self, address: BlockAddress, task: str, batch: Batch) -> BlockCall:
         """What the deployed model hands to a block."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ToyJob, make_toy_job
 from elsewhere import DEVICE, Away, elsewhere
+from test_devices import SETTINGS
 from torch import nn
 
 import epmq
@@ -18,16 +19,6 @@ from epmq.errors import ConfigError
 from epmq.evaluate import features
 from epmq.linear import QuantLinear
 from epmq.perplexity import perplexity
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "regmean": {"method": "regmean", "gamma": 0.9, "alpha": 0.0, "diagnostics": False},
-    "rtn": {"method": "rtn"},
-    "auto anchor": {"anchor": "auto", "rho": 1.5, "diagnostics": False},
-    "3 bits, refits": {"bits": 3, "group_size": 4, "scale_refit": True, "norm_refit": True, "diagnostics": False},
-    "late grids": {"act_order": False, "static_groups": False, "group_size": 4, "diagnostics": False},
-    "distilled": {"distill": {"steps": 1, "copies": 1, "examples": 2}, "diagnostics": False},
-}
 
 
 def small_job() -> ToyJob:
@@ -122,19 +113,3 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     job = make_toy_job(1, 16, 1)
     with pytest.raises(ConfigError, match="use auto, cpu"):
         epmq.quantize(job.merged, job.experts, job.calibration, device="gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_gpu_gives_nearly_the_same_model(settings: dict[str, Any]) -> None:
-    """The targets agree to fp32 rounding; codes may differ where it falls on a tie, and what follows from them."""
-    job, config = make_toy_job(2, 16, 2), epmq.QuantConfig(**settings)
-    results = [
-        epmq.quantize(job.merged, job.experts, job.calibration, config, job.base, device=device)
-        for device in ("cpu", "cuda")
-    ]
-    for task, errors in results[0].report["average_error"].items():
-        for method, error in errors.items():
-            assert results[1].report["average_error"][task][method] == pytest.approx(error, rel=0.05)
-    assert home_of(results[1].model) == torch.device("cpu")

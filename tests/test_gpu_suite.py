@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -226,11 +227,18 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
 def test_a_block_is_timed_when_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 2**30}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    ticks = iter([0.0, 9.0, 20.0, 21.0])
+    ticks = itertools.chain([0.0, 9.0, 20.0, 21.0], itertools.count(30.0))
     monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     rows = list(parts.block(setting(timed=True), "float32"))
-    assert len(rows) == 2 and rows[0] is rows[1] and "failed" not in rows[0]
+    assert len(rows) == 3 and rows[0] is rows[1] is rows[2] and "failed" not in rows[0]
     assert rows[0]["first time s"] == 9.0 and rows[0]["seconds"] == 1.0 and rows[0]["peak GPU GiB"] == 1.0
+    # Every look at the clock takes a second: a call of a kind is one of them.
+    experts, batches, groups = 2, 1, 4
+    assert rows[0]["solve and sweep s"] == groups and rows[0]["fold s"] == experts * groups
+    assert rows[0]["statistics s"] == experts * groups * (2 + batches)
+    assert rows[0]["loading s"] == 1 + experts + experts * groups
+    assert rows[0]["forward s"] >= experts * batches * (2 + groups)
+    assert rows[0]["all, piece by piece s"] > sum(rows[0][f"{kind} s"] for kind in ("statistics", "forward", "fold"))
 
 
 def test_clocks_that_take_long_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
     ("errors", "experts", "quantized", "ties", "console", "memory", "orientation", "origins", "rows", "unread"),
-    ("trust", "patterns", "gradient", "self_saving", "page.markup", "page.numbers", "page.layout"),
-    ("extension",),
+    ("trust", "patterns", "gradient", "self_saving", "staging", "page.markup", "page.numbers", "page.layout"),
+    ("extension", "devices"),
     ("onednn",),
     ("precision",),
-    ("settings", "schedules", "hub", "files", "sources", "data", "devices", "world", "calls"),
+    ("settings", "schedules", "hub", "files", "sources", "data", "world", "calls"),
     ("blocks", "inputs"),
     ("runner",),
     ("reference", "blocked", "pieces", "names", "texts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from epmq.config import QuantConfig
+from epmq.estimate import work_bytes
 from epmq.pipeline import ModuleSink, run
 from epmq.reuse import OutputStore
 from epmq.skeleton import meta_copy
 from epmq.sources import DictSource
 from epmq.surroundings import Surroundings
+from epmq.walk import Walk
 
 
 class Counted(nn.Linear):
@@ -129,6 +132,29 @@ def test_no_more_is_kept_than_there_is_room_for(room: int, left: list[int]) -> N
     store = OutputStore(block, ["last"], room * X.numel() * X.element_size())
     again(block, store)
     assert again(block, store) == left
+
+
+@pytest.mark.parametrize(
+    ("device", "takes_spare", "expected"), [("cpu", True, 100), ("cuda", False, 100), ("cuda", True, 2**29)]
+)
+def test_a_gpu_gives_half_of_what_work_leaves_free(
+    device: str, takes_spare: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, inputs = (
+        nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)),
+        {"input_ids": torch.ones(2, 8, dtype=torch.int64)},
+    )
+    work = work_bytes(block, [inputs])
+    assert work_bytes(block, [inputs] * 2) > work > 4 * 13 * 64 * 64
+    free = {"mem_get_info": (2**30 + work - 500, 0), "memory_reserved": 700, "memory_allocated": 200}
+    for name, found in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    around = Surroundings(reuse_bytes=100, takes_spare=takes_spare)
+    streams = {"task": [SimpleNamespace(inputs=inputs)]}
+    walk: Any = SimpleNamespace(device=torch.device(device), _around=around, streams=streams)
+    assert Walk.reuse_bytes(walk, block) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (work // 2, 0))
+    assert Walk.reuse_bytes(walk, block) == 100
 
 
 FAMILIES = ["bert", "llama", "t5", "gpt2", "clip", "phi"]
