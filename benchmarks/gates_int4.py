@@ -9,7 +9,6 @@ from machine_code import ARCHS, Counts, Gate, Program, build, common_faults, cou
 from naive_int4 import naive_product
 
 from epmq.kernels import tune
-from epmq.kernels.int4_matmul import AHEAD
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
 from epmq.kernels.tune import Config
 
@@ -50,8 +49,8 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool)
     constants |= {
         "JOINED": config.joined,
         "SWIZZLE": 1 if split else 8,
-        "EARLY": arch >= 90,
-        "AHEAD": AHEAD if arch >= 90 else 0,
+        "EARLY": split and arch >= 90,
+        "AHEAD": config.ahead,
         "ASM": True,
         "WIDE": False,
     }

@@ -220,9 +220,9 @@ def product_tiles(
 
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
     scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
-    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: begun
-    while the launch before may still run, and waits for its end; the next one may begin once all programs of this one
-    have. AHEAD: steps whose weights are asked for before that; those no launch before has to make.
+    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: the next
+    launch may begin once all programs of this one have, and waits itself for their end. AHEAD: this one has begun so as
+    well, and asks for the weights of so many steps, which no launch before has to make, before it waits.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -260,7 +260,6 @@ def product_tiles(
     x_rows = tl.minimum(tl.arange(0, BM), M - 1 - start_m) * x_stride
     if AHEAD > 0:
         fetch_steps(w_start, grid_start, tl.minimum(last - first, AHEAD), KB, NP, BN, GROUP)
-    if EARLY:
         tl.extra.cuda.gdc_wait()
     # Few tokens: scaling a sum of 128 columns takes fewer instructions than scaling its weights. With fewer rows Triton
     # would load scales a second time, and wait for them.

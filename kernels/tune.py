@@ -22,18 +22,20 @@ from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-# From this many tokens on, dequantizing once and multiplying with cuBLAS is taken to be faster. An estimate:
-# 2.5 bytes a weight at the copy rate against a fused tile at 0.85 of the matmul rate meet near 1900 tokens on H100.
+# From this many tokens on, dequantizing once and multiplying with cuBLAS is as fast: on an H200 402 us against 401 for
+# 2048 tokens by 8192 x 8192, 1531 against 1657 for 8192.
 TWO_STAGES_FROM = 2048
 SHORTEST_PART = 4  # blocks of 128 columns: less leaves the pipeline no time to fill
-# Microseconds that two programs on a multiprocessor take for a step of 128 columns each, halved, by tokens and rows of
-# their tile; how much longer one takes alone; steps that filling its pipeline takes; microseconds of the launch that
-# sums parts, and the bytes a second, in 1e12, at which these are written and read.
+# Fitted to 132 times of products on an H200 (benchmarks/results/nvidia-h200/int4.json), to 10 %: microseconds for a
+# step of 128 columns, by tokens and rows of the tile, of one of two programs that share a multiprocessor; how much
+# longer one alone takes, and one of 8 tokens, which waits for memory; steps that a program's start takes; microseconds
+# of summing parts, and of each part; bytes a second, in 1e12, at which parts are written and read.
 STEP = {
-    (8, 64): 0.17, (8, 128): 0.28, (16, 64): 0.19, (16, 128): 0.33, (32, 64): 0.27, (32, 128): 0.39, (64, 64): 0.29,
-    (64, 128): 0.56, (128, 64): 0.46, (128, 128): 0.77,
+    (8, 64): 0.178, (8, 128): 0.265, (16, 64): 0.186, (16, 128): 0.284, (32, 64): 0.216, (32, 128): 0.35,
+    (64, 64): 0.293, (64, 128): 0.479, (128, 64): 0.439, (128, 128): 0.779,
 }  # fmt: skip
-ALONE, FILLING, ANOTHER, SUM_RATE = 1.35, 1.5, 1.0, 3.5
+ALONE, ALONE_OF_8, FILLING, SUMMING, PART, SUM_RATE = 1.34, 1.05, 1, 1.0, 0.076, 4.66
+AHEAD = 16  # of a configuration that begins early; more would push what others use out of the second-level cache
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Config:
     """How one product is cut: tokens and rows of a tile, parts of the columns, warps, stages, operand form.
 
     joined: one product of 128 columns a step instead of four of 32. two_stages: dequantize, then cuBLAS; the other
-    fields are then unused.
+    fields are then unused. ahead: on sm_90, begin while the launch before still runs and ask for the weights of so many
+    steps before waiting for its end; 0: begin after it.
     """
 
     block_m: int
@@ -51,6 +54,7 @@ class Config:
     stages: int
     joined: bool
     two_stages: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,22 @@ class Key:
         return ",".join(str(value) for value in asdict(self).values())
 
 
-# Tuned on named GPUs and shipped. Empty: no GPU has been measured yet, see docs/kernels.md.
-SHIPPED: dict[Key, Config] = {}
+# Timed on named GPUs, by compute capability and multiprocessors, output and input features, and bucket of tokens:
+# tokens and rows of the fastest tile, and parts. Groups of 128 in fp16; bf16 takes as many instructions. With 132, an H200's
+# (benchmarks/results/nvidia-h200/int4.json).
+SHIPPED: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[int, int, int]]]] = {
+    (90, 132): {
+        (8192, 8192): {
+            8: (8, 128, 4), 16: (16, 128, 7), 32: (32, 128, 4), 64: (64, 128, 4), 128: (128, 64, 2),
+            256: (128, 128, 2), 512: (128, 128, 1), 1024: (128, 128, 1), 2048: (128, 128, 1),
+        },
+        (4096, 4096): {
+            8: (8, 128, 4), 16: (16, 64, 4), 64: (64, 64, 4), 128: (128, 64, 4), 256: (128, 128, 4),
+            1024: (128, 128, 1),
+        },
+        (28672, 4096): {8: (8, 128, 1)},
+    },
+}  # fmt: skip
 
 
 def bucket(tokens: int) -> int:
@@ -82,8 +100,17 @@ def bucket(tokens: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def choose(key: Key) -> Config:
     """The configuration for a key: from the cache on disk, the shipped table, or :func:`default`."""
-    found = cached().get(key.text()) or SHIPPED.get(key)
-    return found or default(key)
+    return cached().get(key.text()) or shipped(key) or default(key)
+
+
+def shipped(key: Key) -> Config | None:
+    """What ``SHIPPED`` has for a key."""
+    layer = SHIPPED.get((key.arch, key.processors), {}).get((key.out_features, key.in_features), {})
+    if key.group_size != 128 or key.tokens not in layer:
+        return None
+    block_m, block_n, parts = layer[key.tokens]
+    tiles = {(shape.block_m, shape.block_n): shape for shape in shapes(key.arch)}
+    return replace(tiles[block_m, block_n], split_k=parts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,15 +143,18 @@ def with_parts(shape: Config, key: Key) -> Config:
 
 
 def estimate(config: Config, key: Key) -> float:
-    """Microseconds of a product on a GPU such as those that ``STEP`` was measured on: what it takes to fill the
-    multiprocessors with two programs each as often as is needed, and to write and read the sums of several parts."""
+    """Microseconds of a product, but for what all take, on a GPU such as that of ``STEP``: to fill the multiprocessors
+    with two programs each as often as is needed, and what several parts cost."""
     rows, blocks = padded(key.out_features, TILE_ROWS), padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
     programs = -(-rows // config.block_n) * -(-key.tokens // config.block_m) * config.split_k
     full, rest = divmod(programs, 2 * key.processors)
-    turns = 2 * full + (0 if rest == 0 else ALONE if rest <= key.processors else 2)
+    turns: float = 2 * full + (0 if rest == 0 else ALONE if rest <= key.processors else 2)
+    if config.block_m == 8:  # bound by memory, which programs that end early leave to others
+        turns = max(ALONE_OF_8, programs / key.processors)
     steps = -(-blocks // config.split_k) + FILLING
-    sums = ANOTHER + 8e-6 * config.split_k * key.tokens * rows / SUM_RATE if config.split_k > 1 else 0.0
-    return turns * steps * STEP[config.block_m, config.block_n] + sums
+    sums = SUMMING + config.split_k * (PART + 8e-6 * key.tokens * rows / SUM_RATE) if config.split_k > 1 else 0.0
+    taken: float = turns * steps * STEP[config.block_m, config.block_n] + sums
+    return taken
 
 
 def has_wgmma(arch: int) -> bool:
@@ -156,23 +186,23 @@ def candidates(key: Key) -> list[Config]:
         blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
         parts = {1, best - 1, best, best + 1, best // 2, 2 * best} & set(range(1, blocks // 2 + 1))
         found += [replace(shape, split_k=count) for count in sorted(parts | {1})]
+    if has_wgmma(key.arch):
+        found += [replace(config, ahead=AHEAD) for config in found if not config.two_stages]
     return list(dict.fromkeys(found))
 
 
 def shapes(arch: int) -> list[Config]:
     """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
-    found = []
-    for block_m, stages in ((8, 4), (16, 3), (32, 4), (64, 4), (128, 3)):
-        if has_wgmma(arch):
-            # Two programs of four warps share a multiprocessor: one's products hide the other's dequantization.
-            found += [Config(block_m, block_n, 1, 4, stages, joins(arch, block_m)) for block_n in (64, 128)]
-        elif block_m <= 64:
-            # 32 and 64 by 64 spill on sm_80.
-            widths = (128,) if block_m >= 32 else (64, 128)
-            found += [
-                Config(block_m, block_n, 1, 4, min(stages, 4 if block_m < 64 else 3), False) for block_n in widths
-            ]
-    return found
+    if has_wgmma(arch):
+        # Two programs of four warps share a multiprocessor: one's products hide the other's dequantization.
+        stages = {
+            (8, 64): 4, (8, 128): 4, (16, 64): 4, (16, 128): 3, (32, 64): 4, (32, 128): 4, (64, 64): 4, (64, 128): 4,
+            (128, 64): 3, (128, 128): 3,
+        }  # fmt: skip
+        return [Config(m, n, 1, 4, depth, joins(arch, m)) for (m, n), depth in stages.items()]
+    # 32 and 64 by 64 spill on sm_80.
+    tiles = ((8, 64, 4), (8, 128, 4), (16, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 3))
+    return [Config(m, n, 1, 4, depth, False) for m, n, depth in tiles]
 
 
 # ---- the cache on disk -----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from epmq.cli import app
 from epmq.errors import ConfigError
 from epmq.kernels import tune
-from epmq.kernels.tune import Config, Key
+from epmq.kernels.tune import Key
 
+ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 LAYERS = [(6144, 4096), (4096, 14336), (57344, 8192), (1024, 1024), (40, 70), (64, 128), (1000, 100_000)]
 
@@ -53,8 +54,26 @@ def test_every_choice_is_a_tile_that_the_gates_compile(layer: tuple[int, int], a
 
 
 def test_small_batches_are_split_until_the_gpu_is_full() -> None:
-    assert tune.default(key(8)).split_k == 8
+    # 32 tiles of 128 rows: 128 programs for 132 multiprocessors. With 448 they are full anyway.
+    assert tune.default(key(8)).split_k == 4
     assert tune.default(key(8, layer=(57344, 8192))).split_k == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "tokens", "tile", "parts"),
+    [
+        ((8192, 8192), 32, (32, 128), 4), ((8192, 8192), 64, (64, 128), 4),
+        ((8192, 8192), 128, (128, 64), 2), ((8192, 8192), 512, (128, 128), 1), ((8192, 8192), 1024, (128, 128), 1),
+        ((4096, 4096), 8, (8, 128), 4), ((4096, 4096), 16, (16, 64), 4), ((4096, 4096), 64, (64, 64), 4),
+        ((4096, 4096), 128, (128, 64), 4), ((4096, 4096), 1024, (128, 128), 1), ((28672, 4096), 8, (8, 128), 1),
+    ],
+)  # fmt: skip
+def test_the_choice_is_what_was_fastest_on_an_h200(
+    layer: tuple[int, int], tokens: int, tile: tuple[int, int], parts: int
+) -> None:
+    """Of all tiles and parts that were timed there (benchmarks/results/nvidia-h200/int4.json)."""
+    config = tune.default(key(tokens, layer=layer))
+    assert ((config.block_m, config.block_n), config.split_k) == (tile, parts)
 
 
 def test_the_tokens_of_a_tile_hold_the_bucket() -> None:
@@ -112,10 +131,33 @@ def test_a_foreign_cache_is_refused_by_name(text: str, cache: Path) -> None:
 
 
 def test_shipped_values_come_before_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = Config(8, 64, 2, 4, 4, True)
-    monkeypatch.setattr(tune, "SHIPPED", {key(): shipped})
-    assert tune.choose(key()) == shipped
+    monkeypatch.setattr(tune, "SHIPPED", {(90, 132): {(4096, 4096): {8: (8, 64, 2)}}})
+    chosen = tune.choose(key())
+    assert (chosen.block_m, chosen.block_n, chosen.split_k) == (8, 64, 2)
     assert not cache.exists()
+    for other in (key(16), key(arch=80), key(layer=(4096, 8192)), key(group=32)):
+        assert tune.choose(other) == tune.default(other)
+
+
+def test_shipped_values_are_the_fastest_of_those_that_were_timed() -> None:
+    """benchmarks/results holds the times; a tile there is told as 16x128 w4 s3 p7j."""
+    timed = json.loads((ROOT / "benchmarks/results/nvidia-h200/int4.json").read_text())["products"]
+    seen = set()
+    for product in timed:
+        wanted = tune.SHIPPED[90, 132][product["N"], product["K"]].get(max(8, product["M"]))
+        if wanted is None:
+            assert product["times"][0][0] == "two" and product["M"] >= tune.TWO_STAGES_FROM
+            continue
+        seen.add((product["N"], product["K"], max(8, product["M"])))
+        stages = {(s.block_m, s.block_n): s.stages for s in tune.shapes(90)}
+        tile = f"{wanted[0]}x{wanted[1]} w4 s{stages[wanted[:2]]} p{wanted[2]}"
+        best = next(name for name, _ in product["times"] if name.removesuffix("j") in every_tile(stages))
+        assert best.removesuffix("j") == tile
+    assert len(seen) == sum(map(len, tune.SHIPPED[90, 132].values()))
+
+
+def every_tile(stages: dict[tuple[int, int], int]) -> set[str]:
+    return {f"{m}x{n} w4 s{depth} p{parts}" for (m, n), depth in stages.items() for parts in range(1, 33)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
