@@ -75,8 +75,8 @@ class Key:
 
 
 # Timed on named GPUs, by compute capability and multiprocessors, output and input features, and bucket of tokens:
-# tokens and rows of the fastest tile, and parts. Groups of 128 in fp16; bf16 takes as many instructions. With 132, an H200's
-# (benchmarks/results/nvidia-h200/int4.json).
+# tokens and rows of the fastest tile, and parts. Groups of 128 in fp16; bf16 takes as many instructions. Those with 132
+# are an H200's (benchmarks/results/nvidia-h200/int4.json).
 SHIPPED: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[int, int, int]]]] = {
     (90, 132): {
         (8192, 8192): {
