@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from close import assert_close, product_bound
 from forms import DTYPES, check_accumulate, seeded
 from torch import Tensor
 
-from epmq import extension, ops, reference
+from epmq import ops, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 gram = pytest.importorskip("epmq.kernels.gram")
@@ -26,14 +25,19 @@ from epmq.kernels.gram import Plan  # noqa: E402
 from epmq.kernels.gram_programs import gram_kernel, tile_at  # noqa: E402
 
 
-@triton.jit
-def list_tiles(found, count, h_tiles, RATIO: tl.constexpr, FIRST: tl.constexpr = 0, SIZE: tl.constexpr = 1):
-    index = tl.arange(0, SIZE)
-    row, column, cross = tile_at(index + FIRST, h_tiles, RATIO)
-    there = index < count
-    tl.store(found + 3 * index, row, mask=there)
-    tl.store(found + 3 * index + 1, column, mask=there)
-    tl.store(found + 3 * index + 2, cross.to(tl.int32), mask=there)
+@triton.jit(do_not_specialize=["first", "h_tiles", "cross_tiles"])
+def list_tiles(found, first, h_tiles, cross_tiles, RATIO: tl.constexpr, BAND: tl.constexpr):
+    place = found + 3 * tl.program_id(0)
+    row, column, cross = tile_at(first + tl.program_id(0), h_tiles, cross_tiles, RATIO, BAND)
+    tl.store(place, row)
+    tl.store(place + 1, column)
+    tl.store(place + 2, cross.to(tl.int32))
+
+
+def listed(device: torch.device, first: int, count: int, *sizes: int) -> list[tuple[int, int, bool]]:
+    found = torch.full((count, 3), -1, dtype=torch.int32, device=device)
+    list_tiles[(count,)](found, first, *sizes)
+    return [(row, column, bool(cross)) for row, column, cross in found.tolist()]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,15 @@ def test_rows_and_targets_of_different_dtypes(device: torch.device) -> None:
     check_accumulate(Form(), seeded(20, 24).half(), seeded(20, 9), None)
 
 
-PLANS = [Plan(128, 8192), Plan(128, 64), Plan(256, 8192), Plan(256, 96)]
+PLANS = [
+    Plan(128, 8192),
+    Plan(128, 64),
+    Plan(256, 8192),
+    Plan(256, 96),
+    Plan(128, 8192, 1, 64),
+    Plan(128, 96, 1, 16, band=1),
+    Plan(256, 64, 1, 24, band=2),
+]
 
 
 @pytest.mark.parametrize("chosen", PLANS, ids=str)
@@ -118,8 +130,8 @@ def test_the_last_tile_of_a_result_with_more_than_two_billion_entries(device: to
     hessian[-128:, -128:] = 1.0
     gram_kernel[(1,)](
         x, x, sum_x, hessian, hessian, sum_x, sum_x, turns, count, columns, 0, columns, columns, columns, columns,
-        columns // 128, tiles, count, EXACT=False, WEIGHTED=False, ORDERED=True, INTERPRETED=gram.interpreted(),
-        TILE=128, ACROSS=128, **gram.NARROW,
+        columns // 128, tiles, count, tiles, 1, 0, EXACT=False, WEIGHTED=False, ORDERED=True, INTERPRETED=gram.interpreted(),
+        TILE=128, ACROSS=128, BAND=gram.BAND, **gram.NARROW,
     )  # fmt: skip
     wide = x[:, -128:].cpu().double()
     exact, size = wide.T @ wide + 1, wide.abs().T @ wide.abs() + 1
@@ -155,34 +167,38 @@ def test_two_runs_have_the_same_bits(device: torch.device) -> None:
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
-@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (8, 0), (40, 3)])
-def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
-    device: torch.device, h_tiles: int, cross_tiles: int, ratio: int
-) -> None:
-    """The list of square tiles is the same as the CUDA form's, whose arithmetic it is held to where that is built."""
+def tiles_in_order(h_tiles: int, cross_tiles: int, ratio: int, band: int) -> list[tuple[int, int, bool]]:
+    """Bands of rows, each column by column: those of the triangle, then those of the cross-covariance."""
     across = -(-h_tiles // ratio)
-    wanted = [(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)]
-    wanted += [(row, column, True) for row in range(cross_tiles) for column in range(across)]
-    count = len(wanted)
-    assert gram.tile_count(h_tiles, cross_tiles, ratio) == count
-    found = torch.empty(count, 3, dtype=torch.int32, device=device)
-    list_tiles[(1,)](found, count, h_tiles, ratio, SIZE=2 ** math.ceil(math.log2(count + 1)))
-    tiles = [(row, column, bool(cross)) for row, column, cross in found.tolist()]
-    assert tiles == wanted
-    if ratio == 1 and extension.module is not None:
-        assert extension.module.statistics_tiles(h_tiles, cross_tiles) == tiles
+    found = []
+    for cross, height in ((False, h_tiles), (True, cross_tiles)):
+        for first in range(0, height, band):
+            rows = range(first, min(first + band, height))
+            found += [(r, c, cross) for c in range(across) for r in rows if cross or c <= r // ratio]
+    return found
+
+
+@pytest.mark.parametrize("ratio, band", [(1, 1), (1, 4), (1, 16), (2, 2), (2, 8), (2, 16)])
+@pytest.mark.parametrize(
+    "h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (3, 17), (7, 5), (8, 0), (15, 2), (16, 16), (17, 0), (33, 5)]
+)
+def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
+    device: torch.device, h_tiles: int, cross_tiles: int, ratio: int, band: int
+) -> None:
+    wanted = tiles_in_order(h_tiles, cross_tiles, ratio, band)
+    every = {(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)}
+    every |= {(row, column, True) for row in range(cross_tiles) for column in range(-(-h_tiles // ratio))}
+    assert len(wanted) == len(every) == gram.tile_count(h_tiles, cross_tiles, ratio) and set(wanted) == every
+    assert listed(device, 0, len(wanted), h_tiles, cross_tiles, ratio, band) == wanted
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_the_last_tiles_of_the_largest_triangle(device: torch.device, ratio: int) -> None:
-    """The indices where the square root has least room: the ends of the last rows, K = 131,072."""
+    """K = 131,072, and as many targets."""
+    wanted = tiles_in_order(1024, 1024, ratio, gram.BAND)
     ends = gram.tile_count(1024, 0, ratio)
-    begins = gram.tile_count(1024 - ratio, 0, ratio)
-    for index, wanted in [(begins, [1024 - ratio, 0, 0]), (ends - 1, [1023, 1024 // ratio - 1, 0])]:
-        found = torch.empty(1, 3, dtype=torch.int32, device=device)
-        list_tiles[(1,)](found, 1, 1024, ratio, FIRST=index, SIZE=1)
-        assert found.tolist() == [wanted]
+    for first in (ends - 3, len(wanted) - 3):
+        assert listed(device, first, 3, 1024, 1024, ratio, gram.BAND) == wanted[first : first + 3]
 
 
 def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(
