@@ -22,10 +22,6 @@ from epmq.rows import kept_rows
 
 TILE = 128
 LINE = 16  # columns that are read together
-# Long sums of squares drift, on tensor cores by not being rounded to nearest (16 rows at a time), and what they drift
-# passes for a variance (epmq/statistics.py). The total is therefore carried in the fp32 result, and a sum in registers
-# never covers more rows than this, an eighth of them in fp32.
-MOST_ROWS = 8192
 # Fusion is named because Triton's default for it changes in 3.10. More depth for fp32, or four warps, spills.
 NARROW = {"DEPTH": 64, "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}  # fp16 and bf16, on the tensor cores
 # fp32 multiply-adds. Left alone, ptxas takes 128 registers at times, and spills.
@@ -36,7 +32,7 @@ ADDING = 512
 TWICE = 1.6
 # Rows of tiles that are taken together, column by column: with 132 programs of 128 x 256 about as tall as wide.
 BAND = 16
-LEAST_ROWS, STEP = 512, 64  # of a piece: at least so many, and a multiple of what a program reads at a time
+LEAST_ROWS, STEP = 512, 64  # of a part or piece: at least so many; a multiple of what a program reads at a time
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,18 @@ class Plan:
     band: int = BAND
 
 
+def most_rows(arch: int, dtype: torch.dtype) -> int:
+    """Rows that a sum in registers covers at most; dtype: fp32 where its multiply-adds are used.
+
+    Long sums of squares drift, and what they drift passes for a variance (``ROUNDING`` of epmq/statistics.py). The
+    total is therefore carried in the fp32 result. Tensor cores cut off what they add, 16 rows at a time, sm_80 a bit
+    before sm_90 does; squares of fp16 have six bits more than those of bf16 to lose.
+    """
+    if dtype == torch.float32:
+        return 1024
+    return (4096 if dtype == torch.float16 else 8192) >> (0 if has_wgmma(arch) else 1)
+
+
 def tile_count(h_tiles: int, cross_tiles: int, ratio: int) -> int:
     """Tiles of H's triangle and of C, of TILE rows by ``ratio`` times TILE columns."""
     whole, rest = divmod(h_tiles, ratio)
@@ -62,11 +70,11 @@ def tile_count(h_tiles: int, cross_tiles: int, ratio: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(arch: int, processors: int, rows: int, columns: int, targets: int, exact: bool) -> Plan:
+def plan(arch: int, processors: int, rows: int, columns: int, targets: int, dtype: torch.dtype) -> Plan:
     """The plan that keeps the multiprocessors busiest: few waves of programs, a short last one, tiles that reuse what
-    they read."""
+    they read. dtype: as for :func:`most_rows`."""
     tiles, crossed = -(-columns // TILE), -(-targets // TILE)
-    shapes = [TILE, 2 * TILE] if has_wgmma(arch) and not exact and tiles > 1 else [TILE]
+    shapes = [TILE, 2 * TILE] if has_wgmma(arch) and dtype != torch.float32 and tiles > 1 else [TILE]
 
     def plans(across: int, most: int) -> Iterator[tuple[float, Plan]]:
         """What each way to cut the last wave costs, in rows of a square tile."""
@@ -86,8 +94,9 @@ def plan(arch: int, processors: int, rows: int, columns: int, targets: int, exac
                     break
                 yield max(least, full + piece * row + pieces * adding), Plan(across, most, left, piece)
 
-    cuts = range(3 if exact else 0, 5)
-    found = (one for across in shapes for cut in cuts for one in plans(across, MOST_ROWS >> cut))
+    longest = most_rows(arch, dtype)
+    cuts = [longest >> cut for cut in range(5) if longest >> cut >= LEAST_ROWS]
+    found = (one for across in shapes for most in cuts for one in plans(across, most))
     return min(found, key=lambda one: one[0])[1]
 
 
@@ -120,7 +129,7 @@ def accumulate(
     rows = readable(x, LINE)
     targets = rows if target is None else readable(target, LINE)
     columns, count = x.shape[1], 0 if target is None else target.shape[1]
-    how = chosen or plan(*device_facts(x.device), len(x), columns, count, exact)
+    how = chosen or plan(*device_facts(x.device), len(x), columns, count, torch.float32 if exact else x.dtype)
     h_tiles = -(-columns // TILE)
     tiles = tile_count(h_tiles, -(-count // TILE), how.across // TILE)
     parts = -(-len(x) // how.rows)

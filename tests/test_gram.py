@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, product_bound
-from forms import DTYPES, check_accumulate, seeded
+from forms import CUT_OFF, DTYPES, check_accumulate, cut_off_sums, seeded
 from torch import Tensor
 
 from epmq import ops, reference
+from epmq.statistics import ROUNDING
 
 pytest.importorskip("triton", reason="Triton is not installed")
 gram = pytest.importorskip("epmq.kernels.gram")
@@ -130,8 +131,8 @@ def test_the_last_tile_of_a_result_with_more_than_two_billion_entries(device: to
     hessian[-128:, -128:] = 1.0
     gram_kernel[(1,)](
         x, x, sum_x, hessian, hessian, sum_x, sum_x, turns, count, columns, 0, columns, columns, columns, columns,
-        columns // 128, tiles, count, tiles, 1, 0, EXACT=False, WEIGHTED=False, ORDERED=True, INTERPRETED=gram.interpreted(),
-        TILE=128, ACROSS=128, BAND=gram.BAND, **gram.NARROW,
+        columns // 128, tiles, count, tiles, 1, 0, EXACT=False, WEIGHTED=False, ORDERED=True,
+        INTERPRETED=gram.interpreted(), TILE=128, ACROSS=128, BAND=gram.BAND, **gram.NARROW,
     )  # fmt: skip
     wide = x[:, -128:].cpu().double()
     exact, size = wide.T @ wide + 1, wide.abs().T @ wide.abs() + 1
@@ -146,15 +147,44 @@ def test_parts_of_the_rows(device: torch.device, kind: str) -> None:
 
 
 def test_plans_keep_the_multiprocessors_busy() -> None:
-    # Two waves and a tail of 16 tiles, or nine of parts: parts. Many tiles need none but the longest.
-    assert gram.plan(90, 132, 32768, 14336, 0, False) == Plan(256, 8192)
-    assert gram.plan(90, 132, 32768, 384, 0, False) == Plan(128, 4096)  # 32 parts would wait for each other
-    assert gram.plan(90, 132, 100, 384, 0, False).across == 128
-    assert gram.plan(80, 108, 32768, 14336, 0, False).across == gram.plan(90, 132, 32768, 14336, 0, True).across == 128
-    for rows, columns, targets in [(32768, 4096, 4096), (1, 1, 0), (8192, 768, 5), (10**6, 128, 0)]:
-        assert gram.plan(90, 132, rows, columns, targets, False) in [
-            Plan(across, gram.MOST_ROWS >> cut) for across in (128, 256) for cut in range(5)
-        ]
+    fp32, fp16, bf16 = DTYPES.values()
+    # 96.7 waves: a last one that is nearly full stays whole.
+    assert gram.plan(90, 132, 32768, 14336, 0, bf16) == Plan(256, 8192)
+    # 8 waves and 32 parts of tiles for 132 multiprocessors: four pieces each.
+    assert gram.plan(90, 132, 32768, 4096, 0, bf16) == Plan(256, 8192, 32, 2048)
+    # 151 waves and 4 parts: as many pieces as are worth the adding, one after the other.
+    assert gram.plan(90, 132, 32768, 14336, 4096, bf16) == Plan(256, 8192, 4, 2048)
+    assert gram.plan(90, 132, 32768, 384, 0, bf16) == Plan(128, 4096)  # 32 parts would wait for each other
+    assert gram.plan(90, 132, 100, 384, 0, bf16).across == 128
+    assert gram.plan(80, 108, 32768, 14336, 0, bf16).across == gram.plan(90, 132, 32768, 14336, 0, fp32).across == 128
+    for arch, processors in ((80, 108), (90, 132), (90, 4)):
+        for rows, columns, targets in [
+            (32768, 4096, 4096),
+            (1, 1, 0),
+            (8192, 768, 5),
+            (10**6, 128, 0),
+            (9000, 2048, 0),
+        ]:
+            for dtype in (fp32, fp16, bf16):
+                plan = gram.plan(arch, processors, rows, columns, targets, dtype)
+                assert 512 <= plan.rows <= gram.most_rows(arch, dtype) and plan.across in (128, 256)
+                tiles = gram.tile_count(-(-columns // 128), -(-targets // 128), plan.across // 128)
+                assert plan.cut <= tiles
+                last = rows - (-(-rows // plan.rows) - 1) * plan.rows
+                assert plan.cut == 0 or plan.cut * -(-last // plan.piece) <= processors
+                assert plan.cut == 0 or (512 <= plan.piece < last and plan.piece % 64 == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_parts_are_short_enough_to_tell_a_variance(arch: int, dtype: torch.dtype) -> None:
+    """What tensor cores cut off a part's sum of squares stays below what statistics take for rounding."""
+    rows = gram.most_rows(arch, dtype)
+    x = (30 + 0.3 * seeded(rows, 40)).to(dtype).double()
+    exact = x.square().sum(0)
+    error = (cut_off_sums(x, x, *CUT_OFF[arch], pairs=False) - exact).abs().max() / exact.max()
+    print(f"{error / ROUNDING:.2f} of what is allowed")
+    assert error < ROUNDING
 
 
 def test_two_runs_have_the_same_bits(device: torch.device) -> None:
