@@ -322,8 +322,9 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
             yield row
             if name == "triton":
                 # What the choice of a plan reckons with.
+                longest = moments.most_rows(device_facts(device)[0], torch.bfloat16)
                 for across in (128, 256):
-                    timed = partial(call, chosen=Plan(across, rows_of["triton"]))
+                    timed = partial(call, chosen=Plan(across, longest))
                     row[f"triton, tiles of {across} ms"] = setting.attempt(
                         f"gram in tiles of {across}", partial(taken, timed)
                     )
