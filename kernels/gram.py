@@ -121,22 +121,22 @@ def accumulate(
         target = None
     x, target, left = kept_rows(x, target, row_weights)
     weighted = left is not None
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    (total, columns), count = x.shape, 0 if target is None else target.shape[1]
+    if total == 0 or columns == 0:
         return
     if target is not None and target.dtype != x.dtype:
         x, target = x.float(), target.float()
     exact = weighted or x.dtype == torch.float32
     rows = readable(x, LINE)
     targets = rows if target is None else readable(target, LINE)
-    columns, count = x.shape[1], 0 if target is None else target.shape[1]
-    how = chosen or plan(*device_facts(x.device), len(x), columns, count, torch.float32 if exact else x.dtype)
+    how = chosen or plan(*device_facts(x.device), total, columns, count, torch.float32 if exact else x.dtype)
     h_tiles = -(-columns // TILE)
     tiles = tile_count(h_tiles, -(-count // TILE), how.across // TILE)
-    parts = -(-len(x) // how.rows)
+    parts = -(-total // how.rows)
     whole = tiles * parts - how.cut
-    pieces = -(-(len(x) - (parts - 1) * how.rows) // how.piece) if how.cut else 1
+    pieces = -(-(total - (parts - 1) * how.rows) // how.piece) if how.cut else 1
     ordered = parts > 1 or pieces > 1
-    # What a program does not read may be anything of the right type.
+    # What a program does not read may be anything.
     turns = torch.zeros(tiles + 1, dtype=torch.int32, device=x.device) if ordered else sum_x
     with on_device(x):
         gram_kernel[(whole + how.cut * pieces,)](
@@ -148,7 +148,7 @@ def accumulate(
             sum_x,
             sum_x if sum_target is None else sum_target,
             turns,
-            len(x),
+            total,
             columns,
             count,
             rows.shape[1],
