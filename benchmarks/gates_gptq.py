@@ -56,8 +56,8 @@ def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool, across: int = 
     types = {"x": f"*{dtype}", "target": f"*{dtype}"}
     types |= dict.fromkeys(("row_weights", "hessian", "cross", "sum_x", "sum_target"), "*fp32") | {"turns": "*i32"}
     constants: dict[str, Any] = {"EXACT": exact, "WEIGHTED": weighted, "ORDERED": True, "INTERPRETED": False}
-    constants |= {"TILE": gram.TILE, "ACROSS": across, "DEPTH": depth}
-    unaligned = ("rows", "h_tiles", "tiles", "rows_per_part")
+    constants |= {"TILE": gram.TILE, "ACROSS": across, "BAND": gram.BAND, "DEPTH": depth}
+    unaligned = ("rows", "h_tiles", "tiles", "rows_per_part", "whole", "cut", "rows_per_piece")
     program = build(gram_programs.gram_kernel, arch, types, constants, unaligned, settings)
     wanted = "FFMA" if exact else "HGMMA" if arch >= 90 else "HMMA"
     loop = program.loop_with(wanted)

@@ -22,7 +22,7 @@ CARRIED_ROWS, CARRIED_ON_GPU = 256, 2048  # what a cache holds; what makes few l
 # The share of a column's sum of squares that may be rounding. A sum of d equal terms in fp32, one after the other, is
 # off by up to d/3 units of 2^-24, and the variance takes Σx² once and Σx twice: d units, whatever dtype keeps the sums.
 # d is 160 rows in a part of the extension's (no more in BLAS) and then the parts of a batch: 512 at 56,320 rows. On a
-# GPU 1024 rows of Σx² and few of Σx come to as much, and so do 8192 through tensor cores, 16 at a time.
+# GPU 1024 rows of Σx² and few of Σx come to as much, and so do 2048 to 8192 through tensor cores, by dtype and GPU.
 ROUNDING = 512 * 2.0**-24
 
 

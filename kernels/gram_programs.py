@@ -13,24 +13,52 @@ SUMS = tl.constexpr(16)  # columns of the product that gives column sums: the fe
 
 
 @triton.jit
-def tile_at(index, h_tiles, RATIO: tl.constexpr):
-    """(tile row, tile column, is cross): the triangle of H row by row, then all of C.
+def triangle_tiles(rows, RATIO: tl.constexpr):
+    """Tiles of a triangle of so many rows of tiles, of which row r has ``r // RATIO + 1``."""
+    whole = rows // RATIO
+    return RATIO * (whole * (whole + 1) // 2) + rows % RATIO * (whole + 1)
 
-    h_tiles: rows of tiles of H. RATIO: a tile's columns over its rows, 1 or 2. Row r of the triangle has
-    ``r // RATIO + 1`` tiles; RATIO rows are taken together, the q-th of which begin at ``RATIO · q (q + 1) / 2``.
+
+@triton.jit
+def tile_at(index, h_tiles, cross_tiles, RATIO: tl.constexpr, BAND: tl.constexpr):
+    """(tile row, tile column, is cross): the triangle of H, then all of C, each in bands of BAND rows of tiles.
+
+    Within a band column by column, so that programs that run at a time read few columns of X between them, which the
+    second-level cache can hold. h_tiles, cross_tiles: rows of tiles of H and of C. RATIO: a tile's columns over its
+    rows, 1 or 2, which divides BAND.
     """
-    whole = RATIO * (h_tiles // RATIO) * (h_tiles // RATIO + 1) // 2
-    triangle = whole + (h_tiles % RATIO) * (h_tiles // RATIO + 1)
-    q = ((tl.sqrt(8.0 * index / RATIO + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The square root is approximate: off by one at most.
-    q = tl.where(RATIO * q * (q + 1) // 2 > index, q - 1, q)
-    q = tl.where(RATIO * (q + 1) * (q + 2) // 2 <= index, q + 1, q)
-    inside = index - RATIO * q * (q + 1) // 2
-    rest = index - triangle
-    cross = rest >= 0
     across = tl.cdiv(h_tiles, RATIO)
-    row = tl.where(cross, rest // across, RATIO * q + inside // (q + 1))
-    column = tl.where(cross, rest % across, inside % (q + 1))
+    triangle = triangle_tiles(h_tiles, RATIO)
+    cross = index >= triangle
+    if cross:
+        inside = index - triangle
+        first = inside // (BAND * across) * BAND
+        inside = inside % (BAND * across)
+        height = tl.minimum(cross_tiles - first, BAND)
+        row = first + inside % height
+        column = inside // height
+    else:
+        inside = index
+        first = index * 0
+        height = tl.minimum(h_tiles, BAND)
+        size = triangle_tiles(height, RATIO)
+        while inside >= size:
+            inside -= size
+            first += BAND
+            height = tl.minimum(h_tiles - first, BAND)
+            size = first // RATIO * height + triangle_tiles(height, RATIO)
+        # Columns left of the band's own triangle are whole; those of the triangle begin RATIO rows later each.
+        whole = first // RATIO
+        row = first + inside % height
+        column = inside // height
+        if column >= whole:
+            inside -= whole * height
+            left = height
+            while inside >= left:
+                inside -= left
+                left -= RATIO
+            row = first + height - left + inside
+            column = whole + (height - left) // RATIO
     return row, column, cross
 
 
@@ -96,7 +124,7 @@ def add_sums(out, sums, first_left, first_right, left_columns, columns, TILE: tl
     tl.store(places, tl.load(places, mask=inside, other=0.0) + sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "h_tiles", "tiles", "rows_per_part"])
+@triton.jit(do_not_specialize=["rows", "h_tiles", "tiles", "rows_per_part", "whole", "cut", "rows_per_piece"])
 def gram_kernel(
     x,  # [M, K], rows x_stride apart
     target,  # [M, P], rows target_stride apart, of x's dtype
@@ -116,22 +144,30 @@ def gram_kernel(
     h_tiles,
     tiles,
     rows_per_part,
+    whole,  # parts of tiles that are not cut: all but the last
+    cut,  # how many come after them, 1 where none
+    rows_per_piece,
     EXACT: tl.constexpr,  # fp32 multiply-adds
     WEIGHTED: tl.constexpr,  # rows are multiplied by their weights, which EXACT allows
     ORDERED: tl.constexpr,  # several parts of the rows are added one after the other
     INTERPRETED: tl.constexpr,  # the interpreter cannot multiply bf16
     TILE: tl.constexpr,
     ACROSS: tl.constexpr,  # columns of a tile, TILE or twice as many
+    BAND: tl.constexpr,  # rows of tiles that are taken together
     DEPTH: tl.constexpr,
 ):
-    """One tile of H or C over one part of the rows. Grid: tiles times parts."""
+    """One tile of H or C over one part of the rows, or a piece of that. Grid: tiles times parts, the last ``cut`` as
+    often as they have pieces."""
     index = tl.program_id(0)
     if ORDERED:
         # Programs begin in the order of their numbers, so that whom one waits for has begun.
         index = tl.atomic_add(turns + tiles, 1, sem="relaxed")
-    part = index // tiles
-    tile = index % tiles
-    tile_row, tile_column, is_cross = tile_at(tile, h_tiles, ACROSS // TILE)
+    beyond = tl.maximum(index - whole, 0)
+    piece = beyond // cut
+    item = tl.minimum(index, whole) + beyond % cut
+    part = item // tiles
+    tile = item % tiles
+    tile_row, tile_column, is_cross = tile_at(tile, h_tiles, tl.cdiv(targets, TILE), ACROSS // TILE, BAND)
     left = x
     left_stride = x_stride
     left_width = x_width
@@ -150,8 +186,8 @@ def gram_kernel(
         owes = tile_column == 0
     of_left = tile_row * TILE + tl.arange(0, TILE)
     of_right = tile_column * ACROSS + tl.arange(0, ACROSS)
-    first = part * rows_per_part
-    last = tl.minimum(first + rows_per_part, rows)
+    first = part * rows_per_part + piece * rows_per_piece
+    last = tl.minimum(first + tl.where(index < whole, rows_per_part, rows_per_piece), rows)
     # Whole matrices of addresses, advanced by addition: vectors of rows would change layout in every pass.
     row = tl.arange(0, DEPTH)[:, None]
     left_at = left + first.to(tl.int64) * left_stride + row * left_stride + of_left[None, :]
@@ -171,7 +207,7 @@ def gram_kernel(
             False, EXACT, WEIGHTED, INTERPRETED, TILE, ACROSS, DEPTH,
         )  # fmt: skip
     if ORDERED:
-        while tl.atomic_add(turns + tile, 0, sem="acquire") != part:
+        while tl.atomic_add(turns + tile, 0, sem="acquire") != part + piece:
             pass
     if owes:
         places = out_sums + of_left

@@ -138,3 +138,22 @@ def matmul_problem(rows: int, columns: int, group: int, bits: int, symmetric: bo
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+# Binary places behind the last one of the largest addend that tensor cores keep, and the rows they take at a time.
+CUT_OFF = {80: (1, 8), 90: (2, 16)}
+
+
+def cut_off_sums(left: Tensor, right: Tensor, places: int, step: int, pairs: bool = True) -> Tensor:
+    """leftᵀ right of float64 rows as tensor cores sum it, or its diagonal: addends cut off ``places`` binary places
+    behind the last one of the largest, then their sum."""
+    sums = torch.zeros((left.shape[1], right.shape[1]) if pairs else left.shape[1], dtype=torch.float64)
+    for first in range(0, len(left), step):
+        rows = slice(first, first + step)
+        products = left[rows, :, None] * right[rows, None, :] if pairs else left[rows] * right[rows]
+        addends = torch.cat([sums[None], products])
+        unit = torch.exp2(addends.abs().amax(0).clamp_min(2.0**-60).log2().floor() - 23)
+        cut = (torch.trunc(addends / unit * 2**places) * unit / 2**places).sum(0)
+        unit = torch.exp2(cut.abs().clamp_min(2.0**-60).log2().floor() - 23)
+        sums = torch.trunc(cut / unit) * unit
+    return sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, product_bound
-from forms import DTYPES, check_accumulate, seeded
+from forms import CUT_OFF, DTYPES, check_accumulate, cut_off_sums, seeded
 from torch import Tensor
 
-from epmq import extension, ops, reference
+from epmq import ops, reference
+from epmq.statistics import ROUNDING
 
 pytest.importorskip("triton", reason="Triton is not installed")
 gram = pytest.importorskip("epmq.kernels.gram")
@@ -26,14 +26,19 @@ from epmq.kernels.gram import Plan  # noqa: E402
 from epmq.kernels.gram_programs import gram_kernel, tile_at  # noqa: E402
 
 
-@triton.jit
-def list_tiles(found, count, h_tiles, RATIO: tl.constexpr, FIRST: tl.constexpr = 0, SIZE: tl.constexpr = 1):
-    index = tl.arange(0, SIZE)
-    row, column, cross = tile_at(index + FIRST, h_tiles, RATIO)
-    there = index < count
-    tl.store(found + 3 * index, row, mask=there)
-    tl.store(found + 3 * index + 1, column, mask=there)
-    tl.store(found + 3 * index + 2, cross.to(tl.int32), mask=there)
+@triton.jit(do_not_specialize=["first", "h_tiles", "cross_tiles"])
+def list_tiles(found, first, h_tiles, cross_tiles, RATIO: tl.constexpr, BAND: tl.constexpr):
+    place = found + 3 * tl.program_id(0)
+    row, column, cross = tile_at(first + tl.program_id(0), h_tiles, cross_tiles, RATIO, BAND)
+    tl.store(place, row)
+    tl.store(place + 1, column)
+    tl.store(place + 2, cross.to(tl.int32))
+
+
+def listed(device: torch.device, first: int, count: int, *sizes: int) -> list[tuple[int, int, bool]]:
+    found = torch.full((count, 3), -1, dtype=torch.int32, device=device)
+    list_tiles[(count,)](found, first, *sizes)
+    return [(row, column, bool(cross)) for row, column, cross in found.tolist()]
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,21 @@ def test_rows_and_targets_of_different_dtypes(device: torch.device) -> None:
     check_accumulate(Form(), seeded(20, 24).half(), seeded(20, 9), None)
 
 
-PLANS = [Plan(128, 8192), Plan(128, 64), Plan(256, 8192), Plan(256, 96)]
+PLANS = [
+    Plan(128, 8192),
+    Plan(128, 64),
+    Plan(256, 8192),
+    Plan(256, 96),
+    Plan(128, 8192, 1, 64),
+    Plan(128, 96, 1, 16, band=1),
+    Plan(256, 64, 2, 16, band=2),
+]
 
 
 @pytest.mark.parametrize("chosen", PLANS, ids=str)
 @pytest.mark.parametrize("shape", [(150, 64, 40), (200, 300, 130), (100, 129, None), (70, 257, 1)], ids=str)
 def test_any_plan_gives_the_moments(device: torch.device, shape: tuple[int, int, int | None], chosen: Plan) -> None:
-    """Tiles of either width; parts of the rows that are no multiple of what a program reads at a time."""
+    """Tiles of either width; parts of the rows that are no multiple of what a program reads at a time; pieces."""
     count, columns, targets = shape
     target = None if targets is None else seeded(count, targets).bfloat16()
     check_accumulate(Form(partial(gram.accumulate, chosen=chosen)), seeded(count, columns).bfloat16(), target, None)
@@ -118,8 +131,8 @@ def test_the_last_tile_of_a_result_with_more_than_two_billion_entries(device: to
     hessian[-128:, -128:] = 1.0
     gram_kernel[(1,)](
         x, x, sum_x, hessian, hessian, sum_x, sum_x, turns, count, columns, 0, columns, columns, columns, columns,
-        columns // 128, tiles, count, EXACT=False, WEIGHTED=False, ORDERED=True, INTERPRETED=gram.interpreted(),
-        TILE=128, ACROSS=128, **gram.NARROW,
+        columns // 128, tiles, count, tiles, 1, 0, EXACT=False, WEIGHTED=False, ORDERED=True,
+        INTERPRETED=gram.interpreted(), TILE=128, ACROSS=128, BAND=gram.BAND, **gram.NARROW,
     )  # fmt: skip
     wide = x[:, -128:].cpu().double()
     exact, size = wide.T @ wide + 1, wide.abs().T @ wide.abs() + 1
@@ -134,15 +147,44 @@ def test_parts_of_the_rows(device: torch.device, kind: str) -> None:
 
 
 def test_plans_keep_the_multiprocessors_busy() -> None:
-    # Two waves and a tail of 16 tiles, or nine of parts: parts. Many tiles need none but the longest.
-    assert gram.plan(90, 132, 32768, 14336, 0, False) == Plan(256, 8192)
-    assert gram.plan(90, 132, 32768, 384, 0, False) == Plan(128, 4096)  # 32 parts would wait for each other
-    assert gram.plan(90, 132, 100, 384, 0, False).across == 128
-    assert gram.plan(80, 108, 32768, 14336, 0, False).across == gram.plan(90, 132, 32768, 14336, 0, True).across == 128
-    for rows, columns, targets in [(32768, 4096, 4096), (1, 1, 0), (8192, 768, 5), (10**6, 128, 0)]:
-        assert gram.plan(90, 132, rows, columns, targets, False) in [
-            Plan(across, gram.MOST_ROWS >> cut) for across in (128, 256) for cut in range(5)
-        ]
+    fp32, fp16, bf16 = DTYPES.values()
+    # 96.7 waves: a last one that is nearly full stays whole.
+    assert gram.plan(90, 132, 32768, 14336, 0, bf16) == Plan(256, 8192)
+    # 8 waves and 32 parts of tiles for 132 multiprocessors: four pieces each.
+    assert gram.plan(90, 132, 32768, 4096, 0, bf16) == Plan(256, 8192, 32, 2048)
+    # 151 waves and 4 parts: as many pieces as are worth the adding, one after the other.
+    assert gram.plan(90, 132, 32768, 14336, 4096, bf16) == Plan(256, 8192, 4, 2048)
+    assert gram.plan(90, 132, 32768, 384, 0, bf16) == Plan(128, 4096)  # 32 parts would wait for each other
+    assert gram.plan(90, 132, 100, 384, 0, bf16).across == 128
+    assert gram.plan(80, 108, 32768, 14336, 0, bf16).across == gram.plan(90, 132, 32768, 14336, 0, fp32).across == 128
+    for arch, processors in ((80, 108), (90, 132), (90, 4)):
+        for rows, columns, targets in [
+            (32768, 4096, 4096),
+            (1, 1, 0),
+            (8192, 768, 5),
+            (10**6, 128, 0),
+            (9000, 2048, 0),
+        ]:
+            for dtype in (fp32, fp16, bf16):
+                plan = gram.plan(arch, processors, rows, columns, targets, dtype)
+                assert 512 <= plan.rows <= gram.most_rows(arch, dtype) and plan.across in (128, 256)
+                tiles = gram.tile_count(-(-columns // 128), -(-targets // 128), plan.across // 128)
+                assert plan.cut <= tiles
+                last = rows - (-(-rows // plan.rows) - 1) * plan.rows
+                assert plan.cut == 0 or plan.cut * -(-last // plan.piece) <= processors
+                assert plan.cut == 0 or (512 <= plan.piece < last and plan.piece % 64 == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_parts_are_short_enough_to_tell_a_variance(arch: int, dtype: torch.dtype) -> None:
+    """What tensor cores cut off a part's sum of squares stays below what statistics take for rounding."""
+    rows = gram.most_rows(arch, dtype)
+    x = (30 + 0.3 * seeded(rows, 40)).to(dtype).double()
+    exact = x.square().sum(0)
+    error = (cut_off_sums(x, x, *CUT_OFF[arch], pairs=False) - exact).abs().max() / exact.max()
+    print(f"{error / ROUNDING:.2f} of what is allowed")
+    assert error < ROUNDING
 
 
 def test_two_runs_have_the_same_bits(device: torch.device) -> None:
@@ -150,39 +192,43 @@ def test_two_runs_have_the_same_bits(device: torch.device) -> None:
     found = []
     for _ in range(2):
         sums = [torch.zeros(140, 140, device=device), torch.zeros(140, device=device)]
-        gram.accumulate(x, *sums, chosen=Plan(128, 64))
+        gram.accumulate(x, *sums, chosen=Plan(128, 64, 2, 16))
         found.append(sums)
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
-@pytest.mark.parametrize("h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (7, 5), (8, 0), (40, 3)])
-def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
-    device: torch.device, h_tiles: int, cross_tiles: int, ratio: int
-) -> None:
-    """The list of square tiles is the same as the CUDA form's, whose arithmetic it is held to where that is built."""
+def tiles_in_order(h_tiles: int, cross_tiles: int, ratio: int, band: int) -> list[tuple[int, int, bool]]:
+    """Bands of rows, each column by column: those of the triangle, then those of the cross-covariance."""
     across = -(-h_tiles // ratio)
-    wanted = [(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)]
-    wanted += [(row, column, True) for row in range(cross_tiles) for column in range(across)]
-    count = len(wanted)
-    assert gram.tile_count(h_tiles, cross_tiles, ratio) == count
-    found = torch.empty(count, 3, dtype=torch.int32, device=device)
-    list_tiles[(1,)](found, count, h_tiles, ratio, SIZE=2 ** math.ceil(math.log2(count + 1)))
-    tiles = [(row, column, bool(cross)) for row, column, cross in found.tolist()]
-    assert tiles == wanted
-    if ratio == 1 and extension.module is not None:
-        assert extension.module.statistics_tiles(h_tiles, cross_tiles) == tiles
+    found = []
+    for cross, height in ((False, h_tiles), (True, cross_tiles)):
+        for first in range(0, height, band):
+            rows = range(first, min(first + band, height))
+            found += [(r, c, cross) for c in range(across) for r in rows if cross or c <= r // ratio]
+    return found
+
+
+@pytest.mark.parametrize("ratio, band", [(1, 1), (1, 4), (1, 16), (2, 2), (2, 8), (2, 16)])
+@pytest.mark.parametrize(
+    "h_tiles, cross_tiles", [(1, 0), (1, 3), (2, 1), (3, 17), (7, 5), (8, 0), (15, 2), (16, 16), (17, 0), (33, 5)]
+)
+def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
+    device: torch.device, h_tiles: int, cross_tiles: int, ratio: int, band: int
+) -> None:
+    wanted = tiles_in_order(h_tiles, cross_tiles, ratio, band)
+    every = {(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)}
+    every |= {(row, column, True) for row in range(cross_tiles) for column in range(-(-h_tiles // ratio))}
+    assert len(wanted) == len(every) == gram.tile_count(h_tiles, cross_tiles, ratio) and set(wanted) == every
+    assert listed(device, 0, len(wanted), h_tiles, cross_tiles, ratio, band) == wanted
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_the_last_tiles_of_the_largest_triangle(device: torch.device, ratio: int) -> None:
-    """The indices where the square root has least room: the ends of the last rows, K = 131,072."""
+    """K = 131,072, and as many targets."""
+    wanted = tiles_in_order(1024, 1024, ratio, gram.BAND)
     ends = gram.tile_count(1024, 0, ratio)
-    begins = gram.tile_count(1024 - ratio, 0, ratio)
-    for index, wanted in [(begins, [1024 - ratio, 0, 0]), (ends - 1, [1023, 1024 // ratio - 1, 0])]:
-        found = torch.empty(1, 3, dtype=torch.int32, device=device)
-        list_tiles[(1,)](found, 1, 1024, ratio, FIRST=index, SIZE=1)
-        assert found.tolist() == [wanted]
+    for first in (ends - 3, len(wanted) - 3):
+        assert listed(device, first, 3, 1024, 1024, ratio, gram.BAND) == wanted[first : first + 3]
 
 
 def test_the_table_takes_the_kernel_on_a_gpu_or_when_asked(

@@ -55,7 +55,7 @@ TILED_TOKENS = (8, 16, 64, 256, 1024, 2048)
 SWEEPS = ((4096, 4096), (14336, 4096), (4096, 14336))
 GRAMS = ((32768, 4096, 0), (32768, 14336, 0), (32768, 4096, 4096), (32768, 14336, 4096))
 GROUP, BITS = 128, 4
-CUDA_FORM_ROWS = 8192  # of a launch of csrc/cuda/statistics.cu
+CUDA_FORM_ROWS = 2048  # of a launch of csrc/cuda/statistics.cu
 
 
 @dataclass
@@ -287,6 +287,10 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
             found.append(relative(crossed[0][:, some], target.double().T @ wide))
         return found
 
+    def taken(call: Call) -> float:
+        each: float = microseconds([call])[0]
+        return each / 1e3
+
     def drawn(whole: bool, width: int) -> Tensor:
         if whole:
             return torch.randint(-2, 3, (count, width), device=device).bfloat16()
@@ -299,7 +303,7 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
         forms.pop("cuda", None)
     rows_of = {
         "cuda": CUDA_FORM_ROWS,
-        "triton": moments.plan(*device_facts(device), count, columns, targets, False).rows,
+        "triton": moments.plan(*device_facts(device), count, columns, targets, torch.bfloat16).rows,
     }
     row: Row = {"tokens": count, "K": columns, "P": targets}
     whole = drawn(True, columns), drawn(True, targets) if targets else None
@@ -314,17 +318,18 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
         expect(row, error < limit, f"{name}: relative error {error:.2g}, at most {limit:.2g} is drift")
         if setting.timed:
             call = partial(form.function, x, *sums, target, *crossed)
-            row[f"{name} ms"] = milliseconds(call)
+            row[f"{name} ms"] = taken(call)
             work = 2.0 * count * columns * (columns / 2 + targets)
             row[f"{name} of bf16 peak"] = setting.share(work, 1e3 * row[f"{name} ms"], "bfloat16_tflop_s")
             row["clocks"] = clocks()
             yield row
             if name == "triton":
                 # What the choice of a plan reckons with.
+                longest = moments.most_rows(device_facts(device)[0], torch.bfloat16)
                 for across in (128, 256):
-                    timed = partial(call, chosen=Plan(across, moments.MOST_ROWS))
+                    timed = partial(call, chosen=Plan(across, longest))
                     row[f"triton, tiles of {across} ms"] = setting.attempt(
-                        f"gram in tiles of {across}", partial(milliseconds, timed)
+                        f"gram in tiles of {across}", partial(taken, timed)
                     )
         yield row
     if setting.timed:
@@ -334,7 +339,7 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
             if target is not None and crossed[0] is not None:
                 torch.addmm(crossed[0], target.T, x, out_dtype=torch.float32)
 
-        row["torch.addmm ms"] = setting.attempt("torch.addmm", partial(milliseconds, two_products))
+        row["torch.addmm ms"] = setting.attempt("torch.addmm", partial(taken, two_products))
         yield row
 
 

@@ -5,8 +5,9 @@
 // and weighted ones (a product with a weight does not fit 16 bits), through fp32 multiply-adds. Column sums are taken
 // from the shared-memory tiles by the blocks that hold the columns anyway.
 //
-// fp32 sums stay short (epmq/statistics.py says for what): a launch takes up to 8192 rows on tensor cores, which add 16
-// at a time and do not round to nearest, and 1024 otherwise; a column's sum is one of sums of sums.
+// fp32 sums stay short (epmq/statistics.py says for what): a launch takes up to 2048 rows on tensor cores, which add up
+// to 16 at a time and cut off instead of rounding (of fp16 rows most, on sm_80), and 1024 otherwise; a column's sum is one
+// of sums of sums.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -29,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kTile = 128;     // output rows and columns per block
-constexpr int64_t kRowsOnTensorCores = 8192, kRowsElsewhere = 1024;  // per launch
+constexpr int64_t kRowsOnTensorCores = 2048, kRowsElsewhere = 1024;  // per launch
 constexpr int kThreads = 256;  // 8 warps: 4 x 2 of 32 x 64 outputs
 
 struct Operand {
