@@ -55,6 +55,7 @@ TILED_TOKENS = (8, 16, 64, 256, 1024, 2048)
 SWEEPS = ((4096, 4096), (14336, 4096), (4096, 14336))
 GRAMS = ((32768, 4096, 0), (32768, 14336, 0), (32768, 4096, 4096), (32768, 14336, 4096))
 GROUP, BITS = 128, 4
+NUMBER_SECONDS = 0.2  # that most numbers are allowed to take; there are hundreds
 CUDA_FORM_ROWS = 2048  # of a launch of csrc/cuda/statistics.cu
 
 
@@ -136,7 +137,7 @@ def int4(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> 
     if not setting.timed:
         yield row
         return
-    row["epmq µs"], row["taken by"] = microseconds(calls)
+    row["epmq µs"], row["taken by"] = microseconds(calls, NUMBER_SECONDS)
     row["clocks"] = clocks()
     size = rows * columns / 2 + 4 * rows * columns / GROUP + 2 * tokens * (rows + columns)
     row["of copy rate"] = setting.share(size, row["epmq µs"], "copy_tb_s")
@@ -200,7 +201,7 @@ def rival_time(
         error = relative(calls[0](), x.float() @ wide.T)
         if error > 2e-2:
             raise ArithmeticError(f"wrong result at {len(x)} tokens, relative error {error:.2g}")
-        taken: float = microseconds(calls)[0]
+        taken: float = microseconds(calls, NUMBER_SECONDS)[0]
         return taken
 
     return setting.attempt(name, measure)
@@ -288,7 +289,7 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
         return found
 
     def taken(call: Call) -> float:
-        each: float = microseconds([call])[0]
+        each: float = microseconds([call], NUMBER_SECONDS)[0]
         return each / 1e3
 
     def drawn(whole: bool, width: int) -> Tensor:
@@ -326,11 +327,11 @@ def gram(setting: Setting, count: int, columns: int, targets: int) -> Iterator[R
             if name == "triton":
                 # What the choice of a plan reckons with.
                 longest = moments.most_rows(device_facts(device)[0], torch.bfloat16)
-                for across in (128, 256):
-                    timed = partial(call, chosen=Plan(across, longest))
-                    row[f"triton, tiles of {across} ms"] = setting.attempt(
-                        f"gram in tiles of {across}", partial(taken, timed)
-                    )
+                plans = {f"tiles of {across}, uncut": Plan(across, longest) for across in (128, 256)}
+                plans |= {f"bands of {band}": Plan(256, longest, band=band) for band in (2, 8, 32)}
+                for how, chosen in plans.items():
+                    timed = partial(call, chosen=chosen)
+                    row[f"triton, {how} ms"] = setting.attempt(f"gram in {how}", partial(taken, timed))
         yield row
     if setting.timed:
 
