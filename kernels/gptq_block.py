@@ -33,13 +33,9 @@ SUB = tl.constexpr(16)
 QUAD = tl.constexpr(4)  # entries of the factor that one load brings
 UNROLL = tl.constexpr(4)  # earlier columns whose loads are under way together
 AHEAD = tl.constexpr(3)  # columns of a sub-block whose lines of the factor are read before they are needed
-SETTINGS: dict[str, Any] = {
-    "PART": 64,
-    "DEPTH": 16,
-    "STAGES": 3,
-    "num_warps": 4,
-    "enable_fp_fusion": False,  # by name, because Triton's default changes: a product must not be fused before rounding
-}
+# Fusion is switched off by name, because Triton's default changes: nothing may be fused before a rounding. Left alone,
+# ptxas takes fewer registers at times, and spills.
+SETTINGS: dict[str, Any] = {"PART": 64, "DEPTH": 16, "STAGES": 3, "enable_fp_fusion": False, "maxnreg": 255}
 TILE = 32  # of a transposition
 
 
@@ -218,11 +214,16 @@ def transposed(source: Tensor, height: int, width: int) -> Tensor:
 
 
 def rows_of_a_program(rows: int, processors: int) -> int:
-    """As few as keep every multiprocessor busy: warps then share the products. More programs than that only queue."""
-    most = LINE
-    while most < MOST_ROWS and rows > most * processors:
-        most *= 2
-    return most
+    """The fewest that leave every multiprocessor one program at most, where so many are not too many for one."""
+    fewest = LINE
+    while fewest < MOST_ROWS and rows > fewest * processors:
+        fewest *= 2
+    return fewest
+
+
+def warps_of_a_program(rows: int) -> int:
+    """Four, or as many as keep a product's sums in registers."""
+    return max(4, rows // 16)
 
 
 def gptq_sweep(
@@ -276,6 +277,7 @@ def gptq_sweep(
                 float(2**bits - 1),
                 ROWS=per_program,
                 COMPILED=not interpreted(),
+                num_warps=warps_of_a_program(per_program),
                 **SETTINGS,
             )
             # After an odd number of blocks the last one goes to the next one, after twice an odd number the last two go
