@@ -33,7 +33,7 @@ def gptq_gate(arch: int, rows: int = gptq_block.LINE) -> Gate:
     options = {**gptq_block.SETTINGS, "num_warps": gptq_block.warps_of_a_program(rows)}
     constants = {name: options.pop(name) for name in ("PART", "DEPTH", "STAGES")}
     constants |= {"ROWS": rows, "COMPILED": True}
-    unaligned = ("group_of", "start", "count", "lines", "factor_quads", "top")
+    unaligned = ("group_of", "first_sub", "subs", "lines", "factor_quads", "top")
     program = build(gptq_block.gptq_block_kernel, arch, types, constants, unaligned, options)
     block, part, width = gptq_block.BLOCK, constants["PART"], gptq_block.SUB.value
     # A part has the product's loop and that over its sub-blocks, a sub-block that over the part's earlier columns.
@@ -48,8 +48,9 @@ def gptq_gate(arch: int, rows: int = gptq_block.LINE) -> Gate:
     faults = common_faults(program, arch)
     if program.count("HMMA", "HGMMA"):
         faults.append("tensor instructions")
-    if not program.count("LDGSTS", within=program.loops[1]):
-        faults.append("no asynchronous copies")
+    copies = [name for name in program.part(program.loops[1]) if name.startswith("LDGSTS")]
+    if not copies or not all(name.endswith("128") for name in copies):
+        faults.append("operands of the product are not copied asynchronously, 16 bytes at a time")
     if program.count("BAR", within=program.loops[0]):
         faults.append("a barrier between columns")
     if counts.each > MOST_PER_COLUMN:

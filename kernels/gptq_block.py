@@ -92,7 +92,7 @@ def prefetch(addresses):
 
 
 @triton.jit(
-    do_not_specialize=["start", "count", "lines", "factor_quads"],
+    do_not_specialize=["first_sub", "subs", "lines", "factor_quads"],
     do_not_specialize_on_alignment=["group_of"],
 )
 def gptq_block_kernel(
@@ -104,8 +104,8 @@ def gptq_block_kernel(
     inverse_scales,  # fp32 [G, N]
     zeros,  # fp32 [G, N]
     group_of,  # int32 [columns]
-    start,  # first column of the block; the first block's ``running`` is not read before it is written
-    count,  # columns of the block; both multiples of SUB
+    first_sub,  # first column of the block, in SUBs; the first block's ``running`` is not read before it is written
+    subs,  # columns of the block, in SUBs. What is a multiple is given like that, so that the compiler knows
     lines,  # N / 32, filled up to whole programs
     factor_quads,
     top,  # 2^bits - 1, a float
@@ -115,6 +115,8 @@ def gptq_block_kernel(
     STAGES: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
+    start = first_sub * SUB
+    count = subs * SUB
     rows = lines * 32
     stride = factor_quads * 4
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -183,7 +185,11 @@ def gptq_block_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["height", "width", "down", "across", "target_height", "target_width"])
+# That neighbours are read is known to the compiler (``across`` is 1) and nothing else: one program for all sizes.
+@triton.jit(
+    do_not_specialize=["height", "width", "down", "target_height", "target_width"],
+    do_not_specialize_on_alignment=["source", "target"],
+)
 def transpose_kernel(
     source,  # [height, width], ``down`` and ``across`` entries from one to the next
     target,  # [target_height, target_width]: the source's columns as rows, zeros where it has none
@@ -270,8 +276,8 @@ def gptq_sweep(
                 factor,
                 *by_group,
                 group_of,
-                start,
-                stop - start,
+                start // SUB.value,
+                (stop - start) // SUB.value,
                 width // LINE,
                 factor.stride(0) // QUAD.value,
                 float(2**bits - 1),
