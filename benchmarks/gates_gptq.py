@@ -15,7 +15,8 @@ MOST_PER_COLUMN = 270
 def gates(everything: bool) -> Iterator[Gate]:
     """Both kernels on every architecture; there is nothing more to ask for with ``everything``."""
     for arch in ARCHS:
-        yield gptq_gate(arch)
+        for rows in (32, 64, 128):
+            yield gptq_gate(arch, rows)
     for arch in ARCHS:
         for dtype in ("bf16", "fp16"):
             yield gram_gate(arch, dtype, False, False)
@@ -25,28 +26,37 @@ def gates(everything: bool) -> Iterator[Gate]:
         yield gram_gate(arch, "bf16", True, True)
 
 
-def gptq_gate(arch: int) -> Gate:
-    """The block kernel; instructions per column as executed over a block of 128, inner loop included."""
+def gptq_gate(arch: int, rows: int = gptq_block.LINE) -> Gate:
+    """The block kernel; instructions per column as executed over a whole block, inner loops included."""
     pointers = dict.fromkeys(("running", "weight", "factor", "scales", "inverse_scales", "zeros"), "*fp32")
     types = {**pointers, "codes": "*u8", "group_of": "*i32", "top": "fp32"}
-    constants = {"ROWS": gptq_block.ROWS_PER_PROGRAM, "BLOCK": gptq_block.BLOCK, "PREFETCH": True}
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    unaligned = (*types, "count", "rows", "factor_stride")
+    options = {**gptq_block.SETTINGS, "num_warps": gptq_block.warps_of_a_program(rows)}
+    constants = {name: options.pop(name) for name in ("PART", "DEPTH", "STAGES")}
+    constants |= {"ROWS": rows, "COMPILED": True}
+    unaligned = ("group_of", "first_sub", "subs", "lines", "factor_quads", "top")
     program = build(gptq_block.gptq_block_kernel, arch, types, constants, unaligned, options)
-    inner, outer = program.loops[0], program.loops[-1]
-    width, unroll = gptq_block.SUB.value, gptq_block.UNROLL.value
-    turns = sum(range(0, gptq_block.BLOCK, width)) // unroll
-    once = (outer[1] - outer[0]) - (inner[1] - inner[0])
-    executed = once * (gptq_block.BLOCK // width) + (inner[1] - inner[0] + 1) * turns
-    counts = count(program, outer, round(executed / gptq_block.BLOCK, 1))
+    block, part, width = gptq_block.BLOCK, constants["PART"], gptq_block.SUB.value
+    # A part has the product's loop and that over its sub-blocks, a sub-block that over the part's earlier columns.
+    earlier, product, inner, outer = (last - first + 1 for first, last in program.loops)
+    executed = (
+        (outer - product - inner) * (block // part)
+        + product * (sum(range(0, block, part)) // constants["DEPTH"])
+        + (inner - earlier) * (block // width)
+        + earlier * (block // part * sum(range(0, part, width)) // gptq_block.UNROLL.value)
+    )
+    counts = count(program, program.loops[-1], round(executed / block, 1))
     faults = common_faults(program, arch)
     if program.count("HMMA", "HGMMA"):
         faults.append("tensor instructions")
-    if program.shared or program.count("BAR", "LDS", "STS"):
-        faults.append("shared memory or a barrier")
+    copies = [name for name in program.part(program.loops[1]) if name.startswith("LDGSTS")]
+    if not copies or not all(name.endswith("128") for name in copies):
+        faults.append("operands of the product are not copied asynchronously, 16 bytes at a time")
+    if program.count("BAR", within=program.loops[0]):
+        faults.append("a barrier between columns")
     if counts.each > MOST_PER_COLUMN:
         faults.append(f"more than {MOST_PER_COLUMN} instructions per column")
-    return Gate(f"gptq sm_{arch}", counts, faults, MOST_PER_COLUMN)
+    shape = "" if rows == gptq_block.LINE else f" {rows} rows"
+    return Gate(f"gptq sm_{arch}{shape}", counts, faults, MOST_PER_COLUMN)
 
 
 def gram_gate(arch: int, dtype: str, exact: bool, weighted: bool, across: int = gram.TILE) -> Gate:

@@ -1,13 +1,14 @@
-"""Blocked GPTQ on a GPU: one launch quantizes a block of 128 columns of all rows, a matrix product brings in the rest.
+"""Blocked GPTQ on a GPU: one launch quantizes a block of columns of all rows, matrix products bring in the rest.
 
 The form ``triton`` of :func:`epmq.reference.gptq_sweep`. Everything is held transposed, columns as rows of memory, so
-that a lane owns a row of the weight and every access of a warp is one coalesced line: a row's recursion then needs no
-other lane, no shared memory and no barrier. Inside a block, columns go in sub-blocks of 16 whose values stay in
-registers; earlier columns of the block come in by fused multiply-adds with their deviations, which the same lane has
-just written and reads back.
+that a lane owns a row of the weight and every access of a warp is one coalesced line. A block goes in parts: what a
+part gets of the block's columns before it is a small product by all warps, the recursion within it runs a lane for a
+row, in sub-blocks of 16 columns whose values stay in registers.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,26 @@ import triton.language as tl
 from torch import Tensor
 
 from epmq.kernels.launch import interpreted, on_device
+from epmq.kernels.tune import device_facts
 
-BLOCK = 128
-# Between super-blocks the update is right-looking: one product with 512 inner columns over all that is left, which
-# fills the chip. Inside one it is left-looking, so that a column's running sum is rewritten once per 512 columns, not
-# once per 128; those products have few output tiles, but only 512 / K of the arithmetic.
-SUPER_BLOCK = 512
-ROWS_PER_PROGRAM = 32
+BLOCK = 512
+# Between super-blocks the update is right-looking, over all that is left; inside one a product doubles its reach each
+# time (see gptq_sweep). Both kinds fill the chip.
+SUPER_BLOCK = 2048
+LINE = 32  # rows are filled up to a multiple of this: every line of a warp is then whole and aligned
+MOST_ROWS = 128  # of a program
 
 # Adding and subtracting 1.5 * 2^23 rounds half to even, as torch.round does, wherever |x| < 2^22; beyond that both the
 # exact and this result are clamped. One addition each, against a conversion at a quarter of the rate.
 ROUND = tl.constexpr(12582912.0)
 SUB = tl.constexpr(16)
+QUAD = tl.constexpr(4)  # entries of the factor that one load brings
 UNROLL = tl.constexpr(4)  # earlier columns whose loads are under way together
+AHEAD = tl.constexpr(3)  # columns of a sub-block whose lines of the factor are read before they are needed
+# Fusion is switched off by name, because Triton's default changes: nothing may be fused before a rounding. Left alone,
+# ptxas takes fewer registers at times, and spills.
+SETTINGS: dict[str, Any] = {"PART": 64, "DEPTH": 16, "STAGES": 3, "enable_fp_fusion": False, "maxnreg": 255}
+TILE = 32  # of a transposition
 
 
 @triton.jit
@@ -41,27 +49,35 @@ def _column(value, kept, scale, inverse, zero, top):
 
 
 @triton.jit
-def load_line(factor, place, FROM: tl.constexpr):
-    """SUB entries of the factor from ``place`` on, which is even, two with each load; zeros before FROM."""
-    pairs = (factor + place).to(tl.pointer_type(tl.int64))
+def load_line(place, FROM: tl.constexpr, COMPILED: tl.constexpr):
+    """SUB entries of the factor, 16-byte aligned, four with each load; zeros before FROM where nothing is loaded."""
     line = ()
-    for pair in tl.static_range(SUB // 2):
-        if 2 * pair + 1 >= FROM:
-            both = tl.load(pairs + pair)
-            low = both.to(tl.int32).to(tl.float32, bitcast=True)
-            line = line + (low, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    for quad in tl.static_range(SUB // QUAD):
+        if QUAD * quad + QUAD <= FROM:
+            line = line + (0.0, 0.0, 0.0, 0.0)
+        elif COMPILED:
+            # What nothing writes may be read before stores that stand before it.
+            line = line + tl.inline_asm_elementwise(
+                "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+                "=f,=f,=f,=f,l",
+                [(place + QUAD * quad).to(tl.int64)],
+                (tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
         else:
-            line = line + (0.0, 0.0)
+            for entry in tl.static_range(QUAD):
+                line = line + (tl.load(place + QUAD * quad + entry),)
     return line
 
 
 @triton.jit
-def take_in(values, deviation, line, FROM: tl.constexpr):
-    """values[c] + deviation * line[c] for c from FROM on."""
+def take_in(values, deviation, lines, AT: tl.constexpr, FROM: tl.constexpr):
+    """values[c] + deviation * lines[AT + c] for c from FROM on."""
     moved = ()
     for c in tl.static_range(SUB):
         if c >= FROM:
-            moved = moved + (tl.fma(deviation, line[c], values[c]),)
+            moved = moved + (tl.fma(deviation, lines[AT + c], values[c]),)
         else:
             moved = moved + (values[c],)
     return moved
@@ -75,83 +91,145 @@ def prefetch(addresses):
     )
 
 
-# Two floats at a time are the widest access: nothing is gained by a program for each alignment.
 @triton.jit(
-    do_not_specialize=["count", "rows", "factor_stride"],
-    do_not_specialize_on_alignment=[
-        "running",
-        "weight",
-        "codes",
-        "factor",
-        "scales",
-        "inverse_scales",
-        "zeros",
-        "group_of",
-    ],
+    do_not_specialize=["first_sub", "subs", "lines", "factor_quads"],
+    do_not_specialize_on_alignment=["group_of"],
 )
 def gptq_block_kernel(
-    running,  # fp32 [count, N]: adjusted values of the block's columns, replaced by their deviations
-    weight,  # fp32 [count, N]: the block's columns of the weight
-    codes,  # uint8 [count, N]
-    factor,  # fp32 [count, count]: the block's part of the unit upper factor, rows factor_stride apart, 8-byte aligned
+    running,  # fp32 [columns, N]: what a column gets of those before its block, replaced by its deviations
+    weight,  # fp32 [columns, N]
+    codes,  # uint8 [columns, N]
+    factor,  # fp32 [columns, columns]: unit upper triangular, rows 4 * factor_quads apart, 16-byte aligned
     scales,  # fp32 [G, N]
     inverse_scales,  # fp32 [G, N]
     zeros,  # fp32 [G, N]
-    group_of,  # int32 [count]
-    count,  # columns of the block, a multiple of SUB
-    rows,  # N
-    factor_stride,  # even
+    group_of,  # int32 [columns]
+    first_sub,  # first column of the block, in SUBs; the first block's ``running`` is not read before it is written
+    subs,  # columns of the block, in SUBs. What is a multiple is given like that, so that the compiler knows
+    lines,  # N / 32, filled up to whole programs
+    factor_quads,
     top,  # 2^bits - 1, a float
-    ROWS: tl.constexpr,  # rows of the weight per program: the lanes of one warp
-    BLOCK: tl.constexpr,  # the most columns of a block
-    PREFETCH: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of the weight per program, at most a lane for each; with fewer, warps do the same twice
+    PART: tl.constexpr,  # columns that one product brings up to date, a multiple of SUB
+    DEPTH: tl.constexpr,  # inner columns of a turn of it, a divisor of PART
+    STAGES: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
+    start = first_sub * SUB
+    count = subs * SUB
+    rows = lines * 32
+    stride = factor_quads * 4
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    if PREFETCH:
-        # Of what one warp alone would wait for, column after column: the factor, and its own rows.
-        column = tl.minimum(tl.arange(0, BLOCK), count - 1)
-        for quarter in tl.static_range(BLOCK // 32):
-            prefetch(factor + column * factor_stride + tl.minimum(32 * quarter, count - 1))
-        own = column * rows + tl.minimum(tl.program_id(0) * ROWS, rows - 1)
-        prefetch(running + own)
-        prefetch(weight + own)
-    for first in range(0, count, SUB):
-        # All loads of a sub-block stand before its recursion, which then waits for arithmetic only.
-        values = ()
-        kept = ()
-        scale = ()
-        inverse = ()
-        zero = ()
-        for c in tl.static_range(SUB):
-            values = values + (tl.load(running + (first + c) * rows + row, mask=there, other=0.0),)
-            kept = kept + (tl.load(weight + (first + c) * rows + row, mask=there, other=0.0),)
-            grid = tl.load(group_of + first + c) * rows + row
-            scale = scale + (tl.load(scales + grid, mask=there, other=1.0),)
-            inverse = inverse + (tl.load(inverse_scales + grid, mask=there, other=1.0),)
-            zero = zero + (tl.load(zeros + grid, mask=there, other=0.0),)
-        deviation = tl.load(running + row, mask=there, other=0.0)
-        line = load_line(factor, first, 0)
-        for group in range(0, first, UNROLL):
-            for step in tl.static_range(UNROLL):
-                # What the next column needs is under way while this one is worked on; the last one loads in vain.
-                after = group + step + 1
-                next_deviation = tl.load(running + after * rows + row, mask=there, other=0.0)
-                next_line = load_line(factor, after * factor_stride + first, 0)
-                values = take_in(values, deviation, line, 0)
-                deviation = next_deviation
-                line = next_line
-        line = load_line(factor, first * factor_stride + first, 1)
-        for c in tl.static_range(SUB):
-            following = line
-            if c + 1 < SUB:
-                following = load_line(factor, (first + c + 1) * factor_stride + first, c + 2)
-            at = (first + c) * rows + row
-            code, deviation = _column(values[c], kept[c], scale[c], inverse[c], zero[c], top)
-            tl.store(codes + at, code.to(tl.uint8), mask=there)
-            tl.store(running + at, deviation, mask=there)
-            values = take_in(values, deviation, line, c + 1)
-            line = following
+    origin = start.to(tl.int64) * rows
+    running += origin
+    weight += origin
+    codes += origin
+    factor += start.to(tl.int64) * stride + start
+    group_of += start
+    summed = tl.where(start > 0, count, 0)
+    for part in range(0, count, PART):
+        column = part + tl.arange(0, PART)
+        inside = column < count
+        if COMPILED:
+            # What the recursion would wait for, line after line, is fetched while the product runs.
+            own = tl.minimum(column, count - 1)
+            for line in tl.static_range(PART // 32):
+                prefetch(factor + own * stride + tl.minimum(part + 32 * line, count - 1))
+            for line in tl.static_range(ROWS // 32):
+                prefetch(weight + own * rows + tl.program_id(0) * ROWS + 32 * line)
+        place = running + column[:, None] * rows + row[None, :]
+        sums = tl.load(place, mask=(column < summed)[:, None], other=0.0)
+        for inner in tl.range(0, part, DEPTH, num_stages=STAGES):
+            depth = inner + tl.arange(0, DEPTH)
+            deviations = tl.load(running + depth[:, None] * rows + row[None, :])
+            shares = tl.load(factor + depth[:, None] * stride + column[None, :], mask=inside[None, :], other=0.0)
+            sums = tl.dot(tl.trans(shares), deviations, sums, input_precision="ieee")
+        tl.store(place, sums, mask=inside[:, None])
+        tl.debug_barrier()
+        for first in range(part, tl.minimum(part + PART, count), SUB):
+            # All loads of a sub-block stand before its recursion, which then waits for arithmetic only.
+            values = ()
+            kept = ()
+            scale = ()
+            inverse = ()
+            zero = ()
+            for c in tl.static_range(SUB):
+                grid = tl.load(group_of + first + c) * rows + row
+                scale = scale + (tl.load(scales + grid),)
+                inverse = inverse + (tl.load(inverse_scales + grid),)
+                zero = zero + (tl.load(zeros + grid),)
+                kept = kept + (tl.load(weight + (first + c) * rows + row),)
+                values = values + (kept[c] + tl.load(running + (first + c) * rows + row),)
+            for group in range(part, first, UNROLL):
+                deviation = ()
+                shares_of = ()
+                for step in tl.static_range(UNROLL):
+                    deviation = deviation + (tl.load(running + (group + step) * rows + row),)
+                    shares_of = shares_of + load_line(factor + (group + step) * stride + first, 0, COMPILED)
+                for step in tl.static_range(UNROLL):
+                    values = take_in(values, deviation[step], shares_of, SUB * step, 0)
+            # Warps that do the same twice read what the first of them is about to replace.
+            tl.debug_barrier()
+            triangle = ()
+            for c in tl.static_range(AHEAD):
+                triangle = triangle + load_line(factor + (first + c) * stride + first, c + 1, COMPILED)
+            for c in tl.static_range(SUB):
+                if c + AHEAD < SUB:
+                    after = factor + (first + c + AHEAD) * stride + first
+                    triangle = triangle + load_line(after, c + AHEAD + 1, COMPILED)
+                at = (first + c) * rows + row
+                code, error = _column(values[c], kept[c], scale[c], inverse[c], zero[c], top)
+                tl.store(codes + at, code.to(tl.uint8))
+                tl.store(running + at, error)
+                values = take_in(values, error, triangle, SUB * c, c + 1)
+            tl.debug_barrier()
+
+
+# That neighbours are read is known to the compiler (``across`` is 1) and nothing else: one program for all sizes.
+@triton.jit(
+    do_not_specialize=["height", "width", "down", "target_height", "target_width"],
+    do_not_specialize_on_alignment=["source", "target"],
+)
+def transpose_kernel(
+    source,  # [height, width], ``down`` and ``across`` entries from one to the next
+    target,  # [target_height, target_width]: the source's columns as rows, zeros where it has none
+    height,
+    width,
+    down,
+    across,
+    target_height,
+    target_width,
+    TILE: tl.constexpr,
+):
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)  # of the source's rows
+    j = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    there = (i < height)[:, None] & (j < width)[None, :]
+    far = i.to(tl.int64)[:, None] * down + j.to(tl.int64)[None, :] * across
+    tile = tl.trans(tl.load(source + far, mask=there, other=0))
+    place = target + j.to(tl.int64)[:, None] * target_width + i[None, :]
+    tl.store(place, tile, mask=(j < target_height)[:, None] & (i < target_width)[None, :])
+
+
+def transposed(source: Tensor, height: int, width: int) -> Tensor:
+    """The transpose, cut to [height, width] or filled up to it with zeros; torch's own copy is many times slower."""
+    target = torch.empty(height, width, dtype=source.dtype, device=source.device)
+    tile = triton.next_power_of_2(max(height, width)) if interpreted() else TILE
+    grid = (triton.cdiv(height, tile), triton.cdiv(width, tile))
+    transpose_kernel[grid](source, target, *source.shape, *source.stride(), height, width, TILE=tile)
+    return target
+
+
+def rows_of_a_program(rows: int, processors: int) -> int:
+    """The fewest that leave every multiprocessor one program at most, where so many are not too many for one."""
+    fewest = LINE
+    while fewest < MOST_ROWS and rows > fewest * processors:
+        fewest *= 2
+    return fewest
+
+
+def warps_of_a_program(rows: int) -> int:
+    """Four, or as many as keep a product's sums in registers."""
+    return max(4, rows // 16)
 
 
 def gptq_sweep(
@@ -166,54 +244,58 @@ def gptq_sweep(
 ) -> Tensor:
     """See :func:`epmq.reference.gptq_sweep`; fp32 tensors of one device, no synchronisation with it.
 
-    block: columns of one launch, a multiple of 16. super_block: columns between updates of all that is left, a multiple
-    of ``block``. The products follow torch's own TF32 switches, off by default; everything else is IEEE fp32.
+    block: columns of one launch, a multiple of 16. super_block: columns between updates of all that is left, ``block``
+    times a power of two. The products follow torch's own TF32 switches, off by default; everything else is IEEE fp32.
     """
     rows, columns = weight.shape
     if rows == 0 or columns == 0:
         return torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    # Columns of zeros change no other, rows know of no other; with both no access of the kernel needs a bound.
     missing = -columns % SUB.value
-    if missing:
-        # Columns of zeros change no other; with them no access of the kernel needs a bound but that of the rows.
-        weight, unit_upper = F.pad(weight, (0, missing)), F.pad(unit_upper, (0, missing, 0, missing))
-        group_of, columns = F.pad(group_of, (0, missing)), columns + missing
-    transposed = weight.T.contiguous()
-    running = transposed.clone()
-    swept = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    by_group = [tensor.T.contiguous() for tensor in (scales, 1.0 / scales, zeros)]
-    # Two entries are read at a time.
-    paired = unit_upper.stride(1) == 1 and unit_upper.stride(0) % 2 == 0 and unit_upper.data_ptr() % 8 == 0
-    factor = unit_upper if paired else unit_upper.clone(memory_format=torch.contiguous_format)
-    group_of = group_of.to(torch.int32).contiguous()
+    _, processors = device_facts(weight.device)
     # The interpreter's cost is by operation, not by element: all rows at once.
-    per_program = triton.next_power_of_2(rows) if interpreted() else ROWS_PER_PROGRAM
-    grid = (triton.cdiv(rows, per_program),)
+    per_program = max(triton.next_power_of_2(rows), LINE) if interpreted() else rows_of_a_program(rows, processors)
+    width, height = triton.cdiv(rows, per_program) * per_program, columns + missing
+    if missing:
+        unit_upper, group_of = F.pad(unit_upper, (0, missing, 0, missing)), F.pad(group_of, (0, missing))
+    # Four entries are read at a time.
+    aligned = unit_upper.stride(1) == 1 and unit_upper.stride(0) % 4 == 0 and unit_upper.data_ptr() % 16 == 0
+    factor = unit_upper if aligned else unit_upper.clone(memory_format=torch.contiguous_format)
+    group_of = group_of.to(torch.int32).contiguous()
     with on_device(weight):
-        for super_start in range(0, columns, super_block):
-            super_stop = min(super_start + super_block, columns)
-            for start in range(super_start, super_stop, block):
-                stop = min(start + block, super_stop)
-                if start > super_start:
-                    share = factor[super_start:start, start:stop]
-                    running[start:stop].addmm_(share.T, running[super_start:start])
-                gptq_block_kernel[grid](
-                    running[start:],
-                    transposed[start:],
-                    swept[start:],
-                    factor[start:, start:],
-                    *by_group,
-                    group_of[start:],
-                    stop - start,
-                    rows,
-                    factor.stride(0),
-                    float(2**bits - 1),
-                    ROWS=per_program,
-                    BLOCK=triton.next_power_of_2(max(block, BLOCK)),
-                    PREFETCH=not interpreted(),
-                    num_warps=1,
-                    enable_fp_fusion=False,
-                )
-            if super_stop < columns:
-                share = factor[super_start:super_stop, super_stop:]
-                running[super_stop:].addmm_(share.T, running[super_start:super_stop])
-    return swept[: columns - missing].T.contiguous()
+        kept = transposed(weight, height, width)
+        by_group = [transposed(tensor, tensor.shape[1], width) for tensor in (scales, 1.0 / scales, zeros)]
+        running = torch.empty_like(kept)
+        swept = torch.empty(height, width, dtype=torch.uint8, device=weight.device)
+        for start in range(0, height, block):
+            stop = min(start + block, height)
+            gptq_block_kernel[(width // per_program,)](
+                running,
+                kept,
+                swept,
+                factor,
+                *by_group,
+                group_of,
+                start // SUB.value,
+                (stop - start) // SUB.value,
+                width // LINE,
+                factor.stride(0) // QUAD.value,
+                float(2**bits - 1),
+                ROWS=per_program,
+                COMPILED=not interpreted(),
+                num_warps=warps_of_a_program(per_program),
+                **SETTINGS,
+            )
+            # After an odd number of blocks the last one goes to the next one, after twice an odd number the last two go
+            # to the next two, and so on: square products, up to the super-block's, which goes to all that is left.
+            reach = block
+            while reach < super_block and stop % (2 * reach) == 0:
+                reach *= 2
+            end = height if reach >= super_block else min(stop + reach, height)
+            if stop < end:
+                share, out = factor[stop - reach : stop, stop:end].T, running[stop:end]
+                if reach == stop:  # the first that these columns get
+                    torch.mm(share, running[:stop], out=out)
+                else:
+                    out.addmm_(share, running[stop - reach : stop])
+        return transposed(swept, rows, columns)

@@ -22,7 +22,8 @@ product = gates_int4.product_gate(90, "fp16", 128, tile, True)
 for gate in (sweep, moments, product):
     assert not gate.faults, gate
 gates_gptq.MOST_PER_COLUMN, machine_code.SHARED_BYTES[90] = 10, 1024
-assert gates_gptq.gptq_gate(90).faults == ["more than 10 instructions per column"]
+shared = f"{sweep.counts.shared} bytes of shared memory"
+assert gates_gptq.gptq_gate(90).faults == [shared, "more than 10 instructions per column"]
 assert gates_gptq.gram_gate(90, "bf16", False, False).faults == [f"{moments.counts.shared} bytes of shared memory"]
 
 def broken(**changes):
