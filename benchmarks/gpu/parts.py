@@ -21,6 +21,7 @@ from gpu.timing import clocks, launch_microseconds, milliseconds
 from torch import Tensor
 
 from epmq import QuantLinear, ops, reference
+from epmq.kernels import gptq_block
 from epmq.kernels import gram as moments
 from epmq.kernels.gram import Plan
 from epmq.kernels.int4_matmul import int4_matmul
@@ -382,6 +383,12 @@ def gptq(setting: Setting, rows: int, columns: int) -> Iterator[Row]:
         row["factor ms"] = milliseconds(factor)
         row["factor, blocked ms"] = milliseconds(lambda: blocked.function(hessian))
         row["clocks"] = clocks()
+        yield row
+        # What the sizes in kernels/gptq_block.py reckon with.
+        for block, reach in ((256, 2048), (512, 512), (512, 4096), (1024, 4096)):
+            timed = partial(gptq_block.gptq_sweep, weight, unit, scales, zeros, group_of, BITS, block, reach)
+            how = f"sweep, blocks of {block} up to {reach}"
+            row[f"{how} ms"] = setting.attempt(how, partial(milliseconds, timed))
         yield row
     theirs = loop()
     different = row["codes that differ"] = float((ours != theirs).float().mean())
