@@ -163,8 +163,11 @@ def count(program: Program, loop: Loop | None, each: float) -> Counts:
     )
 
 
-def common_faults(program: Program, arch: int) -> list[str]:
-    """Sentences for the limits that every kernel has: no spills, and shared memory that the chip has."""
-    spills = program.count("LDL", "STL")
-    faults = [f"{spills} spill instructions, {program.stack} bytes of stack"] if spills or program.stack else []
+def common_faults(program: Program, arch: int, loop: Loop | None = None, outside: int = 0) -> list[str]:
+    """Sentences for the limits that every kernel has: shared memory that the chip has, and no spills, but for so many
+    instructions ``outside`` of the loop."""
+    spills, within = program.count("LDL", "STL"), program.count("LDL", "STL", within=loop) if loop else 0
+    broken = within or spills > outside or (program.stack and not spills)
+    said = f"{spills} spill instructions ({within} in the loop), {program.stack} bytes of stack"
+    faults = [said] if broken else []
     return faults + ([f"{program.shared} bytes of shared memory"] if program.shared > SHARED_BYTES[arch] else [])

@@ -129,10 +129,10 @@ def default(key: Key) -> Config:
 def fitting(key: Key) -> list[Config]:
     """Tiles for a key's tokens and rows, without their number of parts: none that is mostly empty or far too small."""
     rows = padded(key.out_features, TILE_ROWS)
-    most = max(shape.block_m for shape in shapes(key.arch))
-    least = min(key.tokens, most)
-    found = [shape for shape in shapes(key.arch) if least <= shape.block_m < 2 * least and shape.block_n <= rows]
-    return found or [shape for shape in shapes(key.arch) if shape.block_m == 8 and shape.block_n <= rows]
+    tiles = [shape for shape in shapes(key.arch, key.group_size) if shape.block_n <= rows]
+    least = min(key.tokens, max(shape.block_m for shape in tiles))
+    found = [shape for shape in tiles if least <= shape.block_m < 2 * least]
+    return found or [shape for shape in tiles if shape.block_m == 8]
 
 
 def with_parts(shape: Config, key: Key) -> Config:
@@ -177,7 +177,7 @@ def joins(arch: int, block_m: int) -> bool:
 def candidates(key: Key) -> list[Config]:
     """Configurations worth timing for a key, the default first."""
     found = [default(key), Config(0, 0, 1, 0, 0, False, two_stages=True)]
-    for shape in shapes(key.arch):
+    for shape in shapes(key.arch, key.group_size):
         if shape.block_n > padded(key.out_features, TILE_ROWS) or shape.block_m > max(8, 2 * key.tokens):
             continue
         if shape.block_m < 64 and key.tokens > 4 * shape.block_m:
@@ -191,14 +191,19 @@ def candidates(key: Key) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def shapes(arch: int) -> list[Config]:
-    """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all."""
+def shapes(arch: int, group_size: int = 128) -> list[Config]:
+    """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all.
+
+    group_size: as the kernels count it, 0 for the whole row.
+    """
     if has_wgmma(arch):
         # Two programs of four warps share a multiprocessor: one's products hide the other's dequantization.
         stages = {
             (8, 64): 4, (8, 128): 4, (16, 64): 4, (16, 128): 3, (32, 64): 4, (32, 128): 4, (64, 64): 4, (64, 128): 4,
             (128, 64): 3, (128, 128): 3,
         }  # fmt: skip
+        if group_size in (32, 64):
+            del stages[128, 128]  # the groups' words leave no room for two
         return [Config(m, n, 1, 4, depth, joins(arch, m)) for (m, n), depth in stages.items()]
     # 32 and 64 by 64 spill on sm_80.
     tiles = ((8, 64, 4), (8, 128, 4), (16, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 3))
