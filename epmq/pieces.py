@@ -21,8 +21,10 @@ def cut(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """See :func:`epmq.reference.product`; sums of each two pieces are fp32, as are the sums over pieces."""
-    (a_high, a_low), (b_high, b_low) = cut(a), cut(b)
     out = a.new_zeros(a.shape[0], b.shape[1])
+    if out.numel() == 0 or a.shape[1] == 0:
+        return out
+    (a_high, a_low), (b_high, b_low) = cut(a), cut(b)
     # The smaller ones first. A checkpoint in bf16 has no lower piece.
     if bool(a_low.any()):
         out = _add(out, a_low, b_high)
