@@ -1,8 +1,8 @@
 """Cholesky by blocks of columns: small factors and triangular solves, all the rest in matrix products.
 
 The form ``blocked`` of :func:`epmq.reference.cholesky`. On a CPU it takes 0.6 to 0.7 of LAPACK's time from a thousand
-columns on, and is preferred there. On a GPU it runs where ``EPMQ_BACKEND=blocked`` asks for it: cuSOLVER is faster on an
-H200 at 4096 and 14336 columns.
+columns on, and is preferred there. On a GPU it runs where ``EPMQ_BACKEND=blocked`` asks for it: cuSOLVER is faster on
+an H200 at 4096 and 14336 columns.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class QuantLinear(nn.Module):
 
     def _multiply_tiles(self, x: Tensor) -> Tensor:
         """The fused kernel's product, with the codes in its layout: packed at the first call and after a change."""
-        from epmq.kernels.int4_matmul import product
+        from epmq.kernels.int4_matmul import multiply
         from epmq.kernels.layout import kernel_group
 
         made_for = (x.dtype, x.device, self._versions())
@@ -218,7 +218,7 @@ class QuantLinear(nn.Module):
             tiles = self._lay_out(x.dtype)
             self._tiles, self._tiles_for = tiles, made_for
         group = kernel_group(self.group_size, self.in_features)
-        y: Tensor = product(x, *tiles, self.bias, self.out_features, group, False)
+        y: Tensor = multiply(x, *tiles, self.bias, self.out_features, group)
         return y
 
     def _lay_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

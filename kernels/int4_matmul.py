@@ -65,9 +65,7 @@ def int4_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, bat
     rows = x.reshape(-1, weight.in_features)
     if weight.permutation is not None:
         rows = rows.index_select(1, weight.permutation)
-    y: Tensor = product(
-        rows, weight.words, weight.scale_words, bias, weight.out_features, weight.group_size, batch_invariant
-    )
+    y = multiply(rows, weight.words, weight.scale_words, bias, weight.out_features, weight.group_size, batch_invariant)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -82,8 +80,30 @@ def dequantize(weight: PackedWeight) -> Tensor:
 # ---- torch operators -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("epmq::int4_matmul", mutates_args=())
-def product(
+def multiply(
+    x: Tensor,
+    words: Tensor,
+    scale_words: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """The operator :func:`product`, or what it computes where nothing looks at operators: what torch runs for one in
+    Python takes as long as a small product."""
+    function = _product if _unobserved(x, bias) else product
+    y: Tensor = function(x, words, scale_words, bias, out_features, group_size, batch_invariant)
+    return y
+
+
+def _unobserved(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether no gradient is kept, nothing is traced or transformed, and x is no subclass."""
+    keeps = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not keeps and not traced and type(x) is Tensor and torch._C._functorch.maybe_current_level() is None
+
+
+def _product(
     x: Tensor,
     words: Tensor,
     scale_words: Tensor,
@@ -99,6 +119,9 @@ def product(
         if x.is_cuda:
             ensure_checked(x, bias, out_features, group_size, config)
         return run(x, words, scale_words, bias, out_features, group_size, config)
+
+
+product = torch.library.custom_op("epmq::int4_matmul", _product, mutates_args=())
 
 
 @product.register_fake

@@ -12,6 +12,7 @@ import torch
 from conftest import make_toy_job
 from test_int4_matmul import BF16, FP16, check, problem
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import epmq
 from epmq import QuantLinear, ops, placement, reference
@@ -64,6 +65,43 @@ def test_calls_that_the_table_gives_to_triton(changes: dict[str, Any], wanted: b
     x = torch.zeros(2, 192, dtype=changes.get("dtype", FP16), device=device)
     chosen = ops.choose("dequant_matmul", x, layer.packed, layer.scales, layer.zeros, layer.bias, bits, group)
     assert (chosen.backend == "triton") == wanted
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that torch runs while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_the_operator_is_called_where_something_looks_at_operators(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, tensor, weight, bias = problem(20, 128, 64, True, FP16, 3, device)
+    called: list[Tensor] = []
+    operator = kernels.product
+
+    def noted(*given: Any) -> Any:
+        called.append(given[0])
+        return operator(*given)
+
+    monkeypatch.setattr(kernels, "product", noted)
+    with torch.no_grad():
+        plain = kernels.int4_matmul(x, weight, bias)
+        assert not called
+        with Seen() as seen:
+            observed = kernels.int4_matmul(x, weight, bias)
+        assert "epmq.int4_matmul.default" in seen.names
+    assert torch.equal(plain, observed) and len(called) == 1
+    y = kernels.int4_matmul(x.clone().requires_grad_(), weight, bias)
+    assert y.requires_grad and len(called) == 2
+    check(plain, x, tensor, bias)
 
 
 def test_cpu_tensors_go_to_the_interpreter_only_when_asked() -> None:
