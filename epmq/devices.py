@@ -33,9 +33,12 @@ def compute_device(wanted: str | torch.device | None, home: torch.device | None 
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a GPU can still give this process: what nobody holds, and what torch keeps there for later."""
-    free: int = torch.cuda.mem_get_info(device)[0]
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What a GPU can still give this process: what nobody holds, and what torch keeps there for later; no more than
+    the share of it that torch may take."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
 
 
 def home_of(model: nn.Module) -> torch.device:

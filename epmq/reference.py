@@ -96,8 +96,8 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a · b``: ``[N, k]``, ``[k, n]``. Faster forms may take 16 significant bits of each factor, as those of
-    :func:`subtract_product` may: this serves the target. A row's bits do not depend on the rows beside it on a CPU."""
+    """``a · b``: ``[N, k]``, ``[k, n]``. Faster forms may take 16 significant bits of a, and sum as tensor cores do:
+    this serves the target, and a is weights or their difference. On a CPU a row's bits do not depend on the others."""
     return a @ b
 
 

@@ -99,8 +99,9 @@ def multiply(
 def _unobserved(x: Tensor, bias: Tensor | None) -> bool:
     """Whether no gradient is kept, nothing is traced or transformed, and x is no subclass."""
     keeps = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not keeps and not traced and type(x) is Tensor and torch._C._functorch.maybe_current_level() is None
+    if keeps or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.maybe_current_level() is None
 
 
 def _product(

@@ -22,11 +22,11 @@ from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, kernel_group, padded
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-# From this many tokens on, dequantizing once and multiplying with cuBLAS is as fast: on an H200 402 us against 401 for
+# From this bucket on, dequantizing once and multiplying with cuBLAS is as fast: on an H200 402 us against 401 for
 # 2048 tokens by 8192 x 8192, 1531 against 1657 for 8192.
 TWO_STAGES_FROM = 2048
 SHORTEST_PART = 4  # blocks of 128 columns: less leaves the pipeline no time to fill
-# Fitted to 132 times of products on an H200 (benchmarks/results/nvidia-h200/int4.json), to 10 %: microseconds for a
+# Fitted to 132 times on an H200 (benchmarks/results/nvidia-h200/int4.json), 10 % off in the mean: microseconds for a
 # step of 128 columns, by tokens and rows of the tile, of one of two programs that share a multiprocessor; how much
 # longer one alone takes, and one of 8 tokens, which waits for memory; steps that a program's start takes; microseconds
 # of summing parts, and of each part; bytes a second, in 1e12, at which parts are written and read.
@@ -76,7 +76,7 @@ class Key:
 
 # Timed on named GPUs, by compute capability and multiprocessors, output and input features, and bucket of tokens:
 # tokens and rows of the fastest tile, and parts. Groups of 128 in fp16; bf16 takes as many instructions. Those with 132
-# are an H200's (benchmarks/results/nvidia-h200/int4.json).
+# are an H200's, with Triton 3.6 (benchmarks/results/nvidia-h200/int4.json).
 SHIPPED: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[int, int, int]]]] = {
     (90, 132): {
         (8192, 8192): {

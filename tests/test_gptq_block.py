@@ -191,7 +191,7 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("rows, columns", [(256, 2048), (4096, 1024)])
+@pytest.mark.parametrize("rows, columns", [(256, 2048), (4096, 1024), (6144, 2560), (9000, 640)])
 def test_layers_of_real_size_on_a_gpu(rows: int, columns: int) -> None:
     problem = sweep_problem(rows, columns, 128, 4, False)
     given = placed(form(), *problem)

@@ -265,3 +265,11 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_many_rows_of_real_width_on_a_gpu(dtype: torch.dtype) -> None:
     check_accumulate(Form(), seeded(20000, 384).to(dtype), seeded(20000, 200).to(dtype), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_wide_tiles_and_a_cut_last_wave_on_a_gpu() -> None:
+    """42 tiles in two parts, the last twenty of them in four pieces each."""
+    form = Form(partial(gram.accumulate, chosen=Plan(256, 8192, 20, 2048)))
+    check_accumulate(form, seeded(16384, 1536).to(torch.bfloat16), None, None)

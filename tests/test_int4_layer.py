@@ -104,6 +104,17 @@ def test_the_operator_is_called_where_something_looks_at_operators(
     check(plain, x, tensor, bias)
 
 
+@pytest.mark.usefixtures("on_triton")
+def test_a_traced_layer_keeps_the_operator(device: torch.device) -> None:
+    x, tensor, _, _ = problem(20, 128, 64, True, FP16, 3, device)
+    layer = QuantLinear.from_quantized(tensor, None).to(device)
+    with torch.no_grad():
+        layer(x)  # lays the codes out, which is not to be traced
+        traced = torch.jit.trace(layer, x)
+        assert "epmq::int4_matmul" in str(traced.inlined_graph)
+        assert torch.equal(traced(x + 1), layer(x + 1))
+
+
 def test_cpu_tensors_go_to_the_interpreter_only_when_asked() -> None:
     layer = QuantLinear(64, 8, group_size=32, dtype=FP16)
     x = torch.zeros(2, 64, dtype=FP16)

@@ -146,14 +146,22 @@ def test_a_gpu_gives_half_of_what_work_leaves_free(
     )
     work = work_bytes(block, [inputs])
     assert work_bytes(block, [inputs] * 2) > work > 4 * 13 * 64 * 64
-    free = {"mem_get_info": (2**30 + work - 500, 0), "memory_reserved": 700, "memory_allocated": 200}
+    free: dict[str, Any] = {
+        "mem_get_info": (2**30 + work - 500, 2**34),
+        "memory_reserved": 700,
+        "memory_allocated": 200,
+    }
+    free["get_per_process_memory_fraction"] = 1.0
     for name, found in free.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
     around = Surroundings(reuse_bytes=100, takes_spare=takes_spare)
     streams = {"task": [SimpleNamespace(inputs=inputs)]}
     walk: Any = SimpleNamespace(device=torch.device(device), _around=around, streams=streams)
     assert Walk.reuse_bytes(walk, block) == expected
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (work // 2, 0))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: work / 2**34)
+    assert Walk.reuse_bytes(walk, block) == 100
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (work // 2, 2**34))
     assert Walk.reuse_bytes(walk, block) == 100
 
 
