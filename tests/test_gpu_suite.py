@@ -23,8 +23,9 @@ from forms import CUT_OFF, cut_off_sums
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gpu import job, packages, parts, rivals, suite, tables
+from gpu import int4_products, job, packages, parts, rivals, second_moments, solver, suite, tables, whole_block
 from gpu import timing as walls
+from gpu.setting import Row, Setting, relative
 from triton.runtime.errors import OutOfResources
 
 from epmq import ops, reference
@@ -50,11 +51,11 @@ def inside(part: str, folder: Path) -> dict[str, Any]:
     return items
 
 
-def setting(timed: bool = False) -> parts.Setting:
-    return parts.Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True, {}, {}, timed)
+def setting(timed: bool = False) -> Setting:
+    return Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), True, {}, {}, timed)
 
 
-@pytest.mark.parametrize("part", ["launch", "gram", "gptq", "block"])
+@pytest.mark.parametrize("part", ["launch", "gram", "gptq", "product", "block"])
 def test_each_part_checks_itself_on_small_shapes(part: str, tmp_path: Path) -> None:
     found = inside(part, tmp_path)
     assert {name.split()[0] for name in found} == {part}
@@ -64,9 +65,9 @@ def test_each_part_checks_itself_on_small_shapes(part: str, tmp_path: Path) -> N
     assert f"## {part}" in text and "## Not measured" in text and "int4 llama-3-8b o 4096x4096, M=1, M=4," in text
 
 
-@pytest.mark.parametrize("tokens", parts.TOKENS[:3])
+@pytest.mark.parametrize("tokens", int4_products.TOKENS[:3])
 def test_an_item_of_the_int4_part_checks_itself_on_a_small_shape(tokens: int) -> None:
-    (row,) = parts.int4(setting(), "llama-3-8b o", 4096, 4096, tokens)
+    (row,) = int4_products.int4(setting(), "llama-3-8b o", 4096, 4096, tokens)
     assert row["M"] == tokens and "failed" not in row
 
 
@@ -100,20 +101,20 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_an_item_throws_ends_only_that_item(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    right, calls = parts.launch, []
+    right, calls = int4_products.launch, []
 
-    def broken(*arguments: Any) -> Iterator[parts.Row]:
+    def broken(*arguments: Any) -> Iterator[Row]:
         calls.append(arguments)
         if len(calls) > 1:
             yield from right(*arguments)
             return
-        row: parts.Row = {"M": 1}
+        row: Row = {"M": 1}
         yield row
         row["µs"] = 2.0
         yield row
         raise error
 
-    monkeypatch.setattr(parts, "launch", broken)
+    monkeypatch.setattr(int4_products, "launch", broken)
     first, second = inside("launch", tmp_path).values()
     assert first["rows"] == [{"M": 1, "µs": 2.0}] and first["error"].startswith(type(error).__name__)
     assert "error" not in second and second["rows"]
@@ -123,7 +124,7 @@ def test_what_an_item_throws_ends_only_that_item(
 
 def test_a_process_that_dies_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an illegal access: what was begun is named, the next item has a process of its own."""
-    names = [name for name in parts.items(setting()) if name.startswith("gptq")]
+    names = [name for name in parts.items(setting()) if name.split()[0] == "gptq"]
     commands: list[list[str]] = []
 
     def dies(command: list[str], **_: Any) -> Any:
@@ -163,7 +164,7 @@ def test_moments_that_miss_a_row_are_found_out(monkeypatch: pytest.MonkeyPatch) 
         ),
     )
     monkeypatch.setattr(ops, "implementations", lambda op: [short])
-    (row,) = parts.gram(setting(), *parts.GRAMS[2])
+    (row,) = second_moments.gram(setting(), *parts.GRAMS[2])
     assert "moments of small integers" in row["failed"]
 
 
@@ -174,17 +175,17 @@ def test_drift_is_what_sums_that_are_cut_off_have(places: int, step: int) -> Non
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(8192, 12, generator=generator).bfloat16().double() for _ in range(2))
     for left in (x, y):
-        error = parts.relative(cut_off_sums(left, x, places, step), left.T @ x)
-        print(f"{error:.3g} of {parts.drift(8192):.3g}")
-        assert error < parts.drift(8192)
+        error = relative(cut_off_sums(left, x, places, step), left.T @ x)
+        print(f"{error:.3g} of {second_moments.drift(8192):.3g}")
+        assert error < second_moments.drift(8192)
         assert left is y or error > 1e-5
 
 
 def test_tiles_are_checked_and_the_fastest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = parts.tiles(setting(), "llama-3-8b o", 4096, 4096, 16)
+    (row,) = int4_products.tiles(setting(), "llama-3-8b o", 4096, 4096, 16)
     assert row["others"] > 3 and "failed" not in row
-    monkeypatch.setattr(parts, "product_milliseconds", lambda key, config, seconds: 2.0 - (config.block_m == 8))
-    (row,) = parts.tiles(setting(timed=True), "llama-3-8b o", 4096, 4096, 16)
+    monkeypatch.setattr(int4_products, "product_milliseconds", lambda key, config, seconds: 2.0 - (config.block_m == 8))
+    (row,) = int4_products.tiles(setting(timed=True), "llama-3-8b o", 4096, 4096, 16)
     assert row["chosen µs"] == 2000.0 and row["fastest µs"] == 1000.0
     assert row["chosen"].startswith("16x") and row["fastest"].startswith("8x")
 
@@ -203,7 +204,8 @@ def test_a_failing_rival_does_not_lose_our_row(part: str, monkeypatch: pytest.Mo
         "clocks": lambda: "1980, 3201",
         "replayed": lambda call: call(),
     }.items():
-        monkeypatch.setattr(parts, name, fake)
+        for module in (int4_products, second_moments, solver):
+            monkeypatch.setattr(module, name, fake, raising=False)
     monkeypatch.setattr(rivals, "PRODUCTS", {"cublas": rivals.cublas, "another": fails})
     for module, name in ((rivals, "llm_compressor"), (torch, "compile"), (torch, "addmm")):
         monkeypatch.setattr(module, name, fails)
@@ -221,8 +223,8 @@ def test_a_block_is_timed_when_all_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     for name, fake in {"reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 2**30}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     ticks = itertools.chain([0.0, 9.0, 20.0, 21.0], itertools.count(30.0))
-    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    rows = list(parts.block(setting(timed=True), "float32"))
+    monkeypatch.setattr(whole_block, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    rows = list(whole_block.block(setting(timed=True), "float32"))
     assert len(rows) == 3 and rows[0] is rows[1] is rows[2] and "failed" not in rows[0]
     assert rows[0]["first time s"] == 9.0 and rows[0]["seconds"] == 1.0 and rows[0]["peak GPU GiB"] == 1.0
     # Every look at the clock takes a second: a call of a kind is one of them.
@@ -341,9 +343,9 @@ def test_wheels_are_fetched_without_what_rivals_bring_along(tmp_path: Path, monk
 def test_what_compiles_is_measured_at_some_products_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "failures", Counter())
     assert set(rivals.SOME) <= set(rivals.PRODUCTS)
-    layers = set(parts.LAYERS.values())
+    layers = set(int4_products.LAYERS.values())
     for shapes in rivals.SOME.values():
-        assert set(shapes) <= layers and all({*counts} <= {*parts.TOKENS} for counts in shapes.values())
+        assert set(shapes) <= layers and all({*counts} <= {*int4_products.TOKENS} for counts in shapes.values())
     assert rivals.measured("cublas", 3072, 1024, 8192) and not rivals.measured("tinygemm", 3072, 1024, 512)
     assert rivals.measured("humming", 8192, 8192, 64) and not rivals.measured("humming", 6144, 4096, 64)
     rivals.failures["humming"] += rivals.MOST_FAILURES
@@ -380,7 +382,7 @@ def test_humming_is_given_our_codes_and_told_its_programs(monkeypatch: pytest.Mo
     monkeypatch.setattr(rivals, "_module", fakes.__getitem__)
     monkeypatch.setitem(rivals.SOME, "humming", {(64, 256): (1, 16, 64)})
     monkeypatch.setenv("HUMMING_COMPILER", "nvcc")
-    weight = parts.random_weight(64, 256, torch.device("cpu"), 0)
+    weight = int4_products.random_weight(64, 256, torch.device("cpu"), 0)
     assert weight.zeros is not None
     rivals.humming(torch.zeros(16, 256).half(), weight)()
     assert given["transformed"] and given["shape"] == (64, 256) and given["has_zero_point"]

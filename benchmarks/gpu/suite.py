@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from gpu import tables
-from gpu.parts import PARTS, Setting, items
+from gpu.parts import PARTS, items
+from gpu.setting import Setting
 from gpu.timing import card_limits
 
 RESULTS = Path(__file__).parents[1] / "results"
