@@ -55,7 +55,6 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool)
         "JOINED": config.joined,
         "SWIZZLE": 1 if split else 8,
         "EARLY": split and arch >= 90,
-        "AHEAD": config.ahead,
         "ASM": True,
         "WIDE": False,
     }

@@ -37,7 +37,9 @@ def free_bytes(device: torch.device) -> int:
     the share of it that torch may take."""
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    # It wants to know which one "cuda" is.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
     return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
 
 

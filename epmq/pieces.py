@@ -24,18 +24,16 @@ def cut(matrix: Tensor, pieces: int) -> list[Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """See :func:`epmq.reference.product`; sums of each two pieces are fp32, as are the sums over pieces."""
+    """See :func:`epmq.reference.product`; sums over columns and pieces are fp32."""
     out = a.new_zeros(a.shape[0], b.shape[1])
     if out.numel() == 0 or a.shape[1] == 0:
         return out
-    (a_high, a_low), (b_high, b_middle, b_low) = cut(a, 2), cut(b, 3)
-    pairs = [(a_high, b_low), (a_low, b_middle), (a_low, b_high), (a_high, b_middle), (a_high, b_high)]
-    # A checkpoint in bf16 has no lower piece.
-    whole = not bool(a_low.any())
-    for left, right in pairs:  # the smallest first
-        if not (whole and left is a_low):
-            out = _add(out, left, right)
-    return out
+    high, low = cut(a, 2)
+    # One above the other, the smallest first: a product with all of them is one product.
+    pieces = torch.cat(cut(b, 3)[::-1])
+    if bool(low.any()):  # none of a checkpoint in bf16
+        out = _add(out, low.repeat(1, 2), pieces[a.shape[1] :])
+    return _add(out, high.repeat(1, 3), pieces)
 
 
 def _add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

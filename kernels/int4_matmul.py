@@ -236,10 +236,9 @@ def run(
     per_part, parts = cut(blocks, config)
     # A bias of x's dtype is added by the product, any other by the sum, so that none compiles the product anew.
     split = parts > 1 or (bias is not None and bias.dtype != x.dtype)
-    # sm_90 can begin a launch before the one before has ended, which hides most of what a launch costs: the sum's
-    # always, the product's where that is asked for.
-    early = not interpreted() and tune.device_facts(x.device)[0] >= 90
-    begun = config.ahead > 0 and early
+    # sm_90 can launch the sum before the product has ended, which hides most of what a launch costs. The product itself
+    # gains nothing by that: on an H200 it took longer, whether or not it fetched weights meanwhile.
+    early = split and not interpreted() and tune.device_facts(x.device)[0] >= 90
     out = x.new_empty(tokens, out_features)
     sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=x.device) if split else out
     grid = (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts)
@@ -248,11 +247,9 @@ def run(
         row_stride(x), per_part,
         BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split,
         BIAS=bias is not None and not split, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
-        EARLY=early and (split or begun), AHEAD=config.ahead if begun else 0,
-        ASM=not interpreted() if assembly is None else assembly,
+        EARLY=early, ASM=not interpreted() if assembly is None else assembly,
         WIDE=interpreted() and x.dtype == torch.bfloat16,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
-        **({"launch_pdl": True} if begun else {}),
     )  # fmt: skip
     if split:
         sum_parts[(-(-tokens * out_features // SUM_BLOCK),)](

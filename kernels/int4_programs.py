@@ -169,28 +169,6 @@ def words_of_planes(grid, GROUP: tl.constexpr):
         return grid, grid, grid, grid
 
 
-@triton.jit
-def fetch(addresses):
-    """Bring lines of 128 bytes into the second-level cache. Returns zeros: inline assembly must return something."""
-    return tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def fetch_steps(w_start, grid_start, steps, KB, NP, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Ask for the words of the first steps of a part, and with groups of 128 for their grid words."""
-    line = tl.arange(0, 128)
-    # A step takes BN / 2 lines of words, 32 of each 64 rows, and BN / 32 of grid words.
-    inside = (line % (BN // 2) // 32) * (KB * 2048) + (line % 32) * 64
-    for step in range(0, steps, 256 // BN):
-        fetch(w_start + tl.minimum(step + line // (BN // 2), steps - 1) * 2048 + inside)
-    if GROUP == 128:
-        for step in range(0, steps, 4096 // BN):
-            row = tl.minimum(step + line // (BN // 32), steps - 1)
-            fetch(grid_start + row * NP + (line % (BN // 32)) * 32)
-
-
 @triton.jit(do_not_specialize=["M", "KB", "blocks_per_part"])
 def product_tiles(
     x,
@@ -212,7 +190,6 @@ def product_tiles(
     JOINED: tl.constexpr,
     SWIZZLE: tl.constexpr,
     EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
     ASM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -221,8 +198,7 @@ def product_tiles(
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
     scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
     out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: the next
-    launch may begin once all programs of this one have, and waits itself for their end. AHEAD: this one has begun so as
-    well, and asks for the weights of so many steps, which no launch before has to make, before it waits.
+    launch may begin once all programs of this one have, and waits itself for their end.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -258,9 +234,6 @@ def product_tiles(
     start_m = pid_m * BM
     x_start = x + start_m.to(tl.int64) * x_stride + first * 128
     x_rows = tl.minimum(tl.arange(0, BM), M - 1 - start_m) * x_stride
-    if AHEAD > 0:
-        fetch_steps(w_start, grid_start, tl.minimum(last - first, AHEAD), KB, NP, BN, GROUP)
-        tl.extra.cuda.gdc_wait()
     # Few tokens: scaling a sum of 128 columns takes fewer instructions than scaling its weights. With fewer rows Triton
     # would load scales a second time, and wait for them.
     SUMMED: tl.constexpr = GROUP >= 128 and BM <= 32 and BN >= 128
@@ -341,10 +314,8 @@ def sum_parts(
 ):
     """out [M, N] = Σ over parts [SPLITS, M, N] in order, plus bias [N], rounded once.
 
-    EARLY: launched while the programs that write the parts still run; the next product may begin as well.
+    EARLY: launched while the programs that write the parts still run.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     # What N is a multiple of, the size is too: that lets accesses be wide.
     count = M.to(tl.int64) * N
     start = tl.program_id(0).to(tl.int64) * BLOCK

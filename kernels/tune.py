@@ -35,7 +35,6 @@ STEP = {
     (64, 64): 0.293, (64, 128): 0.479, (128, 64): 0.439, (128, 128): 0.779,
 }  # fmt: skip
 ALONE, ALONE_OF_8, FILLING, SUMMING, PART, SUM_RATE = 1.34, 1.05, 1, 1.0, 0.076, 4.66
-AHEAD = 16  # of a configuration that begins early; more would push what others use out of the second-level cache
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Config:
     """How one product is cut: tokens and rows of a tile, parts of the columns, warps, stages, operand form.
 
     joined: one product of 128 columns a step instead of four of 32. two_stages: dequantize, then cuBLAS; the other
-    fields are then unused. ahead: on sm_90, begin while the launch before still runs and ask for the weights of so many
-    steps before waiting for its end; 0: begin after it.
+    fields are then unused.
     """
 
     block_m: int
@@ -54,7 +52,6 @@ class Config:
     stages: int
     joined: bool
     two_stages: bool = False
-    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,8 +183,6 @@ def candidates(key: Key) -> list[Config]:
         blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
         parts = {1, best - 1, best, best + 1, best // 2, 2 * best} & set(range(1, blocks // 2 + 1))
         found += [replace(shape, split_k=count) for count in sorted(parts | {1})]
-    if has_wgmma(key.arch):
-        found += [replace(config, ahead=AHEAD) for config in found if not config.two_stages]
     return list(dict.fromkeys(found))
 
 

@@ -154,6 +154,7 @@ def test_a_gpu_gives_half_of_what_work_leaves_free(
     free["get_per_process_memory_fraction"] = 1.0
     for name, found in free.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     around = Surroundings(reuse_bytes=100, takes_spare=takes_spare)
     streams = {"task": [SimpleNamespace(inputs=inputs)]}
     walk: Any = SimpleNamespace(device=torch.device(device), _around=around, streams=streams)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from epmq.kernels.int4_matmul import run as run_tiles
 from epmq.kernels.layout import PackedWeight, pack_weight
 from epmq.kernels.timing import Call, copies_needed, microseconds, replayed
 from epmq.kernels.timing import milliseconds as product_milliseconds
-from epmq.kernels.tune import AHEAD, Config, candidates, choose, device_key
+from epmq.kernels.tune import Config, candidates, choose, device_key
 from epmq.quantized import QuantizedTensor
 
 # Every program that is chosen by their number, and every number that a goal is set for.
@@ -55,13 +54,6 @@ def int4(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> 
         return
     row["epmq µs"], row["taken by"] = microseconds(calls, NUMBER_SECONDS)
     row["clocks"] = clocks()
-    group = packed[0].group_size
-    chosen = choose(device_key(setting.device, rows, columns, tokens, group, torch.float16))
-    if not chosen.two_stages:
-        early = replace(chosen, ahead=AHEAD)
-        begun: list[Call] = [partial(run_tiles, x, w.words, w.scale_words, None, rows, group, early) for w in packed]
-        expect(row, relative(begun[0](), y) < 1e-6, "begun early it gives another product")
-        row["begun early µs"] = setting.attempt("int4 begun early", lambda: microseconds(begun, NUMBER_SECONDS)[0])
     size = rows * columns / 2 + 4 * rows * columns / GROUP + 2 * tokens * (rows + columns)
     row["of copy rate"] = setting.share(size, row["epmq µs"], "copy_tb_s")
     row["of bf16 peak"] = setting.share(2.0 * tokens * rows * columns, row["epmq µs"], "bfloat16_tflop_s")
@@ -97,10 +89,8 @@ def tiles(setting: Setting, layer: str, rows: int, columns: int, tokens: int) ->
             found_ms = setting.attempt(f"int4 in {told(config)}", timed)
             times[config] = math.inf if found_ms is None else 1e3 * found_ms
     row |= {"chosen": told(choose(key)), "chosen µs": times[choose(key)]}
-    for how, early in (("fastest", False), ("fastest begun early", True)):
-        best = min((config for config in times if (config.ahead > 0) == early), key=lambda c: times[c], default=None)
-        if best is not None:
-            row |= {how: told(best), f"{how} µs": times[best]}
+    best = min(times, key=lambda config: times[config])
+    row |= {"fastest": told(best), "fastest µs": times[best]}
     yield row
 
 
@@ -108,8 +98,7 @@ def told(config: Config) -> str:
     if config.two_stages:
         return "dequantized, cuBLAS"
     tile = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
-    parts = f"{config.split_k} parts{', joined' if config.joined else ''}"
-    return f"{tile}, {parts}" + (f", {config.ahead} steps ahead" if config.ahead else "")
+    return f"{tile}, {config.split_k} parts{', joined' if config.joined else ''}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -128,7 +128,7 @@ MOST_TOKENS = {"tinygemm": 512}
 # the third it searches, some ten seconds for each number.
 IN_TABLE = (1, 16, 32, 128, 256, 512, 1024, 2048, 8192)
 SOME: dict[str, dict[tuple[int, int], tuple[int, ...]]] = {
-    "gemlite": {(4096, 4096): IN_TABLE, (28672, 4096): IN_TABLE, (8192, 8192): (1, 16, 256)},
+    "gemlite": {(4096, 4096): IN_TABLE, (28672, 4096): IN_TABLE},
     "humming": dict.fromkeys(((4096, 4096), (8192, 8192)), (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)),
 }
 MOST_FAILURES = 2  # in one process, of what compiles: a failure can take as long as what it fails at

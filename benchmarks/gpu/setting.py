@@ -17,7 +17,7 @@ from torch import Tensor
 
 Row = dict[str, Any]
 GROUP, BITS = 128, 4
-NUMBER_SECONDS = 0.2  # that most numbers are allowed to take; there are hundreds
+NUMBER_SECONDS = 0.12  # that most numbers are allowed to take; there are hundreds
 
 
 @dataclass
