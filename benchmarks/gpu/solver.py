@@ -8,13 +8,12 @@ from functools import partial
 
 import torch
 from gpu import rivals
-from gpu.setting import BITS, GROUP, NUMBER_SECONDS, Row, Setting, expect, relative
+from gpu.setting import BITS, GROUP, Row, Setting, expect, relative
 from gpu.timing import clocks, milliseconds
 from torch import Tensor
 
 from epmq import ops, pieces, reference
 from epmq.kernels import gptq_block
-from epmq.kernels.timing import microseconds
 from epmq.quantized import column_groups
 from epmq.solve import Factor, factorize
 
@@ -116,6 +115,5 @@ def product(setting: Setting, rows: int, columns: int) -> Iterator[Row]:
             # 16 bits of the weight, and sums of so many products that are cut off, each at most a unit.
             expect(row, bool((off <= (2.0**-17 + columns * 2.0**-23) * magnitude).all()), f"{name} is off")
             if setting.timed:
-                timed = partial(function, weight, hessian)
-                row[f"{kind} weight, {name} ms"] = microseconds([timed], NUMBER_SECONDS)[0] / 1e3
+                row[f"{kind} weight, {name} ms"] = milliseconds(partial(function, weight, hessian))
         yield row
