@@ -30,8 +30,8 @@ Format = Literal["compressed-tensors", "gptq", "native"]
 class DistillSettings(Settings):
     """Tuning of the last blocks towards the experts' features, between closed form and rounding (docs/method.md).
 
-    It holds the whole model in fp32, and one expert beside it while targets are made; both run in fp32, whatever
-    ``forward_dtype`` says. steps, learning_rate: of AdamW.
+    It holds the whole model in fp32, and one expert beside it while targets are made; both run in bf16 where that is
+    the ``forward_dtype``, in fp32 otherwise. steps, learning_rate: of AdamW.
     examples: per task and step. copies: varied copies of each text (token models only). originals: share of steps on
     unvaried inputs. last_blocks: share of the blocks that is tuned. covariance_share: how far distances follow the
     expert's own feature covariance. cross_weight: weight of similar tasks' experts; least_similarity: cosine from which

@@ -9,6 +9,7 @@ experts, because one model must give either expert's answer on either kind of in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from epmq.augment import augmented, can_augment, token_pool
 from epmq.blocks import find_blocks
 from epmq.config import DistillSettings
 from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
+from epmq.precision import AS_IT_IS, Precision
 from epmq.shelf import altered, read_value, write_value
 from epmq.sources import all_finite
 from epmq.streams import DECODER_SEQUENCES, TEXT_SEQUENCES, Batch
@@ -49,13 +51,14 @@ class _Example:
     crossed: dict[str, Tensor] = field(default_factory=dict)
 
 
-def pooled(model: nn.Module, batch: Batch) -> Tensor:
-    """Features ``[B, D]`` of a batch: the model's first output, for a language model what its output embeddings read,
-    for one that compares images and texts the features of both, for one that scores positions (answers to questions)
-    what its last block gives; averaged over unmasked positions when it has them."""
-    hidden = _last_hidden(model, batch).float()
-    if hidden.dim() == 2 and _scores_positions(model, batch, hidden):
-        hidden = _of_last_block(model, batch).float()
+def pooled(model: nn.Module, batch: Batch, precision: Precision = AS_IT_IS) -> Tensor:
+    """Features ``[B, D]`` of a batch, fp32: the model's first output, for a language model what its output embeddings
+    read, for one that compares images and texts the features of both, for one that scores positions (answers to
+    questions) what its last block gives; averaged over unmasked positions when it has them."""
+    with nullcontext() if precision.dtype is None else precision.active():
+        hidden = _last_hidden(model, batch).float()
+        if hidden.dim() == 2 and _scores_positions(model, batch, hidden):
+            hidden = _of_last_block(model, batch).float()
     count = len(batch.held)
     if len(hidden) != count and hidden.dim() == 3 and hidden.shape[1] == count:
         hidden = hidden.transpose(0, 1)  # time first
@@ -153,12 +156,14 @@ def distill(
     world: World | None = None,
     kept_in: Path | None = None,
     frozen: Collection[nn.Module] = (),
+    precision: Precision = AS_IT_IS,
 ) -> dict[str, Any]:
     """Tune the modules ``trained`` of ``model`` (fp32), in place; returns losses and pairs for the report.
 
     open_expert: gives a task's expert as a module; one is open at a time. streams: calibration batches per task.
     world: processes that share the tasks of every step; their gradients are added up. kept_in: a file for the state
     after every 20 steps, from which a later call goes on. frozen: modules within ``trained`` that stay as they are.
+    precision: of all forward passes; features, distances, gradients and weights are fp32 in any.
     """
     world = world or World()
     parameters = _trainable(model, trained, frozen)
@@ -173,9 +178,9 @@ def distill(
     if kept is not None and kept["step"] == settings.steps:
         losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
     else:
-        pairs = similar_tasks(model, streams, settings)
+        pairs = similar_tasks(model, streams, settings, precision)
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-        examples = _examples(open_expert, streams, pairs, settings, generator, progress, world, padding)
+        examples = _examples(open_expert, streams, pairs, settings, generator, progress, world, padding, precision)
         metrics = {task: _metrics(task, [e.feature for e in found], settings) for task, found in examples.items()}
         if kept is not None:
             losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
@@ -190,7 +195,7 @@ def distill(
             example = _pick(batches, settings, generator)
             if place % world.size != world.rank:
                 continue
-            feature = pooled(model, example.batch)
+            feature = pooled(model, example.batch, precision)
             loss = _distance(feature - example.feature, metrics[task][0])
             for other, wanted in example.crossed.items():
                 loss = loss + settings.cross_weight * _distance(feature - wanted, metrics[other][1])
@@ -296,7 +301,7 @@ def _take_up(
 
 @torch.no_grad()
 def similar_tasks(
-    model: nn.Module, streams: Mapping[str, list[Batch]], settings: DistillSettings
+    model: nn.Module, streams: Mapping[str, list[Batch]], settings: DistillSettings, precision: Precision = AS_IT_IS
 ) -> dict[str, list[str]]:
     """For each task the tasks whose inputs look most like its own: nearest by the cosine of centred mean features."""
     tasks = list(streams)
@@ -304,7 +309,9 @@ def similar_tasks(
         return {task: [] for task in tasks}
     means = []
     for task in tasks:
-        features = torch.cat([pooled(model, batch) for batch in streams[task][:: max(1, len(streams[task]) // 4)]])
+        features = torch.cat(
+            [pooled(model, batch, precision) for batch in streams[task][:: max(1, len(streams[task]) // 4)]]
+        )
         means.append(features.mean(0))
     centred = torch.stack(means) - torch.stack(means).mean(0)
     cosine = torch.nn.functional.normalize(centred, dim=1)
@@ -330,6 +337,7 @@ def _examples(
     progress: Callable[[str, int, int], None],
     world: World,
     padding: int | None,
+    precision: Precision,
 ) -> dict[str, list[_Example]]:
     """Originals and varied copies of every task's batches, with what the experts make of them.
 
@@ -353,7 +361,7 @@ def _examples(
         if number % world.size == world.rank:
             progress(f"targets of {expert}", number, len(streams))
             module = open_expert(expert)
-            found[expert] = [pooled(module, batch) for task in shown[expert] for batch, _ in variants[task]]
+            found[expert] = [pooled(module, batch, precision) for task in shown[expert] for batch, _ in variants[task]]
     width = max(world.gather(max((features[0].shape[1] for features in found.values()), default=0)))
     device = next(iter(streams.values()))[0].held.device
     for expert in streams:

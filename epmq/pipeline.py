@@ -19,6 +19,7 @@ from epmq.distill import distill
 from epmq.engine import Engine
 from epmq.linear import QuantLinear
 from epmq.orientation import is_linear
+from epmq.precision import Precision
 from epmq.progress import Journal, Sink, Stage
 from epmq.quantized import QuantizedTensor
 from epmq.skeleton import fill, without_cache
@@ -178,6 +179,7 @@ def _stages(
         around.world,
         None if journal is None else journal.distillation,
         [module for name, module in model.named_modules() if is_linear(module) and not config.selects(name)],
+        Precision.of(config.forward_dtype, device).with_gradients(),
     )
     target = _Stored(DictSource(model.state_dict(), "distilled model"), merged)
     stages = {"closed_form": {"layers": found["layers"], "blocks": found["blocks"]}, "distill": stage}

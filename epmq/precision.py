@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from epmq import onednn
 
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype: fp16 or bf16, while weights, norms and residual sums stay as they are; None leaves all as it is."""
+    """dtype: fp16 or bf16, while weights, norms and residual sums stay as they are; None leaves all as it is.
+    gradients: whether they follow."""
 
     dtype: torch.dtype | None = None
     device_type: str = "cpu"
+    gradients: bool = False
 
     @classmethod
     def of(cls, name: str, device: torch.device) -> Precision:
@@ -28,7 +33,12 @@ class Precision:
         """While active, models and blocks run so."""
         if self.dtype is None:
             return onednn.Linears() if onednn.preferred() else nullcontext()
-        return torch.autocast(self.device_type, self.dtype)
+        cast = torch.autocast(self.device_type, self.dtype)
+        return _attention_apart(cast) if self.gradients and self.device_type == "cpu" else cast
+
+    def with_gradients(self) -> Precision:
+        """The one for passes that gradients follow: fp32 in place of fp16, in which small ones would vanish."""
+        return replace(self, gradients=True) if self.dtype == torch.bfloat16 else AS_IT_IS
 
     def read(self, x: Tensor) -> Tensor:
         """What a linear reads of its input."""
@@ -40,3 +50,27 @@ class Precision:
 
 
 AS_IT_IS = Precision()
+
+
+@contextmanager
+def _attention_apart(cast: AbstractContextManager[Any]) -> Iterator[None]:
+    with cast, _Attention():
+        yield
+
+
+class _Attention(TorchFunctionMode):
+    """While active, attention that gradients follow runs in fp32: torch's backward in 16 bits takes several times as
+    long on a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*args, *kwargs.values()]
+        kept = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if func is not functional.scaled_dot_product_attention or not kept:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -17,6 +17,7 @@ from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
 from epmq.distill import distill, pooled, similar_tasks, take
 from epmq.errors import CalibrationError, ConfigError, ModelError
+from epmq.precision import AS_IT_IS, Precision
 from epmq.streams import Batch, make_streams
 
 QUICK = DistillSettings(steps=30, copies=1, learning_rate=1e-3)
@@ -45,6 +46,55 @@ def test_distill_brings_features_nearer_to_every_expert() -> None:
         wanted = features(job.experts[task], batches)
         before = (features(job.merged, batches) - wanted).square().sum()
         assert (features(tuned, batches) - wanted).square().sum() < before
+
+
+def test_distill_in_bfloat16_keeps_weights_and_features_in_fp32() -> None:
+    """Passes run in it, and lead where those in fp32 lead."""
+    job, settings = make_toy_job(spread=1.0), DistillSettings(steps=80, copies=0, learning_rate=1e-3, cross_weight=0.0)
+    half = Precision.of("bfloat16", torch.device("cpu")).with_gradients()
+    streams = make_streams(job.calibration)
+    model = copy.deepcopy(job.merged)
+    seen: set[torch.dtype] = set()
+    model.get_submodule("blocks.1").register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    linear = next(m for m in model.get_submodule("blocks.1").modules() if isinstance(m, nn.Linear))
+    linear.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    distill(
+        model, [model.get_submodule("blocks.1")], job.experts.__getitem__, streams, settings, silent, precision=half
+    )
+    assert torch.bfloat16 in seen
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    exact = run(job, settings)
+    for task, batches in streams.items():
+        wanted = features(job.experts[task], batches)
+        assert pooled(model, batches[0], half).dtype == torch.float32
+        before, after, best = (
+            float((features(m, batches) - wanted).square().sum()) for m in (job.merged, model, exact)
+        )
+        # bf16 rounds each product by 2^-9 of its size: a small part of what distillation gains.
+        assert after - best < 0.1 * (before - best)
+
+
+def test_gradients_are_never_float16() -> None:
+    cpu = torch.device("cpu")
+    assert Precision.of("float16", cpu).with_gradients() == Precision.of("float32", cpu).with_gradients() == AS_IT_IS
+    half = Precision.of("bfloat16", cpu).with_gradients()
+    assert half.dtype == torch.bfloat16 and half.gradients
+
+
+def test_attention_that_gradients_follow_is_fp32_on_a_cpu() -> None:
+    half = Precision.of("bfloat16", torch.device("cpu"))
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    mask = torch.zeros(5, 5)
+    exact = nn.functional.scaled_dot_product_attention(q, q, q, mask)
+    with half.with_gradients().active():
+        found = nn.functional.scaled_dot_product_attention(q.bfloat16(), q, value=q, attn_mask=mask)
+        assert nn.functional.linear(q, torch.eye(8)).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+    with half.active():
+        assert nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
 
 
 def test_distill_touches_only_the_blocks_it_is_given(toy_job: ToyJob) -> None:
