@@ -114,8 +114,8 @@ def _product(
     batch_invariant: bool,
 ) -> Tensor:
     """:func:`int4_matmul` on the tensors of a PackedWeight; x ``[M, K]``."""
-    key = tune.device_key(x.device, out_features, x.shape[1], x.shape[0], group_size, x.dtype)
-    config = tune.fixed(key) if batch_invariant else tune.choose(key)
+    product_of = (x.device, out_features, x.shape[1], x.shape[0], group_size, x.dtype)
+    config = tune.fixed(tune.device_key(*product_of)) if batch_invariant else tune.chosen(*product_of)
     with on_device(x):
         if x.is_cuda:
             ensure_checked(x, bias, out_features, group_size, config)
@@ -232,13 +232,15 @@ def run(
         weight = dequantized(words, scale_words, out_features, x.shape[1], group_size, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     x = readable(x, TILE_COLUMNS)
+    simulated = interpreted()
+    wide = simulated and x.dtype == torch.bfloat16
     blocks = words.shape[1]
     per_part, parts = cut(blocks, config)
     # A bias of x's dtype is added by the product, any other by the sum, so that none compiles the product anew.
     split = parts > 1 or (bias is not None and bias.dtype != x.dtype)
     # sm_90 can launch the sum before the product has ended, which hides most of what a launch costs. The product itself
     # gains nothing by that: on an H200 it took longer, whether or not it fetched weights meanwhile.
-    early = split and not interpreted() and tune.device_facts(x.device)[0] >= 90
+    early = split and not simulated and tune.device_facts(x.device)[0] >= 90
     out = x.new_empty(tokens, out_features)
     sums = torch.empty(parts, tokens, out_features, dtype=torch.float32, device=x.device) if split else out
     grid = (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts)
@@ -247,14 +249,13 @@ def run(
         row_stride(x), per_part,
         BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split,
         BIAS=bias is not None and not split, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
-        EARLY=early, ASM=not interpreted() if assembly is None else assembly,
-        WIDE=interpreted() and x.dtype == torch.bfloat16,
+        EARLY=early, ASM=not simulated if assembly is None else assembly, WIDE=wide,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
         sum_parts[(-(-tokens * out_features // SUM_BLOCK),)](
             sums, bias, out, tokens, out_features,
-            SPLITS=parts, BIAS=bias is not None, EARLY=early, WIDE=interpreted() and x.dtype == torch.bfloat16,
+            SPLITS=parts, BIAS=bias is not None, EARLY=early, WIDE=wide,
             BLOCK=SUM_BLOCK, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out

@@ -100,6 +100,14 @@ def choose(key: Key) -> Config:
     return cached().get(key.text()) or shipped(key) or default(key)
 
 
+@functools.lru_cache(maxsize=16384)
+def chosen(
+    device: torch.device, out_features: int, in_features: int, tokens: int, group_size: int, dtype: torch.dtype
+) -> Config:
+    """:func:`choose` for a product on a device, without making its key at each call."""
+    return choose(device_key(device, out_features, in_features, tokens, group_size, dtype))
+
+
 def shipped(key: Key) -> Config | None:
     """What ``SHIPPED`` has for a key."""
     layer = SHIPPED.get((key.arch, key.processors), {}).get((key.out_features, key.in_features), {})
@@ -231,6 +239,7 @@ def store(found: dict[Key, Config]) -> Path:
     write_text(cache_file(), json.dumps({key: asdict(config) for key, config in merged.items()}, indent=1))
     cached.cache_clear()
     choose.cache_clear()
+    chosen.cache_clear()
     return cache_file()
 
 

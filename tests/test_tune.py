@@ -31,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def forget() -> None:
     tune.cached.cache_clear()
     tune.choose.cache_clear()
+    tune.chosen.cache_clear()
 
 
 def key(tokens: int = 8, arch: int = 90, layer: tuple[int, int] = (4096, 4096), group: int = 128) -> Key:
