@@ -135,7 +135,7 @@ class _Run:
         if tensors is None:
             return
         # A part of a tensor keeps all of it.
-        storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t, _ in tensors)}
+        storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t, _ in tensors)}
         size = sum(storages.values())
         within = [(self.batch, name, before[name] + n) for name, count in inside.items() for n in range(count)]
         self.store.keep(key, _Kept(output, tensors, inside, size), within)
