@@ -218,7 +218,7 @@ class QuantLinear(nn.Module):
             tiles = self._lay_out(x.dtype)
             self._tiles, self._tiles_for = tiles, made_for
         group = kernel_group(self.group_size, self.in_features)
-        y: Tensor = multiply(x, *tiles, self.bias, self.out_features, group)
+        y: Tensor = multiply(x, *tiles, self.bias, self.out_features, group, False)
         return y
 
     def _lay_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,14 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
-        kept = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
-        if func is not functional.scaled_dot_product_attention or not kept:
+        if func is not functional.scaled_dot_product_attention or not _keeps_gradients(*args, *kwargs.values()):
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+
+
+def _keeps_gradients(*given: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
 
 def _wide(value: Any) -> Any:

@@ -80,19 +80,10 @@ def dequantize(weight: PackedWeight) -> Tensor:
 # ---- torch operators -------------------------------------------------------------------------------------------------
 
 
-def multiply(
-    x: Tensor,
-    words: Tensor,
-    scale_words: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    batch_invariant: bool = False,
-) -> Tensor:
+def multiply(x: Tensor, words: Tensor, scale_words: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     """The operator :func:`product`, or what it computes where nothing looks at operators: what torch runs for one in
     Python takes as long as a small product."""
-    function = _product if _unobserved(x, bias) else product
-    y: Tensor = function(x, words, scale_words, bias, out_features, group_size, batch_invariant)
+    y: Tensor = (_product if _unobserved(x, bias) else product)(x, words, scale_words, bias, *how)
     return y
 
 

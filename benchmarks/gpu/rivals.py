@@ -124,8 +124,8 @@ def marlin(x: Tensor, weight: QuantizedTensor) -> Call:
 # Made for few tokens: from so many on they take seconds.
 MOST_TOKENS = {"tinygemm": 512}
 # What compiles for each row is measured at these numbers of tokens of these layers, N x K. gemlite's table has entries
-# for the first two, but none for 4 and 64 tokens, where it by now takes other kernels than when the table was made; for
-# the third it searches, some ten seconds for each number.
+# for its two, but none for 4 and 64 tokens, where it by now takes other kernels than when the table was made; without
+# an entry it searches, some ten seconds for each number.
 IN_TABLE = (1, 16, 32, 128, 256, 512, 1024, 2048, 8192)
 SOME: dict[str, dict[tuple[int, int], tuple[int, ...]]] = {
     "gemlite": {(4096, 4096): IN_TABLE, (28672, 4096): IN_TABLE},
