@@ -12,6 +12,7 @@ from epmq import extension, ops
 from epmq.config import ClipSearch, QuantConfig
 from epmq.errors import ConfigError, NumericalError
 from epmq.gradient import gradient, in_forward_mode, keep
+from epmq.kernels.layout import kernel_group, rows_of_words
 from epmq.orientation import weight_of
 from epmq.quantized import SUPPORTED_BITS, QuantizedTensor, group_count, pack, packed_words, unpack
 from epmq.sources import all_finite
@@ -139,8 +140,6 @@ class QuantLinear(nn.Module):
         """The codes as the state dict has them: packed, made anew where it was given up."""
         rows: Tensor = self.packed
         if self.packed is None:
-            from epmq.kernels.layout import rows_of_words
-
             rows = rows_of_words(self.words, self.out_features, self.in_features)
         return rows
 
@@ -181,15 +180,19 @@ class QuantLinear(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 y: Tensor = self.forward(x.to(torch.get_autocast_dtype(x.device.type)))
             return y
-        if self.columns is not None:
-            x = x.index_select(-1, self.columns)
-        rows = x.reshape(-1, self.in_features)
+        columns = self._buffers["columns"]  # nn.Module's own look-up of an attribute takes half a microsecond
+        if columns is not None:
+            x = x.index_select(-1, columns)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         y = self._multiply_tiles(rows) if self._fits_words(rows) else self._multiply(rows)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _fits_words(self, x: Tensor) -> bool:
         """Whether codes were given up for the kernels' layout, and the kernel takes this input."""
-        if self.packed is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.device != self.words.device:
+        buffers = self._buffers
+        if buffers["packed"] is not None or x.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        if x.device != buffers["words"].device:  # type: ignore[union-attr]
             return False
         return ops.wanted_backend() in (None, "triton") and not in_forward_mode()
 
@@ -209,25 +212,23 @@ class QuantLinear(nn.Module):
 
     def _multiply_tiles(self, x: Tensor) -> Tensor:
         """The fused kernel's product, with the codes in its layout: packed at the first call and after a change."""
-        from epmq.kernels.int4_matmul import multiply
-        from epmq.kernels.layout import kernel_group
-
         made_for = (x.dtype, x.device, self._versions())
         tiles = self._tiles
         if tiles is None or self._tiles_for != made_for:
             tiles = self._lay_out(x.dtype)
             self._tiles, self._tiles_for = tiles, made_for
         group = kernel_group(self.group_size, self.in_features)
-        y: Tensor = multiply(x, *tiles, self.bias, self.out_features, group, False)
+        y: Tensor = _kernel().multiply(x, *tiles, self.bias, self.out_features, group, False)
         return y
 
     def _lay_out(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Codes and grid as the kernel reads them; dtype: of the inputs."""
-        from epmq.kernels.int4_matmul import pack_grid, pack_tiles
-
         grid = (self.scales, self.zeros, self.group_size, self.in_features, dtype)
         tiles: tuple[Tensor, Tensor]
-        tiles = (self.words, pack_grid(*grid)) if self.packed is None else pack_tiles(self.packed, *grid)
+        if self.packed is None:
+            tiles = (self.words, _kernel().pack_grid(*grid))
+        else:
+            tiles = _kernel().pack_tiles(self.packed, *grid)
         return tiles
 
     def pack_for_gpu(self, dtype: torch.dtype | None = None) -> bool:
@@ -256,8 +257,9 @@ class QuantLinear(nn.Module):
         """How often codes and grid were written in place; inference tensors and compiled calls do not count that."""
         if torch.compiler.is_compiling():
             return self._tiles_for[2] if self._tiles_for else ()
-        weight = (self.words if self.packed is None else self.packed, self.scales, self.zeros)
-        return tuple(0 if t is None or t.is_inference() else t._version for t in weight)
+        buffers = self._buffers
+        codes = buffers["words"] if buffers["packed"] is None else buffers["packed"]
+        return _version(codes), _version(buffers["scales"]), _version(buffers["zeros"])
 
     def _forget_tiles(self) -> None:
         self._tiles = None
@@ -307,6 +309,17 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}"
         )
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _kernel() -> Any:
+    """The fused kernel's module, which imports Triton."""
+    import epmq.kernels.int4_matmul as kernels
+
+    return kernels
 
 
 def require_quantizable(weight: Tensor, name: str) -> None:

@@ -1,4 +1,5 @@
-"""What the launches of all kernels share: the interpreter, the current device, and rows that kernels can read."""
+"""What the launches of all kernels share: the interpreter, the current device, rows that kernels can read, and a start
+without Triton's look at every argument."""
 
 from __future__ import annotations
 
@@ -43,3 +44,27 @@ def readable(rows: Tensor, multiple: int) -> Tensor:
     copy = rows.new_zeros(rows.shape[0], rows.shape[1] + missing)
     copy[:, : rows.shape[1]] = rows
     return copy
+
+
+class Launch:
+    """A program on a grid with its constants; from the second call on it starts as it was compiled for the first.
+
+    Triton looks at all arguments of every call to find the form it compiled for such ones, which takes several times as
+    long as starting that. Arguments of all calls must therefore be alike in what it looks at: dtypes, which of them are
+    None, on which 16 bytes tensors begin, and the numbers themselves; and the device, current at each call, the same.
+    """
+
+    def __init__(self, program: Any, grid: tuple[int, ...], **options: Any):
+        self.program, self.grid, self.options = program, (*grid, 1, 1)[:3], options
+        self.constants: tuple[Any, ...] = ()
+        self.start: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.start is not None:
+            self.start(*arguments, *self.constants)
+            return
+        compiled = self.program[self.grid](*arguments, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            names = self.program.arg_names[len(arguments) :]
+            self.constants = tuple(self.options[name] for name in names)
+            self.start = compiled[self.grid]

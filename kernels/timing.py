@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from epmq.kernels import tune
-from epmq.kernels.int4_matmul import ensure_checked, run
+from epmq.kernels.int4_check import ensure_checked
+from epmq.kernels.int4_launch import run
 from epmq.kernels.layout import WHOLE_ROW, grid_words, kernel_group, packed_shapes
 from epmq.kernels.tune import DTYPE_NAMES, Config, Key
 from epmq.quantized import group_count

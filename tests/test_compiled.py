@@ -22,7 +22,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90)
-KERNELS = ("test_int4_matmul.py", "test_int4_layer.py", "test_gptq_block.py", "test_gram.py", "test_gpu_suite.py")
+KERNELS = (
+    "test_int4_matmul.py",
+    "test_int4_check.py",
+    "test_int4_layer.py",
+    "test_gptq_block.py",
+    "test_gram.py",
+    "test_gpu_suite.py",
+)
 
 # Instructions that order memory are taken out of a compiled kernel: each must be missed.
 BROKEN = """
@@ -33,7 +40,7 @@ from ptx.machine import Program, Watch
 from ptx.source import PtxError, kernels
 
 driver.use(ARCH, Watch(hazards=True))
-from epmq.kernels import gram, int4_matmul, tune
+from epmq.kernels import gram, int4_launch, tune
 from test_int4_matmul import problem
 
 x, _, weight, bias = problem(128, 768, 128, False, torch.float16, 16, torch.device("cpu"))
@@ -41,7 +48,7 @@ config = next(shape for shape in tune.shapes(ARCH) if (shape.block_m, shape.bloc
 rows = torch.randn(384, 136).half()
 
 def product():
-    return int4_matmul.run(x, weight.words, weight.scale_words, bias, 128, 128, config)
+    return int4_launch.run(x, weight.words, weight.scale_words, bias, 128, 128, config)
 
 def moments():
     hessian = torch.zeros(136, 136)
@@ -92,7 +99,7 @@ from ptx.traffic import Traffic
 
 traffic = Traffic()
 driver.use(ARCH, Watch(traffic=traffic))
-from epmq.kernels import gptq_block, gram, int4_matmul, tune
+from epmq.kernels import gptq_block, gram, int4_launch, tune
 from test_int4_matmul import problem
 from forms import sweep_problem
 
@@ -109,7 +116,7 @@ for dtype in (torch.float16, torch.bfloat16):
         for shape in tune.shapes(ARCH):
             rows = shape.block_n
             x, _, weight, _ = problem(rows, 1024, group, False, dtype, shape.block_m, torch.device("cpu"))
-            int4_matmul.run(x, weight.words, weight.scale_words, None, rows, weight.group_size, shape)
+            int4_launch.run(x, weight.words, weight.scale_words, None, rows, weight.group_size, shape)
             seen(f"int4 {dtype} g{group} {shape.block_m}x{rows}")
     for plan in [gram.Plan(128, 8192)] + [gram.Plan(256, 8192)] * (ARCH >= 90):
         x, target = torch.randn(256, 512).to(dtype), torch.randn(256, 256).to(dtype)

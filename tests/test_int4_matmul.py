@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from epmq.kernels import int4_matmul as kernels
 from epmq.kernels import tune
+from epmq.kernels.int4_launch import run
 from epmq.kernels.int4_matmul import int4_matmul
 from epmq.kernels.int4_programs import centred, nibble_assembly, sum_parts
 from epmq.kernels.launch import interpreted, readable
@@ -161,7 +163,7 @@ def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.
     x, tensor, weight, bias = problem(rows, columns, group, symmetric, dtype, tokens, device)
     config = Config(block_m, block_n, parts, 8 if block_n == 256 else 4, 3, joined)
     for offset in (bias, bias.float(), None):
-        y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
+        y = run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
         check(y, x, tensor, offset, config)
 
 
@@ -196,9 +198,9 @@ def test_parts_are_summed_in_order(shape: tuple[int, int], dtype: torch.dtype, d
 def test_two_stages(group: int, dtype: torch.dtype, device: torch.device) -> None:
     x, tensor, weight, bias = problem(70, 300, group, False, dtype, 12, device)
     config = Config(0, 0, 1, 0, 0, False, two_stages=True)
-    y = kernels.run(x, weight.words, weight.scale_words, None, 70, weight.group_size, config)
+    y = run(x, weight.words, weight.scale_words, None, 70, weight.group_size, config)
     check(y, x, tensor, None, config)
-    with_bias = kernels.run(x, weight.words, weight.scale_words, bias, 70, weight.group_size, config)
+    with_bias = run(x, weight.words, weight.scale_words, bias, 70, weight.group_size, config)
     # The library may round the product before it adds the bias.
     twice = torch.finfo(dtype).eps * (y.float().abs() + with_bias.float().abs())
     assert bool(((with_bias.float() - y.float() - bias.float()).abs() <= twice).all())
@@ -256,8 +258,29 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(group: int, device: torc
 def test_two_calls_give_the_same_bits(device: torch.device) -> None:
     x, _, weight, bias = problem(70, 1024, 128, False, BF16, 3, device)
     config = Config(8, 64, 4, 4, 4, True)
-    first, second = (kernels.run(x, weight.words, weight.scale_words, bias, 70, 128, config) for _ in range(2))
+    first, second = (run(x, weight.words, weight.scale_words, bias, 70, 128, config) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_calls_that_differ_in_little_each_start_what_was_compiled_for_them(device: torch.device) -> None:
+    """One after the other, so that what is kept of one would be taken for the next: places, strides, sizes, biases."""
+    x, tensor, weight, bias = problem(72, 256, 128, False, FP16, 16, device)
+    words, grid, apart = weight.words, weight.scale_words, torch.zeros(16, 272, dtype=FP16, device=device)
+    plain: dict[str, Any] = {"x": x, "words": words, "scale_words": grid, "bias": bias}
+    changes: list[dict[str, Any]] = [
+        {}, {"bias": moved(bias)}, {"bias": bias.float()}, {"bias": moved(bias.float())}, {"bias": None},
+        {"x": apart[:, :256].copy_(x)}, {"x": x[:3]}, {"x": x[:1]}, {"x": x[:0]}, {"x": moved(x)},
+        {"words": moved(words)}, {"scale_words": moved(grid)}, {"words": moved(words), "scale_words": moved(grid)},
+    ]  # fmt: skip
+    for parts, change in [*itertools.product((2, 1), changes)] * 2:
+        config, call = Config(8, 64, parts, 4, 4, True), plain | change
+        check(run(**call, out_features=72, group_size=128, config=config), call["x"], tensor, call["bias"], config)
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """The same numbers, four bytes from a multiple of 16, where they always are one after the other."""
+    skip = 4 // tensor.element_size()
+    return tensor.new_empty(tensor.numel() + skip)[skip:].view(tensor.shape).copy_(tensor)
 
 
 def test_non_finite_tokens_stay_alone(device: torch.device) -> None:
@@ -280,7 +303,7 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
         shape = draw.choice([shape for shape in fits if shape.block_m <= 32])
         config = Config(shape.block_m, shape.block_n, draw.randint(1, 4), shape.warps, shape.stages, shape.joined)
         offset = draw.choice([bias, None])
-        y = kernels.run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
+        y = run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
         check(y, x, tensor, offset, config)
 
 

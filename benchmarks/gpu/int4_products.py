@@ -14,8 +14,8 @@ from gpu.timing import clocks, launch_microseconds
 from torch import Tensor
 
 from epmq import QuantLinear
+from epmq.kernels.int4_launch import run as run_tiles
 from epmq.kernels.int4_matmul import int4_matmul
-from epmq.kernels.int4_matmul import run as run_tiles
 from epmq.kernels.layout import PackedWeight, pack_weight
 from epmq.kernels.timing import Call, copies_needed, microseconds, replayed
 from epmq.kernels.timing import milliseconds as product_milliseconds
