@@ -12,7 +12,7 @@ LOADERS := build/loaders
 TRANSFORMERS4 := .venv-transformers4
 OLDEST := .venv-oldest
 GPU_MINUTES ?= 9
-GPU_PARTS ?= tests int4 launch gram gptq block tiles
+GPU_PARTS ?= tests int4 launch gram gptq product block tiles
 GPU_OUT ?=
 GPU_PYTHON ?= 3.12
 WHEELS ?= build/wheels
@@ -20,7 +20,7 @@ STRESS ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test kill-test test-levels test-ptx test-oldest test-transformers4 sanitize lint format demo minilm8 memory processes \
-  statistics whole-job tables bench peers cuda-check gates stress gpu gpu-wheels fuzz clean
+  statistics whole-job tables bench calls peers cuda-check gates stress gpu gpu-wheels fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -130,6 +130,10 @@ peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, e
 
 bench: $(READY)  ## tables of every operation against its rivals; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/run.py
+
+calls: $(READY) .venv-triton/ready  ## what Python takes for a call of QuantLinear on a GPU, without one; oldest and newest Triton
+	for python in $(BIN)/python .venv-triton/bin/python; do \
+	  PYTHONPATH=.:tests $$python benchmarks/calls.py --json benchmarks/results/calls.json || exit 1; done
 
 cuda-check: $(READY)  ## compile every .cu for sm_80 and sm_90: registers, shared memory, spills refused
 	$(BIN)/python csrc/cuda/check.py --nvcc $(NVCC)

@@ -11,8 +11,12 @@ from gpu.setting import Row, Setting
 
 PARTS = ("int4", "launch", "gram", "gptq", "product", "block", "tiles")
 LAUNCHED = ("llama-3-8b o", "clip-vit-l fc2")
-TILED = ("llama-3-8b o", "llama-3-8b gate+up", "llama-3-70b o", "clip-vit-l fc1")
-TILED_TOKENS = (8, 16, 64, 256, 1024, 2048)
+TILED = {
+    **dict.fromkeys(
+        ("llama-3-8b o", "llama-3-8b gate+up", "llama-3-70b o", "clip-vit-l fc1"), (8, 16, 64, 256, 1024, 2048)
+    ),
+    **dict.fromkeys(("llama-3-8b qkv", "llama-3-8b down", "llama-3-70b qkv", "llama-3-70b down"), (8, 16)),
+}
 SWEEPS = ((4096, 4096), (14336, 4096), (4096, 14336))
 GRAMS = ((32768, 4096, 0), (32768, 14336, 0), (32768, 4096, 4096), (32768, 14336, 4096))
 
@@ -34,7 +38,7 @@ def items(setting: Setting) -> dict[str, Callable[[], Iterator[Row]]]:
         made[f"product {rows}x{columns}"] = partial(solver.product, setting, rows, columns)
     for forward in ("bfloat16", "float32"):
         made[f"block llama-3-8b, eight experts, {forward}"] = partial(whole_block.block, setting, forward)
-    for layer in TILED:
-        for tokens in TILED_TOKENS:
+    for layer, numbers in TILED.items():
+        for tokens in numbers:
             made[f"tiles {layer} M={tokens}"] = partial(int4_products.tiles, setting, layer, *LAYERS[layer], tokens)
     return made
