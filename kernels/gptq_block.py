@@ -72,6 +72,17 @@ def load_line(place, FROM: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
+def load_row(place, COMPILED: tl.constexpr):
+    """A number for each lane. For every load that Triton knows of, its coalescing pass walks the whole program: with
+    tl.load the machine code is the same and takes twice as long to compile."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ld.global.f32 $0, [$1];", "=f,l", [place.to(tl.int64)], tl.float32, is_pure=False, pack=1
+        )
+    return tl.load(place)
+
+
+@triton.jit
 def take_in(values, deviation, lines, AT: tl.constexpr, FROM: tl.constexpr):
     """values[c] + deviation * lines[AT + c] for c from FROM on."""
     moved = ()
@@ -155,16 +166,16 @@ def gptq_block_kernel(
             zero = ()
             for c in tl.static_range(SUB):
                 grid = tl.load(group_of + first + c) * rows + row
-                scale = scale + (tl.load(scales + grid),)
-                inverse = inverse + (tl.load(inverse_scales + grid),)
-                zero = zero + (tl.load(zeros + grid),)
-                kept = kept + (tl.load(weight + (first + c) * rows + row),)
-                values = values + (kept[c] + tl.load(running + (first + c) * rows + row),)
+                scale = scale + (load_row(scales + grid, COMPILED),)
+                inverse = inverse + (load_row(inverse_scales + grid, COMPILED),)
+                zero = zero + (load_row(zeros + grid, COMPILED),)
+                kept = kept + (load_row(weight + (first + c) * rows + row, COMPILED),)
+                values = values + (kept[c] + load_row(running + (first + c) * rows + row, COMPILED),)
             for group in range(part, first, UNROLL):
                 deviation = ()
                 shares_of = ()
                 for step in tl.static_range(UNROLL):
-                    deviation = deviation + (tl.load(running + (group + step) * rows + row),)
+                    deviation = deviation + (load_row(running + (group + step) * rows + row, COMPILED),)
                     shares_of = shares_of + load_line(factor + (group + step) * stride + first, 0, COMPILED)
                 for step in tl.static_range(UNROLL):
                     values = take_in(values, deviation[step], shares_of, SUB * step, 0)
