@@ -22,10 +22,10 @@ from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
-from epmq.experts import keep_rows, weights_of_rows
+from epmq.experts import keep_rows
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
-from epmq.inputs import InputGroup, input_groups, observe
+from epmq.inputs import InputGroup, input_groups, observe, with_new
 from epmq.memory import give_back_free_memory
 from epmq.orientation import features_of, is_linear
 from epmq.progress import Sink
@@ -34,7 +34,7 @@ from epmq.skeleton import fill, without_cache
 from epmq.sources import WeightSource, all_finite
 from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Moments, TaskStatistics
-from epmq.streams import Batch, rows_of, sequence_of
+from epmq.streams import Batch, rows_read, sequence_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,11 +73,8 @@ def collect(
             groups: list[InputGroup] = []
             for batch, state in zip(batches, states, strict=True):
                 call = runner.capture(address, batch.inputs, state)
-                # What one batch leaves out another may reach: an expert of a mixture.
-                known = {name for group in groups for name in group.linears}
-                new = input_groups(block, call, lambda name: True)
-                groups += [group for group in new if not known.intersection(group.linears)]
-                if len(known.union(*(group.linears for group in new))) == len(linears_of({"": block})):
+                groups = with_new(groups, input_groups(block, call, lambda name: True))
+                if sum(len(group.linears) for group in groups) == len(linears_of({"": block})):
                     break
             linears = {group: [block.get_submodule(name) for name in group.linears] for group in groups}
             columns = {group: (features_of(linears[group][0]) or (0, 0))[0] for group in groups}
@@ -105,10 +102,7 @@ def _adding(
 
     def see(name: str, x: Tensor) -> None:
         if name not in seen:
-            at = batch.weights_of(positions[name])
-            rows, weights, matched = rows_of(x, at)
-            if not matched and at is not None:
-                weights = weights_of_rows(block, name, at)
+            rows, weights, _ = rows_read(block, name, x, batch.weights_of(positions[name]))
             found[name].add(rows, None, weights)
             seen.add(name)
 

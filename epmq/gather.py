@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from epmq.errors import CalibrationError, NumericalError
-from epmq.experts import weights_of_rows
 from epmq.inputs import InputGroup, narrows
 from epmq.norms import CHANNELS_SECOND, NormStatistics, reads_one_input
 from epmq.rows import SAMPLE_ROWS
 from epmq.sources import all_finite
 from epmq.statistics import Expert, Folded, Sample, TaskStatistics
-from epmq.streams import rows_of, split_held
+from epmq.streams import rows_of, rows_read, split_held
 from epmq.visit import Visit
 
 ROUTED_NOTE = (
@@ -117,10 +116,8 @@ def _of_task(
             continue
         reached = True
         positions = batch.weights_of(sequence)
-        rows, weights, matched = rows_of(x, positions)
-        if not matched and positions is not None:
-            weights = weights_of_rows(visit.block, group.first, positions)
-        if not matched and weights is None:
+        rows, weights, matched = rows_read(visit.block, group.first, x, positions)
+        if not matched:
             visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
         target = None
         if targets is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class InputGroup:
     @property
     def first(self) -> str:
         return self.linears[0]
+
+
+Step = TypeVar("Step", bound=InputGroup | str)
 
 
 class _Reached(Exception):
@@ -57,6 +60,26 @@ def input_groups(block: nn.Module, call: BlockCall, selects: Callable[[str], boo
     with observe(block, names, record):
         call.run(block)
     return [InputGroup(tuple(group), others.get(key)) for key, group in seen.items()]
+
+
+def names_of(step: InputGroup | str) -> tuple[str, ...]:
+    """The parts of a block that a group, or a single part, is about."""
+    return (step,) if isinstance(step, str) else step.linears
+
+
+def with_new(known: list[Step], found: list[Step]) -> list[Step]:
+    """Groups and parts known so far and those that another call reaches as well (an expert of a mixture is not reached
+    by each), every one behind the one that it came behind."""
+    steps = list(known)
+    taken = {name for step in known for name in names_of(step)}
+    place = 0
+    for step in found:
+        if step in steps:
+            place = steps.index(step) + 1
+        elif not taken.intersection(names_of(step)):
+            steps.insert(place, step)
+            place += 1
+    return steps
 
 
 def narrows(block: nn.Module, group: InputGroup) -> bool:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq.calls import BlockAddress, StreamState
 from epmq.data import IGNORED_LABEL
 from epmq.devices import moved
 from epmq.errors import CalibrationError, ModelError
+from epmq.experts import weights_of_rows
 from epmq.runner import BlockRunner
 from epmq.world import World, shares
 
@@ -226,6 +227,17 @@ def rows_of(x: Tensor, position_weights: Tensor | None) -> tuple[Tensor, Tensor 
     if x.shape[:-1] == position_weights.T.shape:
         return rows, position_weights.T.reshape(-1), True
     return rows, None, False
+
+
+def rows_read(
+    block: nn.Module, linear: str, x: Tensor, position_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """:func:`rows_of` for what a linear of a block has just read: inside a mixture, whose router picks rows, with the
+    weights of the positions that were picked."""
+    rows, weights, matched = rows_of(x, position_weights)
+    if not matched and position_weights is not None:
+        weights = weights_of_rows(block, linear, position_weights)
+    return rows, weights, matched or weights is not None
 
 
 def _in_order(places: torch.Size, weights: Tensor) -> bool:

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.errors import NumericalError
-from epmq.inputs import InputGroup, input_groups, input_of, is_norm, narrows, observe, running_order
+from epmq.inputs import (
+    InputGroup,
+    input_groups,
+    input_of,
+    is_norm,
+    names_of,
+    narrows,
+    observe,
+    running_order,
+    with_new,
+)
 from epmq.inside import Seen, outputs, run_inside
 from epmq.orientation import is_linear
 from epmq.reuse import OutputStore
@@ -37,7 +47,7 @@ class Visit:
         self._seen_at: list[str] = []
         if walk.inside:
             self._run_inside()
-        changing = [name for step in self.steps for name in _names(step)]
+        changing = [name for step in self.steps for name in names_of(step)]
         self._store = OutputStore(self.block, changing, walk.reuse_bytes(self.block))
 
     def name_of(self, part: str) -> str:
@@ -134,9 +144,8 @@ class Visit:
         for number, (task, batch) in enumerate(batches):
             if number and not wanted:
                 break
-            # What one batch leaves out another may reach: an expert of a mixture.
-            steps = _with_new(steps, self._steps_on(task, batch))
-            wanted -= {name for step in steps for name in _names(step)}
+            steps = with_new(steps, self._steps_on(task, batch))
+            wanted -= {name for step in steps for name in names_of(step)}
         world.from_main([s if isinstance(s, str) else [list(s.linears), s.sequence] for s in steps])
         return steps
 
@@ -188,22 +197,3 @@ class Visit:
 def _count_rows(counts: dict[str, int], name: str, x: Tensor) -> None:
     """Count what a part of the block reads when it first runs."""
     counts.setdefault(name, x.shape[:-1].numel())
-
-
-def _names(step: InputGroup | str) -> tuple[str, ...]:
-    """The parts of the block that a step is about."""
-    return (step,) if isinstance(step, str) else step.linears
-
-
-def _with_new(known: list[InputGroup | str], found: list[InputGroup | str]) -> list[InputGroup | str]:
-    """Steps known so far and those that another batch reaches as well, each behind the one that it came behind."""
-    steps = list(known)
-    taken = {name for step in known for name in _names(step)}
-    place = 0
-    for step in found:
-        if step in steps:
-            place = steps.index(step) + 1
-        elif not taken.intersection(_names(step)):
-            steps.insert(place, step)
-            place += 1
-    return steps

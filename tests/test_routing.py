@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import QuantConfig, QuantLinear, QuantResult, quantize
-from epmq.inputs import InputGroup
-from epmq.visit import _with_new
+from epmq.inputs import InputGroup, with_new
 
 WIDTH = 16
 
@@ -135,9 +134,10 @@ def test_a_linear_that_reads_a_table_is_no_mixture() -> None:
 
 def test_steps_of_another_batch_come_where_it_has_them() -> None:
     one, two, three, four = (InputGroup((name,)) for name in "abcd")
-    assert _with_new([one, four], [one, two, "n", four]) == [one, two, "n", four]
-    assert _with_new([one, three], [two, three, four]) == [two, one, three, four]
-    assert _with_new([InputGroup(("a", "b"))], [one, two, three]) == [three, InputGroup(("a", "b"))]
+    known: list[InputGroup | str] = [one, four]
+    assert with_new(known, [one, two, "n", four]) == [one, two, "n", four]
+    assert with_new([one, three], [two, three, four]) == [two, one, three, four]
+    assert with_new([InputGroup(("a", "b"))], [one, two, three]) == [three, InputGroup(("a", "b"))]
 
 
 class Fused(nn.Module):
