@@ -135,7 +135,8 @@ def test_a_linear_that_reads_a_table_is_no_mixture() -> None:
 def test_steps_of_another_batch_come_where_it_has_them() -> None:
     one, two, three, four = (InputGroup((name,)) for name in "abcd")
     known: list[InputGroup | str] = [one, four]
-    assert with_new(known, [one, two, "n", four]) == [one, two, "n", four]
+    found: list[InputGroup | str] = [one, two, "n", four]
+    assert with_new(known, found) == found
     assert with_new([one, three], [two, three, four]) == [two, one, three, four]
     assert with_new([InputGroup(("a", "b"))], [one, two, three]) == [three, InputGroup(("a", "b"))]
 
