@@ -33,7 +33,8 @@ def _lines(
     report: Mapping[str, Any] | None,
     made_from: Mapping[str, Any] | None,
 ) -> list[str]:
-    front = {"library_name": "transformers", "tags": ["epmq", format, *(["merge"] if made_from else [])]}
+    front: dict[str, Any] = {} if format == "native" else {"library_name": "transformers"}
+    front["tags"] = ["epmq", format, *(["merge"] if made_from else [])]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# Quantized {model_class}", ""]
     lines += [f"Format: {format}, made by epmq.", "", "## Loading", ""]
     lines += [f"- {sentence}" for sentence in limits]

@@ -24,7 +24,7 @@ from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
 from epmq.experts import keep_rows
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
-from epmq.group import COARSE_NOTE, GroupOutcome, quantize_group
+from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup, input_groups, observe, with_new
 from epmq.memory import give_back_free_memory
 from epmq.orientation import features_of, is_linear
@@ -35,6 +35,7 @@ from epmq.sources import WeightSource, all_finite
 from epmq.stacks import Deployed, deploy, hand_out, parted, read_stack, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Moments, TaskStatistics
 from epmq.streams import Batch, rows_read, sequence_of
+from epmq.world import World
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,7 +79,7 @@ def collect(
                     break
             linears = {group: [block.get_submodule(name) for name in group.linears] for group in groups}
             columns = {group: (features_of(linears[group][0]) or (0, 0))[0] for group in groups}
-            found = {group.first: TaskStatistics(columns[group], None, device=device) for group in groups}
+            found = {group.first: TaskStatistics(columns[group], None, device=device, exact=True) for group in groups}
             positions = {group.first: sequence if group.sequence is None else None for group in groups}
             for batch, state in zip(batches, states, strict=True):
                 call = runner.capture(address, batch.inputs, state)
@@ -88,6 +89,7 @@ def collect(
                     raise NumericalError(f"{address.name}: its output is NaN or Inf on inputs of task {task!r}.")
                 state.advance(address.list_name, output)
             for group in groups:
+                found[group.first].over(World())
                 found[group.first].check(task, f"{address.name}.{group.first}")
                 names = tuple(f"{address.name}.{name}" for name in group.linears)
                 writer.group(names, found[group.first], read_stack(expert, address, group, linears[group], device))
@@ -224,8 +226,8 @@ class _Group:
             if config.gamma != 1.0:
                 plain.fold_inputs(found, config.task_weights)
         inputs = plain if config.gamma != 1.0 else problem
-        strength = float(config.anchor) if config.method == "epmq" else 0.0
         refit = config.refits_bias and all(linear.bias is not None for linear in self.linears)
+        strength = anchor_strength(config, None, refit)
         where = f"{self.address.name}.{self.group.first}"
         stored = stored_scale_dtype(config, merged_source, where)
         outcomes: dict[str | None, GroupOutcome] = {}
@@ -235,8 +237,6 @@ class _Group:
             its_inputs = its_problem if inputs is problem else inputs
             its_anchor, settings = anchor.of_rows(piece.rows), config.of(piece.pattern)
             outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, settings, refit, stored, where)
-            if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
-                raise NumericalError(f"{where}: the quantized weights are not finite.")
             result.update(deploy(piece.group, piece.linears, outcome))
             outcomes[piece.pattern] = outcome
             self.coarse |= outcome.coarse

@@ -90,11 +90,12 @@ class QuantConfig(Settings):
     sym: symmetric grid (no zero points). act_order: sweep columns by descending Hessian diagonal.
     static_groups: grids are fitted before the sweep, on the target; False fits each when the sweep reaches it.
     clip: search over shrunken ranges: ``mse`` by the sum of |error|^2.4, ``hessian`` by the Hessian's diagonal,
-    ``none``; ``auto`` is ``hessian`` below 4 bits, ``none`` from 4 bits on.
+    ``none``; ``auto`` is ``hessian`` below 4 bits, ``none`` from 4 bits on. Where a grid is fitted without a Hessian
+    (method rtn, static_groups False), ``hessian`` is ``mse``.
     scale_refit: least-squares refit of the scales after the sweep, codes fixed.
     scale_dtype: stored dtype of the scales; ``auto`` is the merged weight's.
     damp: diagonal added to the Hessian relative to its mean diagonal; it pulls towards the anchor, as lambda does.
-    None: 0.01 for plain GPTQ, 0 where the anchor already keeps the Hessian positive definite.
+    None: 0.01 for plain GPTQ, 0 where the anchor, or gamma while solving, keeps the Hessian positive definite.
     anchor: lambda relative to the mean diagonal of the Hessian, or ``auto``: chosen for each group of linears by the
     error on held-out calibration rows. rho: anchor A = rho * merged + (1 - rho) * base.
     alpha: 0 applies the expert's weights to the deployed model's inputs, 1 to the inputs inside the expert.
@@ -104,7 +105,8 @@ class QuantConfig(Settings):
     shrinks. norm_refit: refit scale and shift of norm layers.
     distill: settings of a tuning stage after the closed form, or None for the closed form alone.
     forward_dtype: of linears, attention and products while calibration inputs run through the blocks; the statistics
-    are those of inputs rounded to it. Weights, norms, residual sums, all solving and distillation stay fp32.
+    are those of inputs rounded to it. Weights, norms, residual sums and all solving stay fp32. Distillation runs its
+    passes in bfloat16 where that is the choice, else in fp32.
     diagnostics: also round the merged weights with plain GPTQ at each layer, for the report's comparison.
     include / exclude: regular expressions searched in linear names; exclude wins.
     overrides: {regular expression: {bits, group_size}} for the linears in whose names it is found; the first that
@@ -157,6 +159,10 @@ class QuantConfig(Settings):
     def _consistent(self) -> QuantConfig:
         if self.act_order and not self.static_groups:
             raise ValueError("act_order needs static_groups; set one of them otherwise")
+        if self.scale_refit and not self.static_groups:
+            raise ValueError("scale_refit needs static_groups; set one of them otherwise")
+        if self.norm_refit and self.method != "epmq":
+            raise ValueError(f"norm_refit belongs to method epmq, not to {self.method}; leave it out")
         if not self.rounds and self.method in ("gptq", "rtn"):
             raise ValueError(f"bits: null leaves nothing to do for method {self.method}")
         if self.distill is not None and self.method != "epmq":

@@ -38,7 +38,7 @@ def layer_rows(
     group: InputGroup,
     linears: list[Any],
     outcome: GroupOutcome,
-    compared: Mapping[str, Expert | None],
+    compared: Mapping[str, Expert],
     samples: Mapping[str, Sample | Moments],
     seconds: float,
 ) -> list[dict[str, Any]]:
@@ -50,11 +50,7 @@ def layer_rows(
         part = slice(stop, stop + len(weight))
         stop = part.stop
         tasks = {
-            task: {
-                label: sample.error(candidate.of_rows(part), part)
-                for label, candidate in compared.items()
-                if candidate is not None
-            }
+            task: {label: sample.error(candidate.of_rows(part), part) for label, candidate in compared.items()}
             for task, sample in samples.items()
         }
         rows.append(

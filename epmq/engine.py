@@ -13,7 +13,7 @@ from epmq.blocks import linears_of
 from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
-from epmq.errors import CalibrationError, ConfigError, NumericalError
+from epmq.errors import CalibrationError, ConfigError
 from epmq.experts import separated
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
@@ -23,7 +23,7 @@ from epmq.norms import correct
 from epmq.orientation import is_linear
 from epmq.progress import Sink
 from epmq.settings import nearest
-from epmq.sources import WeightSource, all_finite, require_same_layout
+from epmq.sources import WeightSource, require_same_layout
 from epmq.stacks import Deployed, deploy, hand_out, parted, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Sample
 from epmq.streams import Batch, make_streams
@@ -139,9 +139,9 @@ class Engine:
                 # Loaders join the experts of a mixture, and so want all of them alike.
                 where = visit.name_of(name)
                 rounds = self.config.of(self.config.override_of(where)).bits is not None
-                nearest = self._nearest(visit, name) if rounds and name.startswith(mixtures) else {}
-                outcomes.update(nearest)
-                what = "rounded to nearest" if nearest else "left unquantized"
+                rounded = self._nearest(visit, name) if rounds and name.startswith(mixtures) else {}
+                outcomes.update(rounded)
+                what = "rounded to nearest" if rounded else "left unquantized"
                 self.notes.append(f"{where}: not reached on the calibration inputs; {what}.")
         for name, module in visit.block.named_modules():
             where = visit.name_of(name)
@@ -181,8 +181,6 @@ class Engine:
             its_anchor, its_merged = own_anchor.of_rows(piece.rows), own_merged.of_rows(piece.rows)
             outcome = quantize_group(problem, inputs, its_anchor, strength, settings, refit, stored, where)
             outcome = outcome.whole(own, rows, self.world)
-            if not (all_finite(outcome.weight) and all_finite(outcome.bias)):
-                raise NumericalError(f"{where}: the quantized weights are not finite.")
             gptq = self._plain_gptq(inputs, its_merged, settings, stored, where)
             result.update(deploy(piece.group, piece.linears, outcome))
             compared = {"merged": merged.of_rows(piece.rows)}
@@ -212,7 +210,7 @@ class Engine:
     ) -> GroupOutcome | None:
         if not config.diagnostics or config.bits is None or config.method == "gptq":
             return None
-        plain = config.model_copy(update={"method": "gptq", "damp": None, "gamma": 1.0})
+        plain = config.model_copy(update={"method": "gptq", "damp": None})
         return quantize_group(inputs, inputs, merged, 0.0, plain, False, stored, where)
 
     def _nearest(self, visit: Visit, name: str) -> Deployed:

@@ -23,16 +23,16 @@ FLOAT = 4
 # permuted, factored, and totals in fp64; weights of merge, expert and anchor, pull, step, target, codes of two
 # roundings.
 SQUARES, RECTANGLES = 13, 9
-PROBE = 768
+PROBE, PROBE_ELSEWHERE = 768, 4096
 # Deployed runs of a block (outputs of finished linears are reused), and one inside the expert.
 RUNS = 4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """fixed: bytes of memory that no setting spares. states: bytes of hidden states, in memory or on disk. seen: those
-    inside one block, of ``states``. disk: bytes in the output's place while the run lasts. seconds: per block, on
-    this machine. blocks: their number. walks: over all of them. tuning: seconds of distillation, 0 without it."""
+    """fixed: bytes of memory that no setting spares. states: bytes of hidden states, in memory or on disk. disk: bytes
+    in the output's place while the run lasts. seconds: per block, on this machine. blocks: their number. walks: over
+    all of them. tuning: seconds of distillation, 0 without it."""
 
     fixed: int
     states: int
@@ -82,8 +82,10 @@ def estimate(
     config: QuantConfig,
     experts: int,
     processes: int,
+    device: torch.device,
 ) -> Estimate:
-    """For one of ``processes`` equal processes, disk for all of them; skeleton is the whole model, as on meta."""
+    """For one of ``processes`` equal processes that compute on ``device``, disk for all of them; skeleton is the whole
+    model, as on meta."""
     addresses = find_blocks(skeleton)
     blocks = [skeleton.get_submodule(address.name) for address in addresses]
     block = max(blocks, key=_elements)
@@ -111,12 +113,14 @@ def estimate(
     dtype: torch.dtype = getattr(torch, config.forward_dtype)
     states = FLOAT * streams + dtype.itemsize * seen
     disk = 2 * written + 2 * processes * FLOAT * streams
-    single = _speed(torch.float32)
-    seconds = forward / _speed(dtype) + solving / single
+    single, passing = (_speed(kind, device) for kind in (torch.float32, dtype))
+    seconds = forward / passing + solving / single
     walks, tuning = 1, 0.0
     if config.distill is not None:
         walks = 2 if config.rounds else 1
-        tuning = tuning_operations(config.distill, calibration, width, whole - outer) / processes / single
+        # In fp16 it would need loss scaling, and runs in fp32.
+        rate = passing if dtype == torch.bfloat16 else single
+        tuning = tuning_operations(config.distill, calibration, width, whole - outer) / processes / rate
     return Estimate(FLOAT * fixed, states, disk, seconds, len(blocks), walks, tuning)
 
 
@@ -183,13 +187,14 @@ def _examples(inputs: Mapping[str, Any]) -> int:
     return max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=1)
 
 
-def _speed(dtype: torch.dtype) -> float:
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a product of the usual size."""
-    a = torch.ones(PROBE, PROBE, dtype=dtype)
-    a @ a
+    size = PROBE if device.type == "cpu" else PROBE_ELSEWHERE
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    (a @ a)[0, 0].item()  # which waits for the device
     started = time.perf_counter()
-    a @ a
-    return 2.0 * PROBE**3 / max(time.perf_counter() - started, 1e-9)
+    (a @ a)[0, 0].item()
+    return 2.0 * size**3 / max(time.perf_counter() - started, 1e-9)
 
 
 def _mib(size: float) -> str:

@@ -73,10 +73,9 @@ def load_task(
     head: str | Path | Head,
     max_length: int,
     text_key: str = "text",
-    limit: int | None = None,
 ) -> TextTask:
     """A task from a jsonl of {text, label} and a head, or the file of a :class:`LinearHead`."""
-    rows = read_jsonl(data, limit)
+    rows = read_jsonl(data)
     if not rows:
         raise CalibrationError(f"{data}: holds no example.")
     for number, row in enumerate(rows, 1):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from epmq.config import QuantConfig
+from epmq.errors import NumericalError
 from epmq.quantized import QuantizedTensor
 from epmq.solve import Factor, choose_anchor, factorize, is_coarse, solve_right
+from epmq.sources import all_finite
 from epmq.statistics import Expert, Folded
 from epmq.sweep import column_order, columns_in_order, quantize_to_nearest, quantize_weight
 from epmq.world import World
@@ -52,11 +54,11 @@ class GroupOutcome:
         return replace(self, weight=weight, quantized=quantized, bias=world.concat(self.bias))
 
 
-def default_damp(config: QuantConfig, anchor: float) -> float:
+def default_damp(config: QuantConfig, anchor: float, shrunken: bool) -> float:
     """The setting, or 0.01 where neither an anchor nor RegMean's shrinkage keeps the Hessian away from singular."""
     if config.damp is not None:
         return config.damp
-    return PLAIN_GPTQ_DAMP if anchor < PLAIN_GPTQ_DAMP and config.gamma == 1.0 else 0.0
+    return PLAIN_GPTQ_DAMP if anchor < PLAIN_GPTQ_DAMP and not shrunken else 0.0
 
 
 def anchor_strength(config: QuantConfig, split: tuple[Folded, Folded] | None, refit_bias: bool) -> float:
@@ -82,6 +84,8 @@ def quantize_group(
 ) -> GroupOutcome:
     """Solve eq. (2) around the anchor, round it, refit the bias.
 
+    Raises NumericalError where the result is not finite.
+
     problem: folded statistics that define the target. inputs: those that define the rounding's Hessian; the same
     object unless gamma shrinks the former. strength: relative lambda. ``where`` names the group in messages.
     """
@@ -90,7 +94,8 @@ def quantize_group(
             return GroupOutcome(anchor.weight, None, anchor.bias, 0.0, 0.0)
         nearest = quantize_to_nearest(anchor.weight, config, stored)
         return GroupOutcome(nearest.dequantize(), nearest, anchor.bias, 0.0, 0.0)
-    damp = default_damp(config, strength)
+    # What gamma shrinks is the problem that defines a target, never the inputs that are rounded on.
+    damp = default_damp(config, strength, config.needs_experts and config.gamma != 1.0)
     if refit_bias:
         same = inputs is problem
         problem = problem.centred()
@@ -101,21 +106,24 @@ def quantize_group(
     if config.needs_experts:
         step = solve_right(columns_in_order(problem.pull, order), factor)
         target = columns_in_order(step, torch.argsort(order)).add_(anchor.weight)
-    used = factor.damp
+    used, escalated = factor.damp, factor.damp > damp
     quantized: QuantizedTensor | None = None
     weight = target
     if config.bits is not None:
         if inputs is not problem:
+            damp = default_damp(config, strength, False)
             factor = _ordered_factor(inputs.hessian, order, strength, damp, where)
-            used = max(used, factor.damp)
+            used, escalated = max(used, factor.damp), escalated or factor.damp > damp
         hessian = inputs.hessian
         if config.scale_refit or config.clip_search == "hessian":  # nothing else looks at it
             hessian = _damped(hessian, strength, factor.damp)
         quantized = quantize_weight(target, hessian, factor, order, config, stored)
         weight = quantized.dequantize()
     bias = problem.bias(anchor, weight) if refit_bias else anchor.bias
+    if not (all_finite(weight) and all_finite(bias)):
+        raise NumericalError(f"{where}: the quantized weights are not finite.")
     coarse = config.needs_experts and is_coarse(problem.pull, problem.hessian)
-    return GroupOutcome(weight, quantized, bias, strength, used, used > damp, coarse)
+    return GroupOutcome(weight, quantized, bias, strength, used, escalated, coarse)
 
 
 def _ordered_factor(hessian: Tensor, order: Tensor, strength: float, damp: float, where: str) -> Factor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -193,8 +192,8 @@ def quantize_to_folder(
     # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
     writer = planned_writer(recipe, journal.result, job.skeleton, job.sources)
     with journal.kept(depends_on):
-        place = files.new_folder(out, journal.result) if at.main else nullcontext()
-        with place as working, progress_bar("quantizing") as progress:
+        whole = files.new_folder(out, journal.result) if at.main else nullcontext()
+        with whole as working, progress_bar("quantizing") as progress:
             found = run(
                 job.skeleton,
                 job.sources.merged,
@@ -309,14 +308,14 @@ def device_of(recipe: Recipe) -> torch.device:
 def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surroundings, str]:
     """Memory shared out by an estimate, which is told; refuses what cannot fit, and texts the model cannot read."""
     size = journal.world.size
-    found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size)
+    found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size, job.device)
     on_gpu = job.device.type == "cuda"
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
     states, reused = found.room(recipe.memory or int(MEMORY_SHARE * free))
     if job.calibration:
         try_out(job.skeleton, next(iter(job.calibration.values()))[0])
-    place = next(folder for folder in journal.folder.parents if folder.exists())
-    found.check_disk(shutil.disk_usage(place).free, size * max(0, found.states - states), str(place))
+    place_of_all = journal.folder.parent
+    found.check_disk(files.free_bytes(place_of_all), size * max(0, found.states - states), str(place_of_all))
     shelf, unlimited = Shelf(states, journal.scratch, job.device), recipe.memory is None
     return Surroundings(journal.world, shelf, reused, takes_spare=unlimited), found.told()
 

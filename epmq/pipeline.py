@@ -108,6 +108,8 @@ def run(
     device, around = device or torch.device("cpu"), around or Surroundings()
     absent = extension.notes(device)
     place_buffers(skeleton, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     # Tensors made in inference mode do not tell whether they have been written into.
     with torch.inference_mode(False), without_cache(skeleton):
         found = _stages(skeleton, merged, base, experts, calibration, config, sink, progress, device, around, journal)

@@ -47,7 +47,7 @@ class Shelf:
             return
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{key.replace('/', '-')}.safetensors"
+        path = self.folder / f"{key}.safetensors"
         write_value(path, value)
         self._files[key] = path
 

@@ -6,8 +6,9 @@ else with the same four methods, such as :class:`epmq.merge.MergedSource`.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ SAFETENSORS_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+HEADER_SIZE = 8  # bytes that tell the size of a safetensors header
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,7 +49,7 @@ class WeightSource(Protocol):
     def dtype(self, key: str) -> torch.dtype: ...
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor as stored; the caller owns it."""
+        """The tensor as stored. It may be the source's own: do not write to it."""
         ...
 
 
@@ -62,6 +64,7 @@ class FileSource:
         self._file_of = self._find_files()
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
+        self._start: dict[str, int] = {}  # bytes
         self._stamp = {file: _stamp(file) for file in self.files}
         for file in self.files:
             self._read_header(file)
@@ -81,6 +84,9 @@ class FileSource:
     def keys(self) -> list[str]:
         return list(self._file_of)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
     def shape(self, key: str) -> tuple[int, ...]:
         self._must_have(key)
         return self._shape[key]
@@ -90,21 +96,29 @@ class FileSource:
         return self._dtype[key]
 
     def tensor(self, key: str) -> Tensor:
-        return self._read(key, lambda handle: handle.get_tensor(key))
+        return self._read(key, 0, self.shape(key))
 
     def part(self, key: str, number: int, rows: slice) -> Tensor:
-        """``tensor(key)[number, rows]``, of which no more is read."""
-        return self._read(key, lambda handle: handle.get_slice(key)[number, rows])
+        """``tensor(key)[number, rows]`` of a tensor of three dimensions, of which no more is read."""
+        _, height, width = self.shape(key)
+        start, stop, _ = rows.indices(height)
+        return self._read(key, (number * height + start) * width, (stop - start, width))
 
-    def _read(self, key: str, read: Callable[[Any], Tensor]) -> Tensor:
-        self._must_have(key)
+    def _read(self, key: str, first: int, shape: tuple[int, ...]) -> Tensor:
+        """Entries in a row, from the ``first`` on. The library would read the header again for each tensor, whose time
+        grows with their number, and count every page ever read as resident where a file is kept open."""
         file = self._file_of[key]
         self._must_be_the_same(file, key)
-        # Opened anew and copied: a mapping kept open would count every page ever read as resident.
+        tensor = torch.empty(shape, dtype=self._dtype[key], device="cpu")
+        left: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
         try:
-            with safe_open(file, framework="pt") as handle:
-                tensor: Tensor = read(handle).clone()
-        except (SafetensorError, OSError) as error:
+            with file.open("rb", buffering=0) as handle:
+                handle.seek(self._start[key] + first * tensor.element_size())
+                while left.nbytes:  # a call reads 2 GiB at most
+                    if not (count := handle.readinto(left)):
+                        raise OSError("the file ends inside it")
+                    left = left[count:]
+        except OSError as error:
             raise SourceError(f"{file}: tensor {key!r} cannot be read ({error}).") from error
         self._must_be_the_same(file, key)
         return tensor
@@ -171,10 +185,14 @@ class FileSource:
 
     def _read_header(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="pt") as handle:
+            with safe_open(file, framework="pt") as handle, file.open("rb") as raw:
+                # The library has checked the header, but does not tell where tensors begin.
+                size = int.from_bytes(raw.read(HEADER_SIZE), "little")
+                header = json.loads(raw.read(size))
                 for key in handle.keys():
                     if self._file_of.get(key) != file:
                         continue
+                    self._start[key] = HEADER_SIZE + size + header[key]["data_offsets"][0]
                     view = handle.get_slice(key)
                     stored = view.get_dtype()
                     if stored not in SAFETENSORS_DTYPES:

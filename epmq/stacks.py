@@ -124,13 +124,15 @@ def read_stack(
 ) -> Expert:
     """The same linears of another model, read from its source, in fp32 on ``device``."""
     weights, biases = [], []
-    reader, known = FiniteReader(source, device), set(source.keys())
+    reader = FiniteReader(source, device)
     for name, linear in zip(group.linears, linears, strict=True):
         stored = oriented(linear, reader.read(f"{address.name}.{name}.weight"))
         weight = cast_there(stored, device, torch.float32)
-        bias = f"{address.name}.{name}.bias"
         weights.append(weight)
-        biases.append(cast_there(reader.read(bias), device, torch.float32) if bias in known else _no_bias(weight))
+        if linear.bias is None:
+            biases.append(_no_bias(weight))
+        else:
+            biases.append(cast_there(reader.read(f"{address.name}.{name}.bias"), device, torch.float32))
     reader.settle()
     return Expert(torch.cat(weights), torch.cat(biases))
 

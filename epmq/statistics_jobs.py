@@ -96,7 +96,7 @@ def estimate_statistics_job(recipe: Recipe, folders: Sequence[str | Path], out: 
     """What :func:`quantize_statistics_to_folder` would take, in words; raises what it would refuse before it starts."""
     job = _opened(recipe, folders, out)
     planned_writer(recipe, Path(out), job.skeleton, job.sources)
-    return estimate(job.skeleton, {}, recipe.quantization, len(recipe.experts), 1).told()
+    return estimate(job.skeleton, {}, recipe.quantization, len(recipe.experts), 1, device_of(recipe)).told()
 
 
 @dataclass(frozen=True)

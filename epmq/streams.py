@@ -33,9 +33,8 @@ class Batch:
     """One batch of a task: the model's keyword arguments and what counts of them, all on one device.
 
     position_weights: fp32 ``[B, S]`` (``[B·C, S]`` for C texts an example) or None; 0 leaves a position out of every
-    statistic. held: bool ``[B]``, the
-    examples kept back when settings are chosen. decoder_weights: as position_weights, for the positions of a decoder.
-    number: its place in the task.
+    statistic. held: bool ``[B]``, the examples kept back when settings are chosen. decoder_weights: as
+    position_weights, for the positions of a decoder. number: its place in the task.
     """
 
     inputs: dict[str, Any]

@@ -35,8 +35,8 @@ class PackedWeight:
     words: int16 ``[ceil(N/64), ceil(K/128), 64, 32]``. scale_words: int32 ``[groups, 64·ceil(N/64), 1]``, for groups of
     32 and 64 ``[ceil(K/128), 64·ceil(N/64), 128 / group_size]``. group_size: 32, 64, a multiple of 128, or 0 for one
     scale per row. dtype: fp16 or bf16, that of the scales and of the inputs it multiplies. permutation: int64 ``[K]``
-    or None; column k of the weight belongs to column ``permutation[k]`` of the
-    input. Codes of this package are stored in the original order and need none.
+    or None; column k of the weight belongs to column ``permutation[k]`` of the input. Codes of this package are stored
+    in the original order and need none.
     """
 
     words: Tensor

@@ -170,6 +170,8 @@ def test_a_verb_that_needs_another_section(job: Job, run: Run, capsys: pytest.Ca
         ({"bits": None, "method": "gptq"}, "leaves nothing to do"),
         ({"distill": {}, "method": "gptq"}, "distill belongs to method epmq"),
         ({"bias_refit": True, "gamma": 0.9}, "bias_refit"),
+        ({"scale_refit": True, "act_order": False, "static_groups": False}, "scale_refit needs static_groups"),
+        ({"norm_refit": True, "method": "gptq"}, "norm_refit belongs to method epmq, not to gptq"),
         ({"rho": -1}, "rho"),
         ({"alpha": float("nan")}, "alpha"),
         ({"anchor": float("inf")}, "anchor"),

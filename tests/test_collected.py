@@ -14,18 +14,21 @@ import torch
 from checkpoints import TASKS, Job, in_process, make_job
 from safetensors.torch import load_file, save_file
 from test_resume import content, ended, in_child
-from torch import Tensor
+from torch import Tensor, nn
 
 import epmq
+from epmq.collected import collect
 from epmq.data import calibration_batches
-from epmq.formats.statistics import MANIFEST_NAME, StatisticsReader
+from epmq.formats.statistics import MANIFEST_NAME, StatisticsReader, StatisticsWriter
 from epmq.huggingface import skeleton_from_folder, tokenizer_from_folder
 from epmq.names import NamedForModel
 from epmq.recipe import read_recipe
 from epmq.report import whole_report
-from epmq.skeleton import fill
-from epmq.sources import FileSource
+from epmq.skeleton import fill, meta_copy
+from epmq.sources import DictSource, FileSource
+from epmq.statistics import Expert, Folded
 from epmq.statistics_jobs import collect_to_folder
+from epmq.streams import make_streams
 
 pytest.importorskip("transformers")
 
@@ -302,3 +305,40 @@ def test_every_expert_needs_its_folder(
     done = in_process(capsys, "collect", job.write(), "--task", "intents", "--out", tmp_path / "out")
     assert done.code == 2
     assert "task 'intents': name its expert under experts: and its data under calibration:" in done.err
+
+
+class Constant(nn.Module):
+    """A block that reads a few of its columns alone: the others never vary."""
+
+    level: Tensor
+    varies: Tensor
+
+    def __init__(self, width: int, varying: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        level = 20.0 + torch.arange(width) / 3
+        self.register_buffer("level", level)
+        self.register_buffer("varies", (torch.arange(width) < varying).float())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        moved: Tensor = hidden + 0.0 * self.linear(self.level + self.varies * hidden)
+        return moved
+
+
+def test_columns_that_never_vary_are_known_however_many_batches_there_are(tmp_path: Path) -> None:
+    """A sum that were rounded at each batch would leave them a variance that is none."""
+    width, varying = 32, 8
+    torch.manual_seed(0)
+    model = nn.Sequential(Constant(width, varying), Constant(width, varying))
+    streams = make_streams({"own": [{"input": torch.randn(4, 256, width)} for _ in range(600)]}, torch.device("cpu"))
+    tmp_path.joinpath("out").mkdir()
+    writer = StatisticsWriter(tmp_path / "out")
+    source = DictSource(model.state_dict())
+    collect(meta_copy(model), source, "own", streams["own"], writer, lambda *_: None, torch.device("cpu"))
+    writer.finish("own", {})
+    reader = StatisticsReader(tmp_path / "out")
+    for name in ("0.linear", "1.linear"):
+        expert = Expert(source.tensor(f"{name}.weight"), source.tensor(f"{name}.bias"))
+        problem = Folded.empty(0, width)
+        problem.fold_inputs(reader.read(name, expert), "tokens")
+        assert (problem.centred().hessian.diagonal() == 0).tolist() == [False] * varying + [True] * (width - varying)

@@ -105,6 +105,21 @@ def test_outcome_tells_lambda_and_damping() -> None:
     assert (gptq.anchor, gptq.damp, gptq.escalated) == (0.0, 0.01, False)
 
 
+@pytest.mark.parametrize("method", ["gptq", "regmean"])
+def test_what_gamma_does_not_shrink_is_damped(method: str) -> None:
+    """Fewer rows than columns, so that inputs alone cannot be factored: gamma shrinks the problem that RegMean solves,
+    never the inputs that are rounded on."""
+    layer = make_layer(3, 64, tasks=1, tokens=20)
+    config = QuantConfig(method=method, group_size=8, gamma=0.9, alpha=0.0, bias_refit=False)
+    shrunken, inputs = folded(layer, 0.0, gamma=0.9), folded(layer, 0.0)
+    anchor = Expert(layer.merged, layer.bias)
+    problem = shrunken if method == "regmean" else inputs
+    outcome = quantize_group(problem, inputs, anchor, 0.0, config, False, torch.float32, "layer")
+    assert (outcome.damp, outcome.escalated) == (0.01, False)
+    if method == "gptq":
+        assert torch.equal(codes(outcome), codes(run(layer, QuantConfig(method="gptq", group_size=8))))
+
+
 # -- the same through the Python interface -------------------------------------------------------------------------
 
 

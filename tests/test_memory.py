@@ -160,12 +160,14 @@ def test_a_dry_run_tells_and_does_nothing(job: Job, tmp_path: Path, capsys: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
 
 
-def test_estimates_grow_with_what_they_count(toy_job: ToyJob) -> None:
+def test_estimates_grow_with_what_they_count(toy_job: ToyJob, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = meta_copy(toy_job.merged)
     batches = toy_job.calibration
 
     def of(config: QuantConfig = QuantConfig(), processes: int = 1, times: int = 1) -> Estimate:  # noqa: B008
-        return estimate(skeleton, {task: b * times for task, b in batches.items()}, config, 3, processes)
+        return estimate(
+            skeleton, {task: b * times for task, b in batches.items()}, config, 3, processes, torch.device("cpu")
+        )
 
     plain = of()
     rows = 3 * 3 * 8 * 12
@@ -182,6 +184,10 @@ def test_estimates_grow_with_what_they_count(toy_job: ToyJob) -> None:
     assert (plain.walks, plain.tuning) == (1, 0.0) and best.walks == 2 and best.tuning > 0.0
     assert f"{best.blocks} blocks of {best.seconds:.1f} s twice, {best.tuning:.0f} s of distillation" in best.told()
     assert of(QuantConfig(bits=8)).disk > plain.disk
+    # In bfloat16 the passes of a distillation run at that dtype's rate, in float16 they stay in fp32.
+    monkeypatch.setattr("epmq.estimate._speed", lambda dtype, device: 1e9 if dtype == torch.float32 else 4e9)
+    tuning = {kind: of(preset("best", forward_dtype=kind)).tuning for kind in ("float32", "bfloat16", "float16")}
+    assert tuning["float32"] == tuning["float16"] == 4 * tuning["bfloat16"]
     assert plain.blocks == 2 and plain.seconds > 0.0
 
 

@@ -79,6 +79,7 @@ def test_a_result_is_saved_with_its_report(settings: dict[str, Any], toy_job: To
     loaded = epmq.load(tmp_path / "out", ToyModel())
     assert torch.equal(logits(loaded), logits(result.model))
     assert whole_report(tmp_path / "out") == json.loads(json.dumps(result.report))
+    assert "library_name" not in (tmp_path / "out" / "README.md").read_text()  # epmq alone reads this format
 
 
 def test_linears_without_bias_and_tied_tensors(tmp_path: Path) -> None:

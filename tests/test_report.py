@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import ToyJob
 
 import epmq
 from epmq.errors import FormatError
+from epmq.page import sections
 from epmq.page.document import document, write_page
 from epmq.page.layout import panels
 from epmq.page.markup import Html, join, tag
@@ -50,6 +52,23 @@ def test_rounding_without_calibration_has_a_page(toy_job: ToyJob, tmp_path: Path
     write_report(tmp_path, epmq.quantize(toy_job.merged, None, {}, config).report)
     text = write_page(tmp_path).read_text()
     assert "Error by layer and task" not in text and "Size and time" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({}, ["group_size"]),
+        ({"overrides": {r"\.up$": {"bits": 8}}}, ["group_size", r"overrides.\.up$.bits"]),
+        ({"distill": {"steps": 2}}, ["distill", "group_size", "distill.steps"]),
+    ],
+)
+def test_settings_that_are_not_the_defaults_are_shown(
+    toy_job: ToyJob, settings: dict[str, Any], changed: list[str]
+) -> None:
+    text = str(sections.settings(RunReport.model_validate(report_of(toy_job, **settings))))
+    shown = re.search(r"Settings that are not the defaults.*?</table>", text, re.S)
+    assert shown is not None
+    assert re.findall(r"<tr[^>]*><t[hd][^>]*>([^<]+)", shown.group().split("</thead>")[1]) == changed
 
 
 def test_values_that_are_not_finite_are_told(toy_job: ToyJob) -> None:

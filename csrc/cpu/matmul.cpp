@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "dtype.h"
 #include "kernels.h"
 
 namespace epmq {
@@ -49,15 +50,6 @@ const uint16_t* code_words() {
     return filled;
   }();
   return words.data();
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat;
-    case at::kHalf: return Dtype::kHalf;
-    case at::kBFloat16: return Dtype::kBfloat;
-    default: TORCH_CHECK_VALUE(false, name, ": expected float32, float16 or bfloat16, got ", tensor.scalar_type());
-  }
 }
 
 void check(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,

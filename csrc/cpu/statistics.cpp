@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "dtype.h"
 #include "kernels.h"
 #include "rectangles.h"
 
@@ -22,15 +23,6 @@ namespace {
 
 constexpr int64_t kPacked = 1 << 21;  // floats of packed columns per chunk: few chunks, since threads meet after each
 constexpr int64_t kTileSteps = 48;    // steps of 32 rows per chunk and bf16 part
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat;
-    case at::kHalf: return Dtype::kHalf;
-    case at::kBFloat16: return Dtype::kBfloat;
-    default: TORCH_CHECK_VALUE(false, name, ": expected float32, float16 or bfloat16, got ", tensor.scalar_type());
-  }
-}
 
 // `dtype`: of all sums of a call.
 void check_sum(const Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {

@@ -71,7 +71,7 @@ class CompressedTensorsWriter:
     def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES):
         self.folder, self.model, self.dtype = folder, model, dtype
         self.shards = ShardWriter(folder, shard_bytes)
-        self._linears = list(plain_linears(model))
+        self._linears = plain_linears(model)
         self._experts = [n for n in self._linears if n.startswith(tuple(f"{m}." for m in separated(model)))]
         self._stored = stored_experts(model)
         self._planned: dict[str, Scheme] = {}
@@ -360,11 +360,11 @@ class CompressedTensorsReader(PackedReader):
         if not scheme.sym:
             zeros = (packed_words(rows, scheme.bits), groups)
             self.check_tensor(f"{name}.weight_zero_point", zeros, (torch.int32,))
-        permuted = f"{name}.weight_g_idx" in self.source.keys()
+        permuted = f"{name}.weight_g_idx" in self.source
         if permuted:
             self.check_tensor(f"{name}.weight_g_idx", (columns,), (torch.int32, torch.int64))
             permuted = self.column_order(f"{name}.weight_g_idx", scheme.group_size) is not None
-        bias = f"{name}.bias" in self.source.keys()
+        bias = f"{name}.bias" in self.source
         return LinearFacts(columns, rows, scheme.bits, scheme.group_size, scheme.sym, bias, permuted)
 
     def _scheme_of(self, name: str) -> Scheme:

@@ -73,7 +73,7 @@ class GPTQWriter:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         linears = plain_linears(model)
         self._head = next((name for name, module in linears.items() if module is head), None)
-        self._expected = [name for name in linears if name != self._head]
+        self._expected = dict.fromkeys(name for name in linears if name != self._head)
         self._done: set[str] = set()
         self._settings: tuple[int, int, bool, torch.dtype] | None = None
 
@@ -255,7 +255,7 @@ class GPTQReader(PackedReader):
         except (SourceError, ValueError) as error:
             raise FormatError(f"{self.folder}: linear {name!r} has no qweight and scales of two dimensions.") from error
         columns = words * WORD_BITS // self.bits
-        indexed = f"{name}.g_idx" in self.source.keys()
+        indexed = f"{name}.g_idx" in self.source
         if indexed:
             # Its length is the input's: single linears may have other bits than the model.
             columns = math.prod(self.source.shape(f"{name}.g_idx"))
@@ -275,7 +275,7 @@ class GPTQReader(PackedReader):
         self.check_tensor(f"{name}.scales", (groups, rows), SCALE_DTYPES)
         self.check_tensor(f"{name}.qzeros", (groups, packed_words(rows, bits)), (torch.int32,))
         permuted = indexed and self.column_order(f"{name}.g_idx", group_size) is not None
-        facts = LinearFacts(columns, rows, bits, group_size, self.sym, f"{name}.bias" in self.source.keys(), permuted)
+        facts = LinearFacts(columns, rows, bits, group_size, self.sym, f"{name}.bias" in self.source, permuted)
         self._zeros(name, facts)
         return facts
 

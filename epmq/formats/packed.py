@@ -216,7 +216,7 @@ class PackedReader:
         quantized = {f"{name}.{suffix}" for name in self.linears for suffix in suffixes}
         plain = [key for key in self.source.keys() if key not in quantized]
         for name in self.linears:
-            if f"{name}.weight" in plain:
+            if f"{name}.weight" in self.source:
                 raise FormatError(f"{self.folder}: linear {name!r} is there twice, quantized and as {name}.weight.")
         # Older files carry this table, which models compute.
         return [key for key in plain if not key.endswith("rotary_emb.inv_freq")]

@@ -241,7 +241,7 @@ def settings(report: RunReport) -> Html:
     usual, given = _flat(defaults), _flat(report.settings)
     rows: list[tuple[bool, list[str | Html]]] = []
     for key, value in given.items():
-        changed = key in usual and usual[key] != value and not (key == "distill" and value is None)
+        changed = key != "distill" and (key not in usual or usual[key] != value)
         mark: str | Html = tag("strong", "changed") if changed else ""
         rows.append((changed, [key, _shown(value), _shown(usual[key]) if key in usual else "–", mark]))
     if report.settings.get("distill"):

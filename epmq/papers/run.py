@@ -22,7 +22,7 @@ from epmq.papers.causal import CausalBenchmark
 from epmq.papers.clip import ClipBenchmark
 from epmq.papers.glue import GlueBenchmark
 from epmq.papers.hub import Rows, hub_rows
-from epmq.papers.settings import Paper, Row
+from epmq.papers.settings import UNQUANTIZED, Paper, Row
 from epmq.report import ResultRow, machine
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import WeightSource
@@ -76,7 +76,7 @@ def run_paper(paper: Paper, out: str | Path, device: str = "cpu", rows: Rows = h
 def _measure(paper: Paper, folder: Path, wanted: list[Row], results: Results, device: str, rows: Rows) -> None:
     """Measure rows one after the other, each kept in ``folder`` when it is known."""
     benchmark: Benchmark = KINDS[paper.kind](paper, rows)
-    quantizes = any(row.method not in ("pretrained", "expert", "merged") for row in wanted)
+    quantizes = any(row.method not in UNQUANTIZED for row in wanted)
     calibration = benchmark.calibration() if quantizes else {}
     comparison = Comparison(benchmark.merged, benchmark.experts, calibration, paper.group_size, **paper.quantization)
     for row in wanted:
