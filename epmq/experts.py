@@ -17,7 +17,7 @@ LAYOUT = {
 FUSED, OUTPUT = "gate_up_proj", "down_proj"
 
 
-class Expert(nn.Module):
+class GatedMLP(nn.Module):
     """A gated MLP: down(act(gate(x)) * up(x))."""
 
     def __init__(self, width: int, inner: int, act_fn: nn.Module, dtype: torch.dtype):
@@ -47,7 +47,7 @@ class SeparateExperts(nn.Module):
         act_fn: Any = fused.act_fn
         self.count, inner, width = both.shape[0], both.shape[1] // 2, both.shape[2]
         for number in range(self.count):
-            self.add_module(str(number), Expert(width, inner, act_fn, both.dtype))
+            self.add_module(str(number), GatedMLP(width, inner, act_fn, both.dtype))
         self.requires_grad_(False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
