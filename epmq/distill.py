@@ -9,7 +9,6 @@ experts, because one model must give either expert's answer on either kind of in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,18 @@ from torch import Tensor, nn
 
 from epmq import trust
 from epmq.augment import augmented, can_augment, token_pool
-from epmq.blocks import find_blocks
 from epmq.config import DistillSettings
-from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
+from epmq.errors import CalibrationError, ConfigError, NumericalError
+from epmq.features import pooled
 from epmq.precision import AS_IT_IS, Precision
-from epmq.shelf import altered, read_value, write_value
+from epmq.shelf import altered, read_value
 from epmq.sources import all_finite
-from epmq.streams import DECODER_SEQUENCES, TEXT_SEQUENCES, Batch
-from epmq.texts import is_encoder_decoder
+from epmq.streams import Batch, take
+from epmq.tuning_state import fits, keep, take_up
 from epmq.world import World
 
 OpenExpert = Callable[[str], nn.Module]
 KEEP_STEPS = 20
-
-
-class _HeadReached(Exception):
-    """Carries what the output embeddings read out of the model's forward."""
-
-    def __init__(self, hidden: Tensor):
-        super().__init__()
-        self.hidden = hidden
 
 
 @dataclass
@@ -49,101 +40,6 @@ class _Example:
     feature: Tensor
     varied: bool
     crossed: dict[str, Tensor] = field(default_factory=dict)
-
-
-def pooled(model: nn.Module, batch: Batch, precision: Precision = AS_IT_IS) -> Tensor:
-    """Features ``[B, D]`` of a batch, fp32: the model's first output, for a language model what its output embeddings
-    read, for one that compares images and texts the features of both, for one that scores positions (answers to
-    questions) what its last block gives; averaged over unmasked positions when it has them."""
-    with nullcontext() if precision.dtype is None else precision.active():
-        hidden = _last_hidden(model, batch).float()
-        if hidden.dim() == 2 and _scores_positions(model, batch, hidden):
-            hidden = _of_last_block(model, batch).float()
-    count = len(batch.held)
-    if len(hidden) != count and hidden.dim() == 3 and hidden.shape[1] == count:
-        hidden = hidden.transpose(0, 1)  # time first
-    if len(hidden) != count:
-        raise ModelError(
-            f"{type(model).__name__}: it gives {len(hidden)} features for a batch of {count} examples, and distillation"
-            " compares those of each example; leave distill out."
-        )
-    if hidden.dim() < 3:
-        return hidden.reshape(len(hidden), -1)
-    weights = batch.output_weights(is_encoder_decoder(model))
-    if weights is None or weights.shape != hidden.shape[:2]:
-        return hidden.flatten(1, -2).mean(1)
-    return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-6)
-
-
-def _last_hidden(model: nn.Module, batch: Batch) -> Tensor:
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
-    if not isinstance(head, nn.Module):
-        output = model(**batch.inputs)
-        if isinstance(output, Mapping) and {"image_embeds", "text_embeds"} <= set(output):
-            return torch.cat([output["image_embeds"], output["text_embeds"]], -1)
-        return _first_features(model, output)
-    handle = head.register_forward_pre_hook(_reach_head, with_kwargs=True)
-    try:
-        return _first_features(model, model(**batch.inputs))
-    except _HeadReached as reached:
-        return reached.hidden
-    finally:
-        handle.remove()
-
-
-def _reach_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # What a vocabulary of logits would take is not spent.
-    raise _HeadReached(args[0] if args else next(iter(kwargs.values())))
-
-
-def _first_features(model: nn.Module, output: Any) -> Tensor:
-    """The first tensor of an output that can be features of examples; a loss in front of them is none."""
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    for value in output if isinstance(output, (tuple, list)) else (output,):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
-            return value
-    raise ModelError(
-        f"{type(model).__name__}: its output holds no tensor of features, which distillation compares; return one, or"
-        " leave distill out."
-    )
-
-
-def _scores_positions(model: nn.Module, batch: Batch, output: Tensor) -> bool:
-    """Whether an output ``[B, S]`` has one number per position, as shorter inputs show; else it is ``[B, D]``."""
-    width = output.shape[1]
-    texts = [
-        value.shape[:2]
-        for key, value in batch.inputs.items()
-        if isinstance(value, Tensor)
-        and key in (*DECODER_SEQUENCES, *TEXT_SEQUENCES)
-        and value.dim() == (3 if key.endswith("embeds") else 2)
-    ]
-    if width < 2 or output.shape not in texts:
-        return False
-    shorter = {
-        key: value[:, :-1].contiguous() if _stands_by_position(key, value) and value.shape[1] == width else value
-        for key, value in batch.inputs.items()
-    }
-    with torch.no_grad():
-        return _last_hidden(model, Batch(shorter, None, batch.held)).shape[1] == width - 1
-
-
-def _of_last_block(model: nn.Module, batch: Batch) -> Tensor:
-    """The hidden states ``[B, S, K]`` that leave the block which the forward calls last."""
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        seen[:] = [_first_features(module, output)]
-
-    handles = [model.get_submodule(address.name).register_forward_hook(see) for address in find_blocks(model)]
-    try:
-        model(**batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen[0]
 
 
 def distill(
@@ -170,20 +66,20 @@ def distill(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
     kept = read_value(kept_in) if kept_in is not None and trust.exists(kept_in) else None
-    if kept_in is not None and kept is not None and not _fits(kept, parameters, settings.steps):
+    if kept_in is not None and kept is not None and not fits(kept, parameters, settings.steps):
         raise altered(kept_in, "it is of another distillation")
     losses: list[float] = []
     pairs: dict[str, list[str]] = {}
     start = 0
     if kept is not None and kept["step"] == settings.steps:
-        losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
+        losses, pairs, start = take_up(kept, parameters, optimizer, generator)
     else:
         pairs = similar_tasks(model, streams, settings, precision)
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         examples = _examples(open_expert, streams, pairs, settings, generator, progress, world, padding, precision)
         metrics = {task: _metrics(task, [e.feature for e in found], settings) for task, found in examples.items()}
         if kept is not None:
-            losses, pairs, start = _take_up(kept, parameters, optimizer, generator)
+            losses, pairs, start = take_up(kept, parameters, optimizer, generator)
     for step in range(start, settings.steps):
         warm = min(1.0, (step + 1) / max(1.0, 0.1 * settings.steps))
         for group in optimizer.param_groups:
@@ -205,7 +101,7 @@ def distill(
         losses.append(_over_processes(parameters, total, world))
         optimizer.step()
         if kept_in is not None and world.main and ((step + 1) % KEEP_STEPS == 0 or step + 1 == settings.steps):
-            _keep(kept_in, step + 1, parameters, optimizer, generator, losses, pairs)
+            keep(kept_in, step + 1, parameters, optimizer, generator, losses, pairs)
         progress("distilling", step + 1, settings.steps)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -230,73 +126,6 @@ def _over_processes(parameters: list[nn.Parameter], loss: float, world: World) -
     total = torch.tensor([loss], dtype=torch.float64)
     world.add_up([*(parameter.grad for parameter in parameters if parameter.grad is not None), total])
     return float(total)
-
-
-def _keep(
-    path: Path,
-    step: int,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    losses: list[float],
-    pairs: dict[str, list[str]],
-) -> None:
-    moments = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
-    state = {"parameters": list(parameters), "moments": moments, "generator": generator.get_state()}
-    write_value(path, {**state, "step": step, "losses": losses, "pairs": pairs})
-
-
-def _fits(kept: Any, parameters: list[nn.Parameter], steps: int) -> bool:
-    """Whether a value from a file can be the state of this distillation, as :func:`_keep` wrote it."""
-    if not isinstance(kept, dict) or not trust.is_whole(kept.get("step"), 1, steps):
-        return False
-    values, moments, losses = (kept.get(name, ()) for name in ("parameters", "moments", "losses"))
-    pairs = kept.get("pairs")
-    if not all(isinstance(part, list) for part in (values, moments, losses)) or not isinstance(pairs, dict):
-        return False
-    if not len(values) == len(moments) == len(parameters) or len(losses) != kept["step"]:
-        return False
-    if not all(isinstance(loss, float) for loss in losses):
-        return False
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in pairs.values()):
-        return False
-    try:
-        torch.Generator().set_state(kept["generator"])
-    except (KeyError, TypeError, RuntimeError):
-        return False
-    every = zip(parameters, values, moments, strict=True)
-    return all(_is_like(value, parameter) and _are_moments(its, parameter) for parameter, value, its in every)
-
-
-def _are_moments(kept: Any, parameter: nn.Parameter) -> bool:
-    """Whether a value can be AdamW's state of a parameter; it is empty for one that never had a gradient."""
-    if not isinstance(kept, dict) or not kept:
-        return kept == {}
-    step = kept.get("step")
-    counted = isinstance(step, Tensor) and step.dim() == 0 and step.is_floating_point()
-    return counted and all(_is_like(kept.get(name), parameter) for name in ("exp_avg", "exp_avg_sq")) and len(kept) == 3
-
-
-def _is_like(value: Any, parameter: nn.Parameter) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == parameter.dtype
-
-
-@torch.no_grad()
-def _take_up(
-    kept: Mapping[str, Any],
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> tuple[list[float], dict[str, list[str]], int]:
-    for parameter, value in zip(parameters, kept["parameters"], strict=True):
-        parameter.copy_(value)
-    for parameter, moments in zip(parameters, kept["moments"], strict=True):
-        if moments:
-            # Adam's count of steps stays on the CPU.
-            kept_there = {name: value.to(parameter.device) for name, value in moments.items() if name != "step"}
-            optimizer.state[parameter] = {**moments, **kept_there}
-    generator.set_state(kept["generator"])
-    return kept["losses"], kept["pairs"], kept["step"]
 
 
 @torch.no_grad()
@@ -427,36 +256,6 @@ def _is_one_per_example(batch: Batch) -> bool:
     row, say, cannot be told apart by example."""
     tensors = [value for value in batch.inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
     return all(tensor.shape[0] in (1, len(batch.held)) for tensor in tensors)
-
-
-def take(batch: Batch, rows: Tensor) -> Batch:
-    """Some examples of a batch, with trailing columns that are all padding cut off."""
-    count = len(batch.held)
-    inputs = {
-        key: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count else value
-        for key, value in batch.inputs.items()
-    }
-    weights = batch.position_weights
-    if weights is not None:
-        weights = weights.unflatten(0, (count, -1))[rows].flatten(0, 1)
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        width = mask.shape[1]
-        used = max([1, *(mask.sum(0).nonzero().flatten() + 1).tolist()])
-        for key, value in inputs.items():
-            of_text = key not in DECODER_SEQUENCES and key != "decoder_attention_mask"
-            if of_text and _stands_by_position(key, value) and value.shape[1] == width:
-                inputs[key] = value[:, :used]
-        weights = None if weights is None else weights[:, :used]
-    decoder = None if batch.decoder_weights is None else batch.decoder_weights[rows]
-    return Batch(inputs, weights, batch.held[rows], decoder)
-
-
-def _stands_by_position(key: str, value: Any) -> bool:
-    """Whether an input may have positions of a text as its second dimension. Images have channels there."""
-    if not isinstance(value, Tensor) or value.dim() < 2:
-        return False
-    return value.dim() == 2 or key in TEXT_SEQUENCES or not value.is_floating_point()
 
 
 def _trainable(model: nn.Module, trained: list[nn.Module], frozen: Collection[nn.Module]) -> list[nn.Parameter]:

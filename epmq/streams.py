@@ -261,3 +261,33 @@ def split_held(
     else:
         held = (torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY) == HELD_OUT_EVERY - 1
     return everything * ~held, everything * held
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """Some examples of a batch, with trailing columns that are all padding cut off."""
+    count = len(batch.held)
+    inputs = {
+        key: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count else value
+        for key, value in batch.inputs.items()
+    }
+    weights = batch.position_weights
+    if weights is not None:
+        weights = weights.unflatten(0, (count, -1))[rows].flatten(0, 1)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        width = mask.shape[1]
+        used = max([1, *(mask.sum(0).nonzero().flatten() + 1).tolist()])
+        for key, value in inputs.items():
+            of_text = key not in DECODER_SEQUENCES and key != "decoder_attention_mask"
+            if of_text and stands_by_position(key, value) and value.shape[1] == width:
+                inputs[key] = value[:, :used]
+        weights = None if weights is None else weights[:, :used]
+    decoder = None if batch.decoder_weights is None else batch.decoder_weights[rows]
+    return Batch(inputs, weights, batch.held[rows], decoder)
+
+
+def stands_by_position(key: str, value: Any) -> bool:
+    """Whether an input may have positions of a text as its second dimension. Images have channels there."""
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return False
+    return value.dim() == 2 or key in TEXT_SEQUENCES or not value.is_floating_point()

@@ -15,10 +15,11 @@ from torch import nn
 from epmq import QuantConfig, QuantResult, quantize
 from epmq.augment import augmented, can_augment, token_pool
 from epmq.config import DistillSettings
-from epmq.distill import distill, pooled, similar_tasks, take
+from epmq.distill import distill, similar_tasks
 from epmq.errors import CalibrationError, ConfigError, ModelError
+from epmq.features import pooled
 from epmq.precision import AS_IT_IS, Precision
-from epmq.streams import Batch, make_streams
+from epmq.streams import Batch, make_streams, take
 
 QUICK = DistillSettings(steps=30, copies=1, learning_rate=1e-3)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import epmq
 from epmq import QuantConfig, QuantLinear
-from epmq.distill import take
 from epmq.inputs import is_norm
 from epmq.jobs import load_any, merge_to_folder
 from epmq.norms import correct
@@ -26,7 +25,7 @@ from epmq.quantized import column_groups
 from epmq.recipe import Recipe
 from epmq.runner import BlockRunner
 from epmq.sources import FileSource
-from epmq.streams import make_streams
+from epmq.streams import make_streams, take
 from epmq.swap import replace_linear, restore_linear
 from epmq.sweep import quantize_to_nearest
 

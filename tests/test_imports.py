@@ -37,6 +37,7 @@ ORDER: list[tuple[str, ...]] = [
     ),
     ("grids", "formats.shards", "perplexity", "common", "heads"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
+    ("features", "tuning_state"),
     ("solve", "distill", "recipe", "states", "card", "formats.statistics"),
     ("page.charts", "page.heat", "fingerprint", "progress"),
     ("page.sections",),
