@@ -17,6 +17,7 @@ from epmq.adapters import notes_on, open_model
 from epmq.card import write_card
 from epmq.config import Format, QuantConfig
 from epmq.console import progress_bar
+from epmq.deviations import config_of, note_on
 from epmq.devices import compute_device, home_of
 from epmq.errors import CalibrationError, ConfigError, FormatError, SourceError
 from epmq.experts import separate
@@ -76,6 +77,8 @@ def quantize(
     with progress_bar("quantizing") as progress:
         found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress, where)
     found["notes"] += notes_on(expert_sources)
+    for task, expert in (experts or {}).items():
+        found["notes"] += note_on(f"expert {task!r}", config_of(expert), config_of(model))
     result = sink.assemble(skeleton, merged).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))

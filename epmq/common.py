@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epmq import trust
 from epmq.adapters import ADAPTER_WEIGHTS, BASE_COPY, PREFIX
+from epmq.deviations import config_of, note_on
 from epmq.errors import ModelError
 from epmq.huggingface import skeleton_from_folder
 from epmq.names import names_in_model
@@ -20,7 +21,7 @@ from epmq.sources import ADAPTER_CONFIG, FileSource
 @dataclass(frozen=True)
 class CommonModel:
     """skeleton: the model without weights. class_name: what config.json is to call it, where that is not the base's
-    own. notes: why that is so."""
+    own. notes: why that is so, and where experts are run otherwise than they say."""
 
     skeleton: nn.Module
     class_name: str | None = None
@@ -38,6 +39,9 @@ def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) ->
     stored = set(FileSource(base).keys())
     skeleton = skeleton_from_folder(base, stored, fused=fused)
     files = {label: _Tensors(path) for label, path in others.items()}
+    own, notes = config_of(base), []
+    for label, file in files.items():
+        notes += [] if file.is_adapter else note_on(label, config_of(file.path), own)
     used = stored
     if any(file.lacks_pooler() for file in files.values()):
         used = {key for key in stored if "pooler." not in key}
@@ -48,8 +52,9 @@ def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) ->
             note = (
                 f"{label} has another head than the base ({tensor}): of {type(skeleton).__name__} only {name} is used."
             )
-            return CommonModel(body, name, [note])
-    return CommonModel(skeleton if used == stored else skeleton_from_folder(base, used, fused=fused))
+            return CommonModel(body, name, [note, *notes])
+    whole = skeleton if used == stored else skeleton_from_folder(base, used, fused=fused)
+    return CommonModel(whole, notes=notes)
 
 
 class _Tensors:

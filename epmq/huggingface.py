@@ -50,10 +50,7 @@ def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = Fals
     encoders are published. bare: without the head. fused: experts as transformers keeps them, not one by one
     (:mod:`epmq.experts`). Raises ModelError when transformers is absent or does not know the model.
     """
-    transformers = _transformers()
-    _check_config(Path(folder) / "config.json")
-    with _refusing(f"{folder}: transformers cannot read config.json"):
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    transformers, config = _transformers(), config_from_folder(folder)
     if hasattr(config, "quantization_config"):
         # It tells of the files; the skeleton is an ordinary model.
         del config.quantization_config
@@ -74,6 +71,26 @@ def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = Fals
     if pooler is not None and pooler.state_dict() and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
     return model.eval() if fused else separate(model.eval())
+
+
+def config_from_folder(folder: str | Path) -> Any:
+    """The transformers configuration of ``folder/config.json``. Raises ModelError for one that cannot be read."""
+    _check_config(Path(folder) / "config.json")
+    with _refusing(f"{folder}: transformers cannot read config.json"):
+        return _transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def has_other_vocabulary(folder: str | Path, base: str | Path) -> bool:
+    """Whether a folder has a tokenizer that can be loaded and tells other tokens apart than the base's."""
+    named = [name for name in TOKENIZER_FILES if trust.is_file(Path(folder) / name)]
+    pairs = [(Path(folder) / name, Path(base) / name) for name in named]
+    if all(trust.is_file(other) and own.read_bytes() == other.read_bytes() for own, other in pairs):
+        return False
+    try:
+        vocabulary = tokenizer_from_folder(folder).get_vocab()
+    except ModelError:
+        return False  # nothing reads it
+    return bool(vocabulary != tokenizer_from_folder(base).get_vocab())
 
 
 def tokenizer_from_folder(folder: str | Path) -> Any:

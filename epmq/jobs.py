@@ -34,7 +34,7 @@ from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.heads import CheckpointHead
 from epmq.hub import name_of
-from epmq.huggingface import carry_files, skeleton_from_folder, tokenizer_from_folder
+from epmq.huggingface import carry_files, has_other_vocabulary, skeleton_from_folder, tokenizer_from_folder
 from epmq.linear import QuantLinear
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
@@ -390,6 +390,11 @@ def calibration_notes(recipe: Recipe, model: nn.Module, calibration: Calibration
     settings, notes = recipe.calibration, []
     if settings is None:
         return []
+    for task, path in recipe.experts.items():
+        if task in calibration and has_other_vocabulary(path, recipe.base):
+            notes.append(
+                f"{task}: its expert's tokenizer has another vocabulary than the base's, which reads its texts."
+            )
     for task, batches in calibration.items():
         count = sum(len(batch["input_ids"]) for batch in batches)
         if count < settings.examples:

@@ -35,6 +35,7 @@ ORDER: list[tuple[str, ...]] = [
         "norms",
         "trial",
     ),
+    ("deviations",),
     ("grids", "formats.shards", "perplexity", "common", "heads"),
     ("merge", "mergekit", "statistics", "report", "augment", "shelf", "estimate"),
     ("features", "tuning_state"),
