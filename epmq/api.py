@@ -24,6 +24,7 @@ from epmq.experts import separate
 from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
+from epmq.linear import QuantLinear
 from epmq.pipeline import ModuleSink, run
 from epmq.placement import place
 from epmq.report import build_report, write_report
@@ -87,6 +88,9 @@ def quantize(
 def _check_kinds(model: Any, experts: Any, calibration: Any, config: Any) -> None:
     if not isinstance(model, nn.Module):
         raise SourceError(f"merged model: expected a module, got {type(model).__name__}; load it first.")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            raise SourceError(f"merged model: its {name} is quantized already; give the model that it was made from.")
     if experts is not None and not hasattr(experts, "items"):
         raise SourceError(f"experts must map a task to each expert, got a {type(experts).__name__}.")
     if not hasattr(calibration, "items"):

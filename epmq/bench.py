@@ -13,10 +13,13 @@ from torch import nn
 from epmq.devices import compute_device
 from epmq.errors import ConfigError
 from epmq.linear import QuantLinear
+from epmq.memory import available_bytes
+from epmq.quantized import SUPPORTED_BITS
 
 Call = Callable[[], object]
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
+COPIES = 4  # of a weight in fp32, while it is rounded
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,6 @@ def interleaved(calls: Mapping[str, Call], seconds: float, wait: Call = lambda: 
     return {name: 1e3 * statistics.median(times) for name, times in taken.items()}
 
 
-@torch.no_grad()
 def time_layers(
     shapes: list[tuple[int, int]],
     tokens: list[int],
@@ -60,8 +62,36 @@ def time_layers(
     device: str = "cpu",
     seconds: float = 1.0,
 ) -> Iterator[LayerTime]:
-    """One result per shape (out, in) and number of tokens, as they are measured. ``seconds`` is spent on each."""
+    """One result per shape (out, in) and number of tokens, as they are measured. ``seconds`` is spent on each.
+
+    Raises ConfigError, before anything is measured, for settings that no layer has and shapes that do not fit.
+    """
     home = compute_device(device)
+    if bits not in SUPPORTED_BITS:
+        raise ConfigError(f"bits {bits}: use one of {', '.join(map(str, SUPPORTED_BITS))}.")
+    if group_size != -1 and group_size < 1:
+        raise ConfigError(f"group size {group_size}: use a positive number of columns, or -1 for the whole row.")
+    free = available_bytes()
+    for rows, columns in shapes:
+        needed = COPIES * 4 * rows * columns
+        if needed > free:
+            raise ConfigError(
+                f"shape {rows}x{columns}: rounding it takes {needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} GiB are"
+                " free."
+            )
+    return _times(shapes, tokens, bits, group_size, dtype, home, seconds)
+
+
+@torch.no_grad()
+def _times(
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    home: torch.device,
+    seconds: float,
+) -> Iterator[LayerTime]:
     wait: Call = torch.cuda.synchronize if home.type == "cuda" else lambda: None
     for rows, columns in shapes:
         dense = nn.Linear(columns, rows, bias=False, dtype=dtype)

@@ -43,6 +43,10 @@ def _lines(
     if report is None:
         return lines
     lines += ["", "## Settings", "", *_block({k: v for k, v in report["settings"].items() if v not in (None, [])})]
+    if report.get("calibration"):
+        lines += ["", "## Calibration", ""]
+        for task, counts in report["calibration"].items():
+            lines.append(f"- {task}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     if report["average_error"]:
         lines += ["", "## Measured errors"]
         for what, errors in told_errors(report):

@@ -176,7 +176,7 @@ def evaluate(
     dtype: str | None,
 ) -> None:
     """Score MODEL, a quantized or plain checkpoint folder, by one of --recipe, --text and --lm-eval."""
-    from epmq.files import write_text
+    from epmq.files import check_file, write_text
     from epmq.world import world
 
     if sum(choice is not None for choice in (recipe, text, tasks)) != 1:
@@ -185,6 +185,8 @@ def evaluate(
         raise click.UsageError("--window and --stride belong to --text.")
     if tasks is None and (include is not None or limit is not None):
         raise click.UsageError("--include and --limit belong to --lm-eval.")
+    if json_file is not None:
+        check_file(json_file)
     if recipe is not None:
         from epmq.evaluate import markdown_table
         from epmq.jobs import evaluate_folder
@@ -214,7 +216,7 @@ def evaluate(
         return
     _say("\n".join(told))
     if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=1))
+        write_text(json_file, json.dumps(result, indent=1) + "\n")
 
 
 @app.command(help="Train a small vision transformer and experts on digits, merge, quantize, print the table.")
@@ -277,12 +279,13 @@ def bench(shapes: str, tokens: str, bits: int, group_size: int, dtype: str, devi
     from epmq.report import machine
 
     layers, counts = parse_shapes(shapes), parse_counts(tokens)
+    wanted: torch.dtype = getattr(torch, dtype)
+    times = time_layers(layers, counts, bits, group_size, wanted, device, seconds)
     facts = machine()
     _say(f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {device}, {dtype}")
     _say("| out | in | tokens | quantized, ms | dense, ms | speed-up | weight, quantized / dense |")
     _say("|---|---|---|---|---|---|---|")
-    wanted: torch.dtype = getattr(torch, dtype)
-    for row in time_layers(layers, counts, bits, group_size, wanted, device, seconds):
+    for row in times:
         _say(
             f"| {row.rows} | {row.columns} | {row.tokens} | {row.quantized_ms:.3f} | {row.dense_ms:.3f}"
             f" | {row.dense_ms / row.quantized_ms:.2f} | {row.quantized_bytes / row.dense_bytes:.3f} |"

@@ -61,6 +61,12 @@ def texts_of(rows: list[dict[str, Any]], key: str, path: str | Path) -> list[str
     return texts
 
 
+def special_tokens(tokenizer: Any) -> int:
+    """How many tokens a tokenizer adds to a text; 0 for one that does not tell."""
+    count: int = getattr(tokenizer, "num_special_tokens_to_add", lambda: 0)()
+    return count
+
+
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
     """Token ids per text, special tokens added, cut at ``max_length``."""
     ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -114,7 +120,7 @@ def calibration_batches(
     if rows and target_key is not None:
         targets = tokenize_targets(tokenizer, texts_of(rows, target_key, path), max_length)
     pairs = [pair for pair in zip(ids, targets, strict=True) if all(pair)]
-    if not pairs:
+    if all(len(own) <= special_tokens(tokenizer) for own, _ in pairs):
         raise CalibrationError(f"{path}: holds no calibration text (after tokenisation nothing is left).")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = []

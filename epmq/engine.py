@@ -26,7 +26,7 @@ from epmq.settings import nearest
 from epmq.sources import WeightSource, require_same_layout
 from epmq.stacks import Deployed, deploy, hand_out, parted, stacked, stored_scale_dtype
 from epmq.statistics import Expert, Folded, Sample
-from epmq.streams import Batch, make_streams
+from epmq.streams import Batch, counted, make_streams
 from epmq.surroundings import Surroundings
 from epmq.visit import Visit
 from epmq.walk import Walk
@@ -61,6 +61,7 @@ class Engine:
         require_same_layout(merged, dict(experts))
         if base is not None:
             require_same_layout(merged, {"base": base})
+        self.counts = {task: counted(stream) for task, stream in streams.items()}
         self.walk = Walk(skeleton, merged, dict(experts), streams, config, around, device)
         self.layers: list[dict[str, Any]] = []
         self.block_rows: list[dict[str, Any]] = []
@@ -69,7 +70,7 @@ class Engine:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Quantize block after block; returns the report's ``layers``, ``blocks`` and ``notes``."""
+        """Quantize block after block; returns the report's ``layers``, ``blocks``, ``notes`` and ``calibration``."""
         linears = linears_of({a.name: self.walk.runner.block(a) for a in self.walk.addresses})
         for address in self.walk.begin():
             self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
@@ -86,7 +87,8 @@ class Engine:
         if not self.layers and self.walk.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
         self.notes += self.config.unmatched(linears, self.matched)
-        return {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
+        found = {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
+        return {**found, "calibration": self.counts}
 
     def restore(self) -> nn.Module:
         """Put the skeleton together again; the engine is of no use afterwards."""

@@ -49,7 +49,7 @@ class Estimate:
         work += " twice" if self.walks == 2 else ""
         work += f", {self.tuning:.0f} s of distillation" if self.tuning else ""
         return (
-            f"estimate: {work}, {minutes:.1f} min; memory {_mib(self.fixed)}"
+            f"estimate: {work}, {minutes:.1f} min beside reading and writing; memory {_mib(self.fixed)}"
             f" beyond imports, and {_mib(self.states)} of hidden states there or on disk; disk {_mib(self.disk)}"
         )
 
@@ -83,9 +83,10 @@ def estimate(
     experts: int,
     processes: int,
     device: torch.device,
+    merging: int,
 ) -> Estimate:
     """For one of ``processes`` equal processes that compute on ``device``, disk for all of them; skeleton is the whole
-    model, as on meta."""
+    model, as on meta. merging: how many tensors of a size are in memory while one is merged or read."""
     addresses = find_blocks(skeleton)
     blocks = [skeleton.get_submodule(address.name) for address in addresses]
     block = max(blocks, key=_elements)
@@ -96,7 +97,7 @@ def estimate(
     batches = [_positions(inputs, width) for stream in calibration.values() for inputs in stream]
     positions = math.ceil(sum(batches) / processes)
     fixed = outer + 2 * largest + _matrices(groups)
-    fixed += (experts + 2) * max((t.numel() for t in skeleton.state_dict().values()), default=0)
+    fixed += merging * max((t.numel() for t in skeleton.state_dict().values()), default=0)
     # Each process keeps the samples of its share of the tasks until the group is rounded.
     sampled = sum(max(SAMPLE_ROWS, len(stream)) for stream in calibration.values())
     fixed += math.ceil(sampled / processes) * max((n + k for n, k in groups), default=0)

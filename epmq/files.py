@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -154,6 +155,18 @@ def check_free(target: str | Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{target}: the output folder cannot be made, {parent} is not a writable folder.")
+
+
+def check_file(path: str | Path) -> None:
+    """Raise OutputError unless a file can be written at ``path``, by writing another where it is to be."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise OutputError(f"{path}: there is a folder of that name; choose another file.")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    with naming_space(path), tempfile.TemporaryFile(dir=parent):
+        pass
 
 
 def check_name(target: Path) -> None:

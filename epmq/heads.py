@@ -27,6 +27,11 @@ def with_head(model: nn.Module, checkpoint: str | Path) -> nn.Module:
 
     Raises ModelError for a checkpoint without a head or with another body, SourceError for files that cannot be read.
     """
+    if not isinstance(checkpoint, (str, Path)):
+        raise ModelError(
+            f"checkpoint: expected an expert's folder or hub id, got a {type(checkpoint).__name__}; save it"
+            " (save_pretrained) and give the folder."
+        )
     return CheckpointHead(find_model(checkpoint)).on(model)
 
 

@@ -50,10 +50,10 @@ from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
 from epmq.shelf import Shelf
 from epmq.skeleton import fill
-from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
+from epmq.sources import ADAPTER_CONFIG, FileSource, WeightSource, iterate, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
-from epmq.texts import check_length, check_reads_texts, check_vocabulary, decoder_inputs, is_encoder_decoder
+from epmq.texts import check_length, check_reads_texts, check_room, check_vocabulary, decoder_inputs, is_encoder_decoder
 from epmq.trial import try_out
 from epmq.world import by_turns, processes_here, world
 
@@ -146,13 +146,21 @@ def _model_for_names(recipe: Recipe) -> CommonModel | None:
     base = recipe.base
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
+    for path in (base, *recipe.experts.values()):
+        if not trust.exists(path / ADAPTER_CONFIG):
+            FileSource(path)  # A file that cannot be read is no reason to go by other names.
     try:
         common = model_of(recipe, fused=True)  # as the base's files have them
         present = NamedForModel(FileSource(base), common.skeleton, aliases=True).keys()
         if missing := sorted(set(common.skeleton.state_dict()).difference(present)):
             raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
-    except (ModelError, SourceError) as error:
+    except ModelError as error:
         log.warning(f"{error} Tensors are merged under the names in the files.")
+        return None
+    except SourceError:
+        log.warning(
+            f"{base}: transformers makes other tensors of these as it loads them; they are merged as in the files."
+        )
         return None
     return common
 
@@ -308,7 +316,8 @@ def device_of(recipe: Recipe) -> torch.device:
 def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surroundings, str]:
     """Memory shared out by an estimate, which is told; refuses what cannot fit, and texts the model cannot read."""
     size = journal.world.size
-    found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size, job.device)
+    at_once = held(job.sources.merged)
+    found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size, job.device, at_once)
     on_gpu = job.device.type == "cuda"
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
     states, reused = found.room(recipe.memory or int(MEMORY_SHARE * free))
@@ -318,6 +327,11 @@ def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surround
     found.check_disk(files.free_bytes(place_of_all), size * max(0, found.states - states), str(place_of_all))
     shelf, unlimited = Shelf(states, journal.scratch, job.device), recipe.memory is None
     return Surroundings(journal.world, shelf, reused, takes_spare=unlimited), found.told()
+
+
+def held(merged: WeightSource) -> int:
+    """How many tensors of a size are in memory while one of the merged model's is read."""
+    return merged.tensors_held if isinstance(merged, MergedSource) else 2
 
 
 def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConfig) -> dict[str, QuantizedTensor]:
@@ -337,11 +351,13 @@ def planned_linears(skeleton: nn.Module, merged: WeightSource, config: QuantConf
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
-    """Base, experts and merge for the model card; folders by their own names."""
+    """Base, experts, merge and how texts were taken, for the model card; folders by their own names."""
     merge = recipe.merge or MergeConfig()
     told: dict[str, Any] = {"base": name_of(recipe.base)}
     told["experts"] = {task: name_of(path) for task, path in recipe.experts.items()}
     told["merge"] = name_of(recipe.merged) if recipe.merged else merge.model_dump(mode="json", exclude_none=True)
+    if recipe.calibration is not None:
+        told["calibration"] = recipe.calibration.model_dump(mode="json", exclude={"tasks"}, exclude_none=True)
     return told
 
 
@@ -363,6 +379,7 @@ def calibration_of(recipe: Recipe, model: nn.Module | None = None) -> Calibratio
             " target; leave it out."
         )
     tokenizer = tokenizer_from_folder(recipe.base)
+    check_room(tokenizer, "calibration.max_length", settings.max_length)
     calibration = {}
     for task, path in settings.tasks.items():
         batches = calibration_batches(
@@ -425,6 +442,7 @@ def evaluate_folder(
     if settings is None:
         raise ConfigError("the recipe has no evaluation: section; name data and head for each task there.")
     tokenizer = tokenizer_from_folder(recipe.base)
+    check_room(tokenizer, "evaluation.max_length", settings.max_length)
     tasks = {
         name: load_task(tokenizer, entry.data, _head(entry.head), settings.max_length, settings.text_key)
         for name, entry in settings.tasks.items()

@@ -25,6 +25,8 @@ from epmq.sources import WeightSource, read_finite, require_same_layout, unwrapp
 
 log = logging.getLogger("epmq")
 Value = TypeVar("Value")
+# Tensors of a size that merging one takes, measured: base, expert, difference, sum and what a step makes of them.
+IN_HAND = 6
 
 
 class GlobalTrim(NamedTuple):
@@ -39,7 +41,7 @@ class GlobalTrim(NamedTuple):
 class MergedSource:
     """The merge of experts into one weight source; no tensor is computed before it is asked for.
 
-    At any moment at most one tensor of each model is held (TIES also holds the deltas of that one tensor). The
+    One tensor is merged at a time, from one expert after the other; TIES holds the differences of all of them. The
     fusion_bench dialect of TIES trims over whole models: its first tensor is preceded by three passes over base and
     experts (five where a tensor is float64), each with one tensor of each model in memory.
 
@@ -91,6 +93,11 @@ class MergedSource:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._layout.shape(key)
+
+    @property
+    def tensors_held(self) -> int:
+        """How many of a tensor's size are in memory while it is merged: of TIES all experts' differences."""
+        return IN_HAND + (len(self.experts) if self.settings.method == "ties" else 0)
 
     def dtype(self, key: str) -> torch.dtype:
         stored = self._layout.dtype(key)

@@ -92,6 +92,7 @@ class RunReport(_Read):
     layers: list[LayerRow]
     blocks: list[BlockRow]
     notes: list[str]
+    calibration: dict[str, dict[str, Whole]] = Field(default_factory=dict)
     stages: Stages = Stages()
     fingerprint: str | None = None
 

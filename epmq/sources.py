@@ -242,7 +242,14 @@ def open_source(what: Any, name: str | None = None) -> WeightSource:
         return FileSource(what)
     if isinstance(what, nn.Module):
         inner = unwrapped(what, name or "model")
-        return DictSource(inner.state_dict(), name or type(inner).__name__)
+        state = inner.state_dict()
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                raise SourceError(
+                    f"{name or type(inner).__name__}: tensor {key!r} is on the meta device, without values; load it"
+                    " whole, not as a skeleton and not offloaded, or give the checkpoint's folder."
+                )
+        return DictSource(state, name or type(inner).__name__)
     if isinstance(what, Mapping):
         return DictSource(what, name or "state dict")
     if all(hasattr(what, method) for method in ("name", "keys", "shape", "dtype", "tensor")):
@@ -277,21 +284,21 @@ def require_same_layout(reference: WeightSource, others: Mapping[str, WeightSour
     """
     expected = set(reference.keys())
     for label, source in others.items():
-        present = set(source.keys())
+        present, called = set(source.keys()), "base" if label == "base" else f"expert {label!r}"
+        called = called if source.name == called else f"{called} ({source.name})"
         if missing := sorted(expected - present):
             raise SourceError(
-                f"expert {label!r} ({source.name}) lacks tensor {missing[0]!r}"
+                f"{called} lacks tensor {missing[0]!r}"
                 f"{_and_more(missing)}, which {reference.name} has; give a base without, or an expert with it."
             )
         if extra := sorted(present - expected):
             raise SourceError(
-                f"expert {label!r} ({source.name}) has an extra tensor {extra[0]!r}"
-                f"{_and_more(extra)}, which {reference.name} lacks."
+                f"{called} has an extra tensor {extra[0]!r}{_and_more(extra)}, which {reference.name} lacks."
             )
         for key in reference.keys():
             if source.shape(key) != reference.shape(key):
                 raise SourceError(
-                    f"expert {label!r} ({source.name}): tensor {key!r} has shape {list(source.shape(key))},"
+                    f"{called}: tensor {key!r} has shape {list(source.shape(key))},"
                     f" expected {list(reference.shape(key))} as in {reference.name}."
                 )
 

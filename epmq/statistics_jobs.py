@@ -23,6 +23,7 @@ from epmq.jobs import (
     calibration_of,
     device_of,
     finish,
+    held,
     model_of,
     open_sources,
     planned_writer,
@@ -96,7 +97,16 @@ def estimate_statistics_job(recipe: Recipe, folders: Sequence[str | Path], out: 
     """What :func:`quantize_statistics_to_folder` would take, in words; raises what it would refuse before it starts."""
     job = _opened(recipe, folders, out)
     planned_writer(recipe, Path(out), job.skeleton, job.sources)
-    return estimate(job.skeleton, {}, recipe.quantization, len(recipe.experts), 1, device_of(recipe)).told()
+    found = estimate(
+        job.skeleton,
+        {},
+        recipe.quantization,
+        len(recipe.experts),
+        1,
+        device_of(recipe),
+        held(job.sources.merged),
+    )
+    return found.told()
 
 
 @dataclass(frozen=True)

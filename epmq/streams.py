@@ -104,6 +104,14 @@ def make_streams(
     return streams
 
 
+def counted(stream: Iterable[Batch]) -> dict[str, int]:
+    """Examples of a task and, where its batches tell which count, the positions that do."""
+    batches = list(stream)
+    found = {"examples": sum(len(batch.held) for batch in batches)}
+    weights = [batch.position_weights for batch in batches if batch.position_weights is not None]
+    return found | ({"positions": sum(int((w > 0).sum()) for w in weights)} if len(weights) == len(batches) else {})
+
+
 def _tracked(value: Any) -> Any:
     """An input that tells whether it has been written into, which tensors of inference mode do not."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq.data import IGNORED_LABEL
+from epmq.data import IGNORED_LABEL, special_tokens
 from epmq.errors import ConfigError, EpmqError, ModelError, first_line
 from epmq.runner import unrunnable
 
@@ -37,6 +37,16 @@ def check_length(model: nn.Module, longest: int, file: str | Path, setting: str,
         raise ConfigError(
             f"{setting}={given}: {file} has a text of {longest} tokens, and {type(model).__name__} reads at most"
             f" {limit}; use {limit}."
+        )
+
+
+def check_room(tokenizer: Any, setting: str, given: int) -> None:
+    """Raise ConfigError when a text cut at so many tokens would keep none of its own; tokenizers then cut nothing."""
+    special = special_tokens(tokenizer)
+    if given <= special:
+        raise ConfigError(
+            f"{setting}={given}: the tokenizer puts {special} tokens of its own around every text, so that none of the"
+            f" text would be left; use {special + 1} or more."
         )
 
 

@@ -10,13 +10,15 @@ Letters: T experts; a stack is [T, *shape], one delta (expert minus base) per ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Entries looked at together while a histogram is counted: bounds the memory beside the tensor to some tens of MB.
+# Entries looked at together while they are counted or merged: bounds the memory beside a tensor to some tens of MB.
 CHUNK = 1 << 22
+LINE = 1024  # entries, a multiple of any processor's vectors
 DIGIT_BITS = 16
 DIGIT_MASK = (1 << DIGIT_BITS) - 1
 # mergekit leaves a delta unscaled when its L1 norm, before or after the trim, is below this.
@@ -68,15 +70,19 @@ def merge_mergekit(trimmed: Tensor, weights: list[float], normalize: bool) -> Te
     Weights enter the election; a sum of zero elects plus. `normalize` divides by the sum of the agreeing weights,
     or by 1 where that sum is zero.
     """
-    column = _as_column(weights, trimmed)
-    weighted = trimmed * column
-    agree = weighted.sign() == _plus_where(weighted.sum(dim=0) >= 0)
-    mixed = (weighted * agree).sum(dim=0)
-    if normalize:
-        divisor = (column * agree).sum(dim=0)
-        divisor[divisor == 0] = 1
-        mixed /= divisor
-    return mixed
+    column = trimmed.new_tensor(weights)[:, None]
+
+    def of_part(part: Tensor) -> Tensor:
+        weighted = part * column
+        agree = weighted.sign() == _plus_where(weighted.sum(dim=0) >= 0)
+        mixed = (weighted * agree).sum(dim=0)
+        if normalize:
+            divisor = (column * agree).sum(dim=0)
+            divisor[divisor == 0] = 1
+            mixed /= divisor
+        return mixed
+
+    return _by_parts(of_part, trimmed)
 
 
 def merge_peft(trimmed: Tensor, weights: list[float], election: Literal["total", "frequency"]) -> Tensor:
@@ -84,10 +90,15 @@ def merge_peft(trimmed: Tensor, weights: list[float], election: Literal["total",
 
     The election knows no weights; a sum of zero elects plus. The weighted agreeing entries are divided by their number.
     """
-    sign = trimmed.sign()
-    mass = trimmed.sum(dim=0) if election == "total" else sign.sum(dim=0)
-    agree = sign == _plus_where(mass >= 0)
-    return (trimmed * _as_column(weights, trimmed) * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+    column = trimmed.new_tensor(weights)[:, None]
+
+    def of_part(part: Tensor) -> Tensor:
+        sign = part.sign()
+        mass = part.sum(dim=0) if election == "total" else sign.sum(dim=0)
+        agree = sign == _plus_where(mass >= 0)
+        return (part * column * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+
+    return _by_parts(of_part, trimmed)
 
 
 def kept_rank(entries: int, density: float) -> int:
@@ -115,13 +126,17 @@ def merge_fusion_bench(trimmed: Tensor, majority: int, merge_func: Literal["sum"
     `majority` (-1, 0 or 1) is the sign of the sum of :func:`elected_sign` over the whole model; it stands in where the
     sum of an entry is zero. Where the majority is zero as well, the negative entries are merged (`max` gives 0 there).
     """
-    sign = elected_sign(trimmed)
-    sign[sign == 0] = majority
-    agreeing = trimmed * torch.where(sign > 0, trimmed > 0, trimmed < 0)
-    if merge_func == "max":
-        return agreeing.abs().amax(dim=0) * sign
-    total = agreeing.sum(dim=0)
-    return total / (agreeing != 0).sum(dim=0).clamp(min=1) if merge_func == "mean" else total
+
+    def of_part(part: Tensor) -> Tensor:
+        sign = elected_sign(part)
+        sign[sign == 0] = majority
+        agreeing = part * torch.where(sign > 0, part > 0, part < 0)
+        if merge_func == "max":
+            return agreeing.abs().amax(dim=0) * sign
+        total = agreeing.sum(dim=0)
+        return total / (agreeing != 0).sum(dim=0).clamp(min=1) if merge_func == "mean" else total
+
+    return _by_parts(of_part, trimmed)
 
 
 class StreamedMagnitude:
@@ -185,5 +200,13 @@ def _plus_where(positive: Tensor) -> Tensor:
     return positive.to(torch.int8) * 2 - 1
 
 
-def _as_column(weights: list[float], stack: Tensor) -> Tensor:
-    return stack.new_tensor(weights).reshape(-1, *(1 for _ in stack.shape[1:]))
+def _by_parts(of_part: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """What a function makes of a stack [T, *shape], entry by entry: a few of them [T, n] at a time, which bounds the
+    memory that its steps take."""
+    flat = stack.reshape(len(stack), -1)
+    merged = stack.new_empty(flat.shape[1])
+    # Whole vectors, so that every entry is summed as it would be in one piece: torch adds those left over otherwise.
+    step = max(1, CHUNK // len(stack) // LINE) * LINE
+    for start in range(0, flat.shape[1], step):
+        merged[start : start + step] = of_part(flat[:, start : start + step])
+    return merged.reshape(stack.shape[1:])

@@ -17,6 +17,7 @@ from torch import nn
 
 from epmq import QuantConfig, preset, quantize
 from epmq.errors import CalibrationError, ConfigError, EpmqError, NumericalError, SourceError
+from epmq.skeleton import meta_copy
 
 pytest.importorskip("transformers")
 
@@ -227,11 +228,13 @@ def test_an_expert_that_is_truncated(verb: str, job: Job, run: Run) -> None:
 
 @pytest.mark.parametrize("verb", ["merge", "quantize"])
 @pytest.mark.parametrize("where", ["base", "experts/reviews"])
-def test_a_checkpoint_of_pickles(where: str, verb: str, job: Job, run: Run) -> None:
+def test_a_checkpoint_of_pickles(where: str, verb: str, job: Job, run: Run, caplog: pytest.LogCaptureFixture) -> None:
     tensors = load_file(job.folder / where / "model.safetensors")
     (job.folder / where / "model.safetensors").unlink()
     torch.save(tensors, job.folder / where / "pytorch_model.bin")
-    expect(run(verb), f"{where}: holds pytorch_model.bin but no model.safetensors", "save it again (save_pretrained)")
+    done = run(verb)
+    expect(done, f"{where}: holds pytorch_model.bin but no model.safetensors", "save it again (save_pretrained)")
+    assert caplog.text == ""  # nothing is merged by the names in such files
 
 
 @pytest.mark.parametrize("verb", ["merge", "quantize"])
@@ -296,10 +299,23 @@ def test_experts_of_modules_in_memory(toy_job: ToyJob) -> None:
 # -- calibration -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "\n\n"])
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n{"text": " "}\n'])
 def test_an_empty_calibration_file(content: str, job: Job, run: Run) -> None:
     (job.folder / "reviews.jsonl").write_text(content)
     expect(run(), "reviews.jsonl: holds no calibration text")
+
+
+@pytest.mark.parametrize("section", ["calibration", "evaluation"])
+def test_a_length_that_leaves_nothing_of_a_text(
+    section: str, job: Job, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokenizers then cut nothing, so that texts were as long as they are."""
+    job.recipe[section]["max_length"] = 2  # [CLS] and [SEP]
+    told = f"{section}.max_length=2: the tokenizer puts 2 tokens of its own around every text"
+    if section == "calibration":
+        expect(run(), told, "use 3 or more")
+    else:
+        expect(in_process(capsys, "eval", job.folder / "base", "--recipe", job.write()), told)
 
 
 def test_a_byte_order_mark_before_texts_is_passed_over(job: Job, run: Run, tmp_path: Path) -> None:
@@ -364,6 +380,9 @@ def test_arguments_of_another_kind(toy_job: ToyJob) -> None:
             quantize(**{**known, **given})
 
     refused(SourceError, "merged model: expected a module, got str; load it first", model="merged")
+    rounded = quantize(toy_job.merged, None, {}, QuantConfig(method="rtn", group_size=16)).model
+    refused(SourceError, r"merged model: its blocks\.\S+ is quantized already; give the model", model=rounded)
+    refused(SourceError, "merged model: tensor '.*' is on the meta device", model=meta_copy(toy_job.merged))
     refused(SourceError, "experts must map a task to each expert, got a list", experts=[toy_job.base])
     batches = toy_job.calibration["task0"]
     refused(CalibrationError, "calibration must map a task to its batches, got a list", calibration=batches)
@@ -431,6 +450,11 @@ def test_a_json_file_that_cannot_be_written(job: Job, tmp_path: Path, capsys: py
     )
     assert done.code == 2
     assert "row.json: the file cannot be written" in done.err
+    assert done.out == ""  # before anything is scored
+    expect(
+        in_process(capsys, "eval", job.folder / "base", "--recipe", job.write(), "--json", tmp_path),
+        f"{tmp_path}: there is a folder of that name",
+    )
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
     report = json.loads((quantized / "report.json").read_text())
     assert "seconds" not in json.dumps(report)
     assert len(report["layers"]) == 2 * 6
+    assert report["calibration"].keys() == set(TASKS)
+    card = (quantized / "README.md").read_text()
+    for task, counts in report["calibration"].items():
+        assert counts["examples"] == 8 < counts["positions"] <= 8 * 16
+        assert f"- {task}: 8 examples, {counts['positions']} positions" in card
+    assert "  max_length: 16" in card
     again = in_new_process("quantize", recipe, "--out", quantized, "--resume")
     assert (again.code, again.err) == (
         0,

@@ -256,3 +256,5 @@ def test_one_quantized_body_under_all_heads(tmp_path: Path, capsys: pytest.Captu
     assert body.pooler is None
     with pytest.raises(ModelError, match="BertModel has no head"):
         epmq.with_head(body, job.folder / "quantize")
+    with pytest.raises(ModelError, match="checkpoint: expected an expert's folder or hub id, got a BertModel"):
+        epmq.with_head(body, body)

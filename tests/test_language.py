@@ -366,7 +366,9 @@ def test_bench_prints_a_line_per_shape_and_size(capsys: pytest.CaptureFixture[st
         (["--shape", "64"], "shape '64': give OUTxIN"),
         (["--shape", "0x4"], "shape '0x4'"),
         (["--tokens", "1,x"], "tokens 'x'"),
-        (["--bits", "5", "--shape", "8x8"], "bits"),
+        (["--bits", "5", "--shape", "8x8"], "bits 5: use one of 2, 3, 4, 8."),
+        (["--group-size", "0", "--shape", "8x8"], "group size 0: use a positive number of columns, or -1"),
+        (["--shape", "99999999x99999999"], "shape 99999999x99999999: rounding it takes 149,011,609 GiB, and "),
         (["--device", "cuda"], "device: 'cuda' is not there, CUDA offers 0"),
         (["--device", "foo"], "device: 'foo' is not a device here; use auto, cpu, cuda or cuda:0."),
         (["--device", "mps"], "device: 'mps' is not a device here"),
@@ -379,7 +381,7 @@ def test_bench_refuses(arguments: list[str], told: str, capsys: pytest.CaptureFi
     if "mps" in arguments and torch.backends.mps.is_available():
         pytest.skip("there is such a device")
     done = in_process(capsys, "bench", *arguments)
-    assert done.code == 2 and told in done.err
+    assert (done.code, done.out) == (2, "") and told in done.err
 
 
 def test_interleaved_calls_take_turns() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def test_estimates_grow_with_what_they_count(toy_job: ToyJob, monkeypatch: pytes
 
     def of(config: QuantConfig = QuantConfig(), processes: int = 1, times: int = 1) -> Estimate:  # noqa: B008
         return estimate(
-            skeleton, {task: b * times for task, b in batches.items()}, config, 3, processes, torch.device("cpu")
+            skeleton, {task: b * times for task, b in batches.items()}, config, 3, processes, torch.device("cpu"), 4
         )
 
     plain = of()
@@ -189,6 +191,42 @@ def test_estimates_grow_with_what_they_count(toy_job: ToyJob, monkeypatch: pytes
     tuning = {kind: of(preset("best", forward_dtype=kind)).tuning for kind in ("float32", "bfloat16", "float16")}
     assert tuning["float32"] == tuning["float16"] == 4 * tuning["bfloat16"]
     assert plain.blocks == 2 and plain.seconds > 0.0
+
+
+MERGING = """
+import sys
+import torch
+from epmq import memory, ties
+from epmq.merge import MergedSource
+from epmq.merge_config import MergeConfig
+from epmq.sources import DictSource
+
+class Made(DictSource):
+    def tensor(self, key):
+        return torch.randn(10_000_000, generator=torch.Generator().manual_seed(len(self.name)))
+
+def made(length):
+    source = Made({}, "x" * length)
+    source.keys, source.shape, source.dtype = lambda: ["a"], lambda key: (10_000_000,), lambda key: torch.float32
+    return source
+
+torch.set_num_threads(1)
+ways = {"method": "ties", "dialect": sys.argv[1], "density": 0.2} if sys.argv[1:] else {"method": "task_arithmetic"}
+settings = MergeConfig.read(ways)
+merged = MergedSource(made(1), {str(n): made(n) for n in range(2, 8)}, settings)
+before = memory.peak_memory_bytes()
+merged.tensor("a")
+taken, allowed = memory.peak_memory_bytes() - before, merged.tensors_held * 40_000_000 + 4 * 4 * ties.CHUNK
+sys.exit(0 if allowed / 2 < taken < allowed else f"{taken:,} bytes, reckoned {allowed:,}")
+"""
+
+
+@pytest.mark.parametrize("dialect", [None, "mergekit", "peft", "fusion_bench"])
+def test_a_merge_takes_the_memory_that_is_reckoned(dialect: str | None) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MERGING, *([dialect] if dialect else [])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_operations_of_a_distillation(toy_job: ToyJob) -> None:

@@ -31,7 +31,12 @@ def subline(report: RunReport) -> str:
         parts.append("symmetric" if settings.get("sym") else "asymmetric")
     parts.append(f"{len(report.layers)} linears in {len(report.blocks)} blocks")
     tasks = len(report.average_error)
-    return " · ".join([*parts, f"{tasks} task{'' if tasks == 1 else 's'}"] if tasks else parts)
+    parts += [f"{tasks} task{'' if tasks == 1 else 's'}"] if tasks else []
+    examples = [counts.get("examples", 0) for counts in report.calibration.values()]
+    if examples:
+        each = f"{min(examples):,}" if min(examples) == max(examples) else f"{min(examples):,} to {max(examples):,}"
+        parts.append(f"{each} calibration example{'' if max(examples) == 1 else 's'} each")
+    return " · ".join(parts)
 
 
 def _bits(bits: Any) -> str:
