@@ -189,8 +189,8 @@ def evaluate(
         check_file(json_file)
     if recipe is not None:
         from epmq.evaluate import markdown_table
-        from epmq.jobs import evaluate_folder
         from epmq.recipe import read_recipe
+        from epmq.scoring import evaluate_folder
 
         result = evaluate_folder(read_recipe(recipe), model, device, dtype)
         told = [markdown_table([result])]

@@ -1,4 +1,4 @@
-"""Whole jobs from a recipe: merge to a folder, merge and quantize block by block, score. Nothing whole in memory."""
+"""Whole jobs from a recipe: merge to a folder, merge and quantize block by block. Nothing whole in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from epmq import files, trust
 from epmq.adapters import notes_on, open_model
-from epmq.api import load
 from epmq.blocks import find_blocks
 from epmq.card import write_card
 from epmq.common import CommonModel, common_model
@@ -26,16 +25,12 @@ from epmq.data import calibration_batches
 from epmq.devices import compute_device
 from epmq.errors import ConfigError, ModelError, SourceError
 from epmq.estimate import estimate
-from epmq.evaluate import Head, LinearHead, check_head, load_task, score
-from epmq.evaluate import row as result_row
 from epmq.fingerprint import digest, fingerprint
-from epmq.formats.kinds import format_of, open_writer, quantized_by
+from epmq.formats.kinds import open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
-from epmq.heads import CheckpointHead
 from epmq.hub import name_of
-from epmq.huggingface import carry_files, has_other_vocabulary, skeleton_from_folder, tokenizer_from_folder
-from epmq.linear import QuantLinear
+from epmq.huggingface import carry_files, has_other_vocabulary, tokenizer_from_folder
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -43,19 +38,17 @@ from epmq.names import NamedForModel
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
-from epmq.placement import place
 from epmq.progress import Discard, Journal
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
 from epmq.shelf import Shelf
-from epmq.skeleton import fill
 from epmq.sources import ADAPTER_CONFIG, FileSource, WeightSource, iterate, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
 from epmq.texts import check_length, check_reads_texts, check_room, check_vocabulary, decoder_inputs, is_encoder_decoder
 from epmq.trial import try_out
-from epmq.world import by_turns, processes_here, world
+from epmq.world import processes_here, world
 
 log = logging.getLogger("epmq")
 
@@ -316,7 +309,7 @@ def device_of(recipe: Recipe) -> torch.device:
 def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surroundings, str]:
     """Memory shared out by an estimate, which is told; refuses what cannot fit, and texts the model cannot read."""
     size = journal.world.size
-    at_once = held(job.sources.merged)
+    at_once = tensors_held(job.sources.merged)
     found = estimate(job.skeleton, job.calibration, recipe.quantization, len(recipe.experts), size, job.device, at_once)
     on_gpu = job.device.type == "cuda"
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else available_bytes() // processes_here()
@@ -329,7 +322,7 @@ def _surroundings(recipe: Recipe, journal: Journal, job: _Job) -> tuple[Surround
     return Surroundings(journal.world, shelf, reused, takes_spare=unlimited), found.told()
 
 
-def held(merged: WeightSource) -> int:
+def tensors_held(merged: WeightSource) -> int:
     """How many tensors of a size are in memory while one of the merged model's is read."""
     return merged.tensors_held if isinstance(merged, MergedSource) else 2
 
@@ -420,59 +413,6 @@ def calibration_notes(recipe: Recipe, model: nn.Module, calibration: Calibration
     if is_encoder_decoder(model) and settings.target_key is None:
         notes.append("calibration.target_key is not given: the decoder was calibrated on the texts themselves.")
     return notes
-
-
-def load_any(
-    folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> nn.Module:
-    """A quantized folder with its weights packed, or a plain checkpoint as a transformers model, where it will run."""
-    if format_of(folder) is not None:
-        return load(folder, device=device, dtype=dtype)
-    source = FileSource(folder)
-    model = skeleton_from_folder(folder, set(source.keys()))
-    fill(model, "", NamedForModel(source, model), None)
-    return place(model, device, dtype)
-
-
-def evaluate_folder(
-    recipe: Recipe, folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> dict[str, Any]:
-    """Score a model folder on the recipe's evaluation tasks: a row of {merge, method, bits, average, tasks}."""
-    settings = recipe.evaluation
-    if settings is None:
-        raise ConfigError("the recipe has no evaluation: section; name data and head for each task there.")
-    tokenizer = tokenizer_from_folder(recipe.base)
-    check_room(tokenizer, "evaluation.max_length", settings.max_length)
-    tasks = {
-        name: load_task(tokenizer, entry.data, _head(entry.head), settings.max_length, settings.text_key)
-        for name, entry in settings.tasks.items()
-    }
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        # Decoders' heads read the last token that is another, so it is one that no text holds.
-        read = {token for task in tasks.values() for ids in task.ids for token in ids}
-        pad = min(set(range(len(tokenizer))) - read, default=0)
-    model = load_any(folder, device, dtype)
-    for name, task in tasks.items():
-        longest, data = max(map(len, task.ids)), settings.tasks[name].data
-        check_length(model, longest, data, "evaluation.max_length", settings.max_length)
-        check_vocabulary(model, max(max(ids, default=0) for ids in task.ids), data)
-        check_head(model, task, settings.pooling, pad)
-    names = list(tasks)
-    scores = by_turns(
-        len(names), world(), lambda i: score(model, {names[i]: tasks[names[i]]}, settings.pooling, pad)[names[i]]
-    )
-    return result_row(None, Path(folder).name, bits_of(model), dict(zip(names, scores, strict=True)))
-
-
-def _head(place: Path) -> Head:
-    return CheckpointHead(place) if place.is_dir() else LinearHead(place)
-
-
-def bits_of(model: nn.Module) -> int | str | None:
-    """The bits of a model's quantized linears, None without any; where they differ, all of them in words."""
-    found = sorted({module.bits for module in model.modules() if isinstance(module, QuantLinear)})
-    return found[0] if len(found) == 1 else " and ".join(map(str, found)) or None
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

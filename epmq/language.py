@@ -16,8 +16,8 @@ from epmq.console import progress_bar
 from epmq.devices import home_of, moved
 from epmq.errors import CalibrationError, ConfigError, ModelError
 from epmq.huggingface import stop_tokens, tokenizer_from_folder
-from epmq.jobs import load_any
 from epmq.perplexity import perplexity
+from epmq.scoring import load_any
 from epmq.texts import check_vocabulary, longest_input
 
 LONGEST_WINDOW = 2048

@@ -23,10 +23,10 @@ from epmq.jobs import (
     calibration_of,
     device_of,
     finish,
-    held,
     model_of,
     open_sources,
     planned_writer,
+    tensors_held,
 )
 from epmq.recipe import Recipe
 from epmq.settings import nearest
@@ -104,7 +104,7 @@ def estimate_statistics_job(recipe: Recipe, folders: Sequence[str | Path], out: 
         len(recipe.experts),
         1,
         device_of(recipe),
-        held(job.sources.merged),
+        tensors_held(job.sources.merged),
     )
     return found.told()
 

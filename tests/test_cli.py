@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import epmq
 from epmq import QuantLinear, cli, extension
 from epmq.errors import ModelError
-from epmq.jobs import load_any
+from epmq.scoring import load_any
 
 pytest.importorskip("transformers")
 no_amx = pytest.mark.skipif("amx" in extension.build_report().get("cpu_levels", ["amx"]), reason="has AMX")

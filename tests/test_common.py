@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import epmq
 from epmq.errors import ModelError
-from epmq.jobs import evaluate_folder, load_any
 from epmq.recipe import read_recipe
+from epmq.scoring import evaluate_folder, load_any
 
 transformers = pytest.importorskip("transformers")
 

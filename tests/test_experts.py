@@ -17,10 +17,11 @@ from epmq.collected import collect
 from epmq.errors import FormatError, SourceError
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.formats.statistics import StatisticsWriter
-from epmq.jobs import load_any, quantize_to_folder
+from epmq.jobs import quantize_to_folder
 from epmq.names import NamedForModel
 from epmq.quantized import unpack
 from epmq.recipe import Recipe
+from epmq.scoring import load_any
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import DictSource
 from epmq.streams import make_streams

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import epmq
 from epmq import QuantConfig, QuantLinear
 from epmq.inputs import is_norm
-from epmq.jobs import load_any, merge_to_folder
+from epmq.jobs import merge_to_folder
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
 from epmq.quantized import column_groups
 from epmq.recipe import Recipe
 from epmq.runner import BlockRunner
+from epmq.scoring import load_any
 from epmq.sources import FileSource
 from epmq.streams import make_streams, take
 from epmq.swap import replace_linear, restore_linear

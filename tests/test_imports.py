@@ -57,7 +57,7 @@ ORDER: list[tuple[str, ...]] = [
     ("pipeline",),
     ("api",),
     ("__init__",),
-    ("jobs", "compare", "environment"),
+    ("jobs", "compare", "environment", "scoring"),
     ("demo", "statistics_jobs", "language", "papers.settings"),
     ("harness", "papers.hub", "papers.checkpoints"),
     ("papers.clip", "papers.glue", "papers.causal"),

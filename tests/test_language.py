@@ -20,9 +20,9 @@ import epmq
 from epmq.bench import interleaved, parse_counts, parse_shapes
 from epmq.errors import CalibrationError, ConfigError, ModelError, NumericalError
 from epmq.huggingface import stop_tokens
-from epmq.jobs import load_any
 from epmq.language import generate_text, open_language_model, text_perplexity
 from epmq.perplexity import perplexity
+from epmq.scoring import load_any
 
 pytest.importorskip("transformers")
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
-from epmq.jobs import load_any, merge_to_folder, model_of, open_sources
+from epmq.jobs import merge_to_folder, model_of, open_sources
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe, read_recipe
+from epmq.scoring import load_any
 from epmq.sources import FileSource
 
 transformers = pytest.importorskip("transformers")

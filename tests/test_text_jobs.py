@@ -18,8 +18,8 @@ import epmq
 from epmq import QuantLinear
 from epmq.huggingface import tokenizer_from_folder
 from epmq.jobs import calibration_of
-from epmq.jobs import load_any as model_of_folder
 from epmq.recipe import read_recipe
+from epmq.scoring import load_any as model_of_folder
 from epmq.skeleton import meta_copy
 from epmq.texts import decoder_inputs
 from epmq.trial import try_out
