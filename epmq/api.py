@@ -71,15 +71,16 @@ def quantize(
     expert_sources = {
         task: open_model(expert, f"expert {task!r}", base_source, skeleton) for task, expert in (experts or {}).items()
     }
+    own, notes = config_of(model), notes_on(expert_sources)
+    for task, expert in (experts or {}).items():
+        notes += note_on(f"expert {task!r}", config_of(expert), own)
     home = home_of(model)
     where = compute_device(device, home)
     sink = ModuleSink(home)
     streams = {task: list(batches) for task, batches in calibration.items()}
     with progress_bar("quantizing") as progress:
         found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress, where)
-    found["notes"] += notes_on(expert_sources)
-    for task, expert in (experts or {}).items():
-        found["notes"] += note_on(f"expert {task!r}", config_of(expert), config_of(model))
+    found["notes"] += notes
     result = sink.assemble(skeleton, merged).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))

@@ -237,6 +237,7 @@ class _Group:
             its_inputs = its_problem if inputs is problem else inputs
             its_anchor, settings = anchor.of_rows(piece.rows), config.of(piece.pattern)
             outcome = quantize_group(its_problem, its_inputs, its_anchor, strength, settings, refit, stored, where)
+            outcome.check(where)
             result.update(deploy(piece.group, piece.linears, outcome))
             outcomes[piece.pattern] = outcome
             self.coarse |= outcome.coarse

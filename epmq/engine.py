@@ -183,6 +183,7 @@ class Engine:
             its_anchor, its_merged = own_anchor.of_rows(piece.rows), own_merged.of_rows(piece.rows)
             outcome = quantize_group(problem, inputs, its_anchor, strength, settings, refit, stored, where)
             outcome = outcome.whole(own, rows, self.world)
+            outcome.check(where)
             gptq = self._plain_gptq(inputs, its_merged, settings, stored, where)
             result.update(deploy(piece.group, piece.linears, outcome))
             compared = {"merged": merged.of_rows(piece.rows)}

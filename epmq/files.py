@@ -160,13 +160,14 @@ def check_free(target: str | Path) -> None:
 def check_file(path: str | Path) -> None:
     """Raise OutputError unless a file can be written at ``path``, by writing another where it is to be."""
     path = Path(path).absolute()
-    if path.is_dir():
-        raise OutputError(f"{path}: there is a folder of that name; choose another file.")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    with naming_space(path), tempfile.TemporaryFile(dir=parent):
-        pass
+    with naming_space(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: there is a folder of that name; choose another file.")
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
+        with tempfile.TemporaryFile(dir=parent), suppress(FileNotFoundError):
+            os.lstat(_working(path))  # whose name may be too long
 
 
 def check_name(target: Path) -> None:

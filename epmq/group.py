@@ -40,6 +40,11 @@ class GroupOutcome:
     escalated: bool = False
     coarse: bool = False
 
+    def check(self, where: str) -> None:
+        """Raise NumericalError where it is not finite."""
+        if not (all_finite(self.weight) and all_finite(self.bias)):
+            raise NumericalError(f"{where}: the quantized weights are not finite.")
+
     def whole(self, own: slice, rows: int, world: World) -> GroupOutcome:
         """All ``rows`` of a group, when this is a process's share ``own`` of them."""
         if own == slice(0, rows):
@@ -84,8 +89,6 @@ def quantize_group(
 ) -> GroupOutcome:
     """Solve eq. (2) around the anchor, round it, refit the bias.
 
-    Raises NumericalError where the result is not finite.
-
     problem: folded statistics that define the target. inputs: those that define the rounding's Hessian; the same
     object unless gamma shrinks the former. strength: relative lambda. ``where`` names the group in messages.
     """
@@ -120,8 +123,6 @@ def quantize_group(
         quantized = quantize_weight(target, hessian, factor, order, config, stored)
         weight = quantized.dequantize()
     bias = problem.bias(anchor, weight) if refit_bias else anchor.bias
-    if not (all_finite(weight) and all_finite(bias)):
-        raise NumericalError(f"{where}: the quantized weights are not finite.")
     coarse = config.needs_experts and is_coarse(problem.pull, problem.hessian)
     return GroupOutcome(weight, quantized, bias, strength, used, escalated, coarse)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import files, trust
-from epmq.adapters import notes_on, open_model
+from epmq.adapters import ADAPTER_WEIGHTS, notes_on, open_model
 from epmq.blocks import find_blocks
 from epmq.card import write_card
 from epmq.common import CommonModel, common_model
@@ -30,7 +30,7 @@ from epmq.formats.kinds import open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
 from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
-from epmq.huggingface import carry_files, has_other_vocabulary, tokenizer_from_folder
+from epmq.huggingface import carry_files, knows_other_tokens, tokenizer_from_folder
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -140,8 +140,9 @@ def _model_for_names(recipe: Recipe) -> CommonModel | None:
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
     for path in (base, *recipe.experts.values()):
-        if not trust.exists(path / ADAPTER_CONFIG):
-            FileSource(path)  # A file that cannot be read is no reason to go by other names.
+        file = path / ADAPTER_WEIGHTS if trust.exists(path / ADAPTER_CONFIG) else path
+        if trust.exists(file):
+            FileSource(file)  # One that cannot be read is no reason to go by other names.
     try:
         common = model_of(recipe, fused=True)  # as the base's files have them
         present = NamedForModel(FileSource(base), common.skeleton, aliases=True).keys()
@@ -400,8 +401,9 @@ def calibration_notes(recipe: Recipe, model: nn.Module, calibration: Calibration
     settings, notes = recipe.calibration, []
     if settings is None:
         return []
+    vocabulary = tokenizer_from_folder(recipe.base).get_vocab()
     for task, path in recipe.experts.items():
-        if task in calibration and has_other_vocabulary(path, recipe.base):
+        if task in calibration and knows_other_tokens(path, recipe.base, vocabulary):
             notes.append(
                 f"{task}: its expert's tokenizer has another vocabulary than the base's, which reads its texts."
             )

@@ -109,6 +109,7 @@ def run(
     absent = extension.notes(device)
     place_buffers(skeleton, device)
     if device.type == "cuda":
+        torch.cuda.init()  # which the next call does not do by itself
         torch.cuda.reset_peak_memory_stats(device)
     # Tensors made in inference mode do not tell whether they have been written into.
     with torch.inference_mode(False), without_cache(skeleton):

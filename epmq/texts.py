@@ -41,7 +41,8 @@ def check_length(model: nn.Module, longest: int, file: str | Path, setting: str,
 
 
 def check_room(tokenizer: Any, setting: str, given: int) -> None:
-    """Raise ConfigError when a text cut at so many tokens would keep none of its own; tokenizers then cut nothing."""
+    """Raise ConfigError when a text cut at so many tokens would keep none of its own: with no more than their special
+    tokens allowed, tokenizers leave texts as long as they are."""
     special = special_tokens(tokenizer)
     if given <= special:
         raise ConfigError(

@@ -455,6 +455,10 @@ def test_a_json_file_that_cannot_be_written(job: Job, tmp_path: Path, capsys: py
         in_process(capsys, "eval", job.folder / "base", "--recipe", job.write(), "--json", tmp_path),
         f"{tmp_path}: there is a folder of that name",
     )
+    expect(
+        in_process(capsys, "eval", job.folder / "base", "--recipe", job.write(), "--json", tmp_path / ("x" * 300)),
+        "the file cannot be written (File name too long)",
+    )
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from checkpoints import WORDS, Job, in_process, make_job, write_tokenizer
 
 import epmq
 from epmq.deviations import config_of, note_on
+from epmq.jobs import model_of, open_sources
+from epmq.recipe import read_recipe
 from epmq.report import read_report
 
 transformers = pytest.importorskip("transformers")
@@ -54,7 +56,7 @@ def test_a_merge_tells_it_too(
 
 
 def test_another_vocabulary_is_told(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for task, words in (("reviews", WORDS[::-1]), ("intents", WORDS)):
+    for task, words in (("reviews", WORDS[::-1]), ("intents", [*WORDS, "[MORE]"])):
         write_tokenizer(job.folder / "experts" / task, words)
     assert notes(job, tmp_path, capsys) == [
         "reviews: its expert's tokenizer has another vocabulary than the base's, which reads its texts."
@@ -74,9 +76,43 @@ def test_modules_are_compared_too() -> None:
 
 
 def test_only_keys_of_both_count_and_few_are_named() -> None:
-    base = {"a": 1, "b": 2, "c": 3, "d": 4, "inner": {"e": 5, "attention_dropout": 0.1}, "_attn": 1}
-    other = {"a": 2, "b": 3, "c": 4, "d": 4, "inner": {"e": 6, "attention_dropout": 0.0}, "_attn": 2, "of_another": 1}
+    base = {
+        "a": 1,
+        "b": 2,
+        "c": 3,
+        "d": 4,
+        "rope_parameters": {"e": 5},
+        "_attn": 1,
+        "text_config": {"g": 1, "drop_rate": 0.1},
+    }
+    other = {"a": 2, "b": 3, "c": 4, "d": 4, "rope_parameters": {"e": 5, "factor": 8.0}, "_attn": 2, "of_another": 1}
+    other["text_config"] = {"g": 1, "drop_rate": 0.0, "is_decoder": False}
     (note,) = note_on("x", other, base)
     assert note.startswith("x: its configuration has a 2 for 1, b 3 for 2, c 4 for 3 and 1 more;")
+    (note,) = note_on("x", {"rope_parameters": other["rope_parameters"]}, base)
+    assert note.startswith("x: its configuration has rope_parameters.factor 8.0 for None;")
     assert note_on("x", base, base) == note_on("x", None, base) == note_on("x", base, None) == []
     assert config_of(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_cache": False, "pad_token_id": 7, "tokenizer_class": "LlamaTokenizer", "unsloth_version": "1"},
+        {"max_position_embeddings": 4096, "attention_dropout": 0.1, "initializer_range": 0.5, "dtype": "bfloat16"},
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_not_told(changes: dict[str, Any]) -> None:
+    settings = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_dropout": 0.0}
+    base, other = (transformers.LlamaConfig(**given).to_dict() for given in (settings, settings | changes))
+    assert note_on("x", other, base) == []
+
+
+def test_a_configuration_that_nothing_reads_is_no_reason_to_refuse(job: Job, tmp_path: Path) -> None:
+    for task, text in (("reviews", '{"model_type": "of-tomorrow"}'), ("intents", "{}")):
+        (job.folder / "experts" / task / "config.json").write_text(text)
+        assert config_of(job.folder / "experts" / task) is None
+    recipe = read_recipe(job.write())
+    assert open_sources(recipe, model_of(recipe)).notes == []
