@@ -18,6 +18,9 @@ CONTROL_GROUP_FILES = (
 
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
+    if (told := _status("VmHWM")) is not None:
+        return told
+    # Which counts what the process that started this one held then.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
@@ -36,10 +39,8 @@ def give_back_free_memory() -> None:
 
 def resident_bytes() -> int:
     """What this process holds now; its peak where the system does not tell."""
-    for line in _lines("/proc/self/status"):
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return peak_memory_bytes()
+    told = _status("VmRSS")
+    return peak_memory_bytes() if told is None else told
 
 
 def available_bytes() -> int:
@@ -52,9 +53,14 @@ def available_bytes() -> int:
             found.append(int(limits[0]) - int(uses[0]))
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
-        taken = [int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmSize:")]
-        found.append(address_space - (taken[0] if taken else 0))
+        found.append(address_space - (_status("VmSize") or 0))
     return max(0, min(found))
+
+
+def _status(name: str) -> int | None:
+    """Bytes that the system tells of this process under a name; None where it does not."""
+    lines = [line for line in _lines("/proc/self/status") if line.startswith(f"{name}:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None
 
 
 def _lines(path: str) -> list[str]:

@@ -138,7 +138,7 @@ def test_a_dry_run_needs_no_data_either(
     start: list[str | Path] = ["quantize", job.write(), "--out", tmp_path / "out", "--dry-run"]
     done = in_process(capsys, *start, *arguments)
     assert (done.code, done.err) == (0, "")
-    assert re.match(r"estimate: 2 blocks of .* s, .* min; memory .* disk ", done.out)
+    assert re.match(r"estimate: 2 blocks of .* s, .* min beside reading and writing; memory .* disk ", done.out)
     done = in_process(capsys, *start, *arguments[:2])
     assert (done.code, done.out) == (2, "") and "has no statistics; give the folder" in done.err
     assert sorted(tmp_path.iterdir()) == before

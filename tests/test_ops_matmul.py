@@ -165,16 +165,17 @@ def test_a_group_may_be_larger_than_the_row(size: int) -> None:
 def test_a_product_takes_no_memory_for_each_thread_and_row() -> None:
     """Beside the result and the prepared rows of x."""
     code = """
-import resource, torch, epmq.extension
+import torch, epmq.extension
+from epmq.memory import peak_memory_bytes
 torch.set_num_threads(2)
 rows, columns, outputs = 150_000, 64, 192
 packed, scales = torch.zeros(outputs, columns // 8, dtype=torch.int32), torch.ones(outputs, 1)
 x = torch.zeros(rows, columns)
 product = torch.ops.epmq_native.dequant_matmul
 product(x[:1000], packed, scales, None, None, 4, -1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 y = product(x, packed, scales, None, None, 4, -1)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+grown = peak_memory_bytes() - before
 print(grown - y.nbytes - rows * 128 * 4)
 """
     result = run_python(code)
