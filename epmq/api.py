@@ -144,7 +144,9 @@ def write_result(
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "to_json_file"):
         # Not save_pretrained, which refuses a temperature beside do_sample=False; it was the model's own before.
-        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+        generation = copy.deepcopy(generation)
+        generation.compile_config = None  # which no file holds
+        generation.to_json_file(folder / "generation_config.json")
     writer.finish()
     write_card(folder, type(model).__name__, format, writer.limits(), report)
     if report is not None:
