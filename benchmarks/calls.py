@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from ptx import driver
 from torch import nn
 
 from epmq import QuantLinear
+from epmq.bench import interleaved
 from epmq.kernels import tune
 from epmq.kernels.launch import Launch
 from epmq.report import machine
 
-ROUNDS, CALLS = 9, 2000
+SECONDS, CALLS = 2.0, 2000
 FEATURES, TOKENS = 4096, 16
 
 
@@ -43,11 +43,9 @@ class Nothing:
         pass
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+def many(call: Callable[[], Any]) -> None:
     for _ in range(CALLS):
         call()
-    return (time.perf_counter() - begun) / CALLS
 
 
 def main() -> None:
@@ -75,12 +73,9 @@ def main() -> None:
         "QuantLinear, its programs started by Triton": through_triton,
         "nn.Linear of 8 features": lambda: small(few),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                times[name].append(1e6 * seconds(call))
-    found = {name: round(statistics.median(taken), 1) for name, taken in times.items()}
+        times = interleaved({name: partial(many, call) for name, call in calls.items()}, SECONDS)
+    found = {name: round(1e3 * taken / CALLS, 1) for name, taken in times.items()}
     for name, taken in found.items():
         print(f"{taken:6.1f}  {name}")
     if options.json:

@@ -39,7 +39,7 @@ def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) ->
     stored = set(FileSource(base).keys())
     skeleton = skeleton_from_folder(base, stored, fused=fused)
     files = {label: _Tensors(path) for label, path in others.items()}
-    own, notes = config_of(base), []
+    own, notes = config_of(skeleton), []
     for label, file in files.items():
         notes += [] if file.is_adapter else note_on(label, config_of(file.path), own)
     used = stored

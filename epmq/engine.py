@@ -87,8 +87,12 @@ class Engine:
         if not self.layers and self.walk.streams:
             raise ConfigError("include and exclude leave no linear of any block to quantize; change them.")
         self.notes += self.config.unmatched(linears, self.matched)
-        found = {"layers": self.layers, "blocks": self.block_rows, "notes": sorted(set(self.notes))}
-        return {**found, "calibration": self.counts}
+        return {
+            "layers": self.layers,
+            "blocks": self.block_rows,
+            "notes": sorted(set(self.notes)),
+            "calibration": self.counts,
+        }
 
     def restore(self) -> nn.Module:
         """Put the skeleton together again; the engine is of no use afterwards."""

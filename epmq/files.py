@@ -150,9 +150,7 @@ def check_free(target: str | Path) -> None:
             )
         if any(target.iterdir()):
             raise OutputError(f"{target}: the output folder is not empty; choose another or remove it.")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(target.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{target}: the output folder cannot be made, {parent} is not a writable folder.")
 
@@ -163,10 +161,7 @@ def check_file(path: str | Path) -> None:
     with naming_space(path):
         if path.is_dir():
             raise OutputError(f"{path}: there is a folder of that name; choose another file.")
-        parent = path.parent
-        while not parent.exists():
-            parent = parent.parent
-        with tempfile.TemporaryFile(dir=parent), suppress(FileNotFoundError):
+        with tempfile.TemporaryFile(dir=_existing(path.parent)), suppress(FileNotFoundError):
             os.lstat(_working(path))  # whose name may be too long
 
 
@@ -193,10 +188,14 @@ def check_space(target: str | Path, needed: int) -> None:
 
 def free_bytes(target: str | Path) -> int:
     """Bytes free where ``target`` is or is to be."""
-    place = Path(target).absolute()
+    return shutil.disk_usage(_existing(Path(target).absolute())).free
+
+
+def _existing(place: Path) -> Path:
+    """The place, or the nearest folder above it that is there."""
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,9 @@ def config_from_folder(folder: str | Path) -> Any:
         return _transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
-def knows_other_tokens(folder: str | Path, base: str | Path, vocabulary: Mapping[str, int]) -> bool:
-    """Whether a folder has a tokenizer that can be loaded and has other ids for tokens of the base's ``vocabulary``."""
+def knows_other_tokens(folder: str | Path, base: str | Path, vocabulary: Callable[[], Mapping[str, int]]) -> bool:
+    """Whether a folder has a tokenizer that can be loaded and has other ids for tokens of the base's ``vocabulary``,
+    which is asked for where its files are others."""
     named = [name for name in TOKENIZER_FILES if trust.is_file(Path(folder) / name)]
     pairs = [(Path(folder) / name, Path(base) / name) for name in named]
     if all(trust.is_file(other) and own.read_bytes() == other.read_bytes() for own, other in pairs):
@@ -90,7 +91,7 @@ def knows_other_tokens(folder: str | Path, base: str | Path, vocabulary: Mapping
         its = tokenizer_from_folder(folder).get_vocab()
     except ModelError:
         return False  # nothing reads it
-    return any(its.get(token) != number for token, number in vocabulary.items())
+    return any(its.get(token) != number for token, number in vocabulary().items())
 
 
 def tokenizer_from_folder(folder: str | Path) -> Any:

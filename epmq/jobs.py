@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq import files, trust
-from epmq.adapters import ADAPTER_WEIGHTS, notes_on, open_model
+from epmq.adapters import notes_on, open_model
 from epmq.blocks import find_blocks
 from epmq.card import write_card
 from epmq.common import CommonModel, common_model
@@ -43,7 +43,7 @@ from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
 from epmq.shelf import Shelf
-from epmq.sources import ADAPTER_CONFIG, FileSource, WeightSource, iterate, main_dtype, total_bytes
+from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
 from epmq.texts import check_length, check_reads_texts, check_room, check_vocabulary, decoder_inputs, is_encoder_decoder
@@ -139,24 +139,27 @@ def _model_for_names(recipe: Recipe) -> CommonModel | None:
     base = recipe.base
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
-    for path in (base, *recipe.experts.values()):
-        file = path / ADAPTER_WEIGHTS if trust.exists(path / ADAPTER_CONFIG) else path
-        if trust.exists(file):
-            FileSource(file)  # One that cannot be read is no reason to go by other names.
     try:
         common = model_of(recipe, fused=True)  # as the base's files have them
-        present = NamedForModel(FileSource(base), common.skeleton, aliases=True).keys()
-        if missing := sorted(set(common.skeleton.state_dict()).difference(present)):
-            raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
+        reason = _misfit(base, common.skeleton)
     except ModelError as error:
-        log.warning(f"{error} Tensors are merged under the names in the files.")
-        return None
+        reason = f"{error} Tensors are merged under the names in the files."
+    if reason is None:
+        return common
+    log.warning(reason)
+    return None
+
+
+def _misfit(base: Path, model: nn.Module) -> str | None:
+    """Why a model's names do not serve for the tensors in the base's files, or None."""
+    source = FileSource(base)
+    try:
+        present = NamedForModel(source, model, aliases=True).keys()
     except SourceError:
-        log.warning(
-            f"{base}: transformers makes other tensors of these as it loads them; they are merged as in the files."
-        )
-        return None
-    return common
+        return f"{base}: transformers makes other tensors of these as it loads them; they are merged as in the files."
+    if missing := sorted(set(model.state_dict()).difference(present)):
+        raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
+    return None
 
 
 def notes_of(sources: Sources) -> list[str]:
@@ -401,7 +404,7 @@ def calibration_notes(recipe: Recipe, model: nn.Module, calibration: Calibration
     settings, notes = recipe.calibration, []
     if settings is None:
         return []
-    vocabulary = tokenizer_from_folder(recipe.base).get_vocab()
+    vocabulary = cache(lambda: tokenizer_from_folder(recipe.base).get_vocab())
     for task, path in recipe.experts.items():
         if task in calibration and knows_other_tokens(path, recipe.base, vocabulary):
             notes.append(

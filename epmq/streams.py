@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,12 +104,12 @@ def make_streams(
     return streams
 
 
-def counted(stream: Iterable[Batch]) -> dict[str, int]:
+def counted(stream: Sequence[Batch]) -> dict[str, int]:
     """Examples of a task and, where its batches tell which count, the positions that do."""
-    batches = list(stream)
-    found = {"examples": sum(len(batch.held) for batch in batches)}
-    weights = [batch.position_weights for batch in batches if batch.position_weights is not None]
-    return found | ({"positions": sum(int((w > 0).sum()) for w in weights)} if len(weights) == len(batches) else {})
+    found = {"examples": sum(len(batch.held) for batch in stream)}
+    used = [(batch.position_weights > 0).sum() for batch in stream if batch.position_weights is not None]
+    # One wait for a device, not one a batch.
+    return found | ({"positions": int(torch.stack(used).sum())} if len(used) == len(stream) else {})
 
 
 def _tracked(value: Any) -> Any:

@@ -102,13 +102,7 @@ def _(
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op("epmq::int4_dequantize", mutates_args=())
-def dequantized(
-    words: Tensor, scale_words: Tensor, out_features: int, in_features: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """:func:`dequantize` on the tensors of a PackedWeight."""
-    out: Tensor = dequantize_words(words, scale_words, out_features, in_features, group_size, dtype)
-    return out
+dequantized = torch.library.custom_op("epmq::int4_dequantize", dequantize_words, mutates_args=())
 
 
 @dequantized.register_fake
