@@ -65,7 +65,7 @@ test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, 
 	grep -vE '^(torch|triton|numpy|sympy|setuptools)==' constraints.txt > build/oldest/constraints.txt
 	echo 'torch==2.11.0 triton==3.6.0 numpy<2.4' | tr ' ' '\n' >> build/oldest/constraints.txt
 	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && pip="$$python -m pip install --quiet --constraint constraints.txt" && \
-	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest
+	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest -n 2 --dist loadfile
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer

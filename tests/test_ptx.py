@@ -409,6 +409,20 @@ def test_lanes_part_and_meet_again() -> None:
     assert found.tolist() == [n * (n - 1) // 2 for n in range(64)]
 
 
+def test_blocks_wait_for_their_turn() -> None:
+    """The last block first: what each adds shows who came before it."""
+    found, turn = torch.zeros(32, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    body = """
+      mov.u32 %r1, %ctaid.x; mov.u32 %r2, 2; sub.u32 %r2, %r2, %r1;
+      $WAIT: atom.acquire.gpu.global.add.u32 %r3, [%rd2], 0; setp.ne.u32 %p1, %r3, %r2; @%p1 bra $WAIT;
+      add.u64 %rd3, %rd1, %rd0; ld.global.b32 %r4, [%rd3]; mad.lo.u32 %r4, %r4, 10, %r1; add.u32 %r4, %r4, 1;
+      st.global.b32 [%rd3], %r4; bar.sync 0;
+      setp.eq.u32 %p2, %r0, 0; @%p2 red.release.gpu.global.add.u32 [%rd2], 1;
+    """
+    run(body, found, turn, blocks=3)
+    assert found.tolist() == [321] * 32 and turn.item() == 3
+
+
 # ---- traffic ---------------------------------------------------------------------------------------------------------
 
 

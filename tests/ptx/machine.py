@@ -1,9 +1,10 @@
 """Runs a kernel: all lanes of several blocks at once, one instruction after the other, on arrays of registers.
 
 Lanes that go different ways are brought forward from the lowest instruction on, so that loops and branches join again
-where their code does. Barriers hold lanes back until all of their block have come. What is asynchronous happens as late
-as it may: a copy arrives when it is waited for, a wgmma reads shared memory and writes its sums when it is waited for.
-A program that reads too early therefore reads what was there before, every time.
+where their code does. Barriers hold lanes back until all of their block have come; a block that waits in a loop for
+another one lets all others go on first. What is asynchronous happens as late as it may: a copy arrives when it is
+waited for, a wgmma reads shared memory and writes its sums when it is waited for. A program that reads too early
+therefore reads what was there before, every time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ class Program:
             if i.operation == "bra":
                 starts.add(kernel.labels[i.target])
         self.starts = sorted(starts)
-        self.waits = any(i.operation == "atom" or "acquire" in i.modifiers for i in kernel.instructions)
+        # Branches back to where a turn is waited for, which other blocks may have to give.
+        self.waits = {
+            place for place, i in enumerate(kernel.instructions) if i.operation == "bra" and self.spins(i, place)
+        }
+
+    def spins(self, branch: Instruction, place: int) -> bool:
+        """Whether a branch goes back over an acquire."""
+        loop = self.kernel.instructions[self.kernel.labels[branch.target] : place]
+        return any("acquire" in i.modifiers for i in loop)
 
     def run(
         self,
@@ -72,8 +81,7 @@ class Program:
         )
         memory = GlobalMemory(regions)
         size = self.kernel.shared_bytes + dynamic_shared
-        # Blocks that may wait for each other run one after the other: an earlier one never needs a later one.
-        at_once = 1 if self.waits else max(1, LANES_AT_ONCE // threads)
+        at_once = max(1, LANES_AT_ONCE // threads)
         watch = watch or Watch()
         for first in range(0, len(blocks), at_once):
             some = blocks[first : first + at_once]
@@ -85,11 +93,14 @@ class Program:
     def advance(self, s: State) -> None:
         count = s.lanes.size
         place = np.zeros(count, np.int64)
-        waiting = np.zeros(count, bool)
+        waiting, turning = np.zeros(count, bool), np.zeros(count, bool)  # at a barrier; for another block
         instructions = self.kernel.instructions
         while True:
-            runnable = np.where(waiting, DONE, place)
+            runnable = np.where(waiting | turning, DONE, place)
             start = int(runnable.min())
+            if start == DONE and turning.any():
+                turning[:] = False
+                continue
             if start == DONE:
                 if not waiting.any():
                     return
@@ -108,10 +119,11 @@ class Program:
             if end == stop:
                 place[lanes] = stop if stop < len(instructions) else DONE
                 continue
-            self.turn(s, instructions[end], end, lanes, place, waiting)
+            lanes = self.turn(s, instructions[end], end, lanes, place, waiting)
+            turning[lanes] = end in self.waits
 
-    def turn(self, s: State, i: Instruction, at: int, lanes: Lanes, place: Lanes, waiting: Bits) -> None:
-        """Where lanes go from the instruction that ends a straight piece."""
+    def turn(self, s: State, i: Instruction, at: int, lanes: Lanes, place: Lanes, waiting: Bits) -> Lanes:
+        """Where lanes go from the instruction that ends a straight piece; the lanes that execute it."""
         place[lanes] = at + 1
         if i.guard is not None:
             chosen = np.broadcast_to(s.bits(i.guard, 1, i) ^ i.negated, s.lanes.shape)[lanes]
@@ -133,6 +145,7 @@ class Program:
             held[met] = False
             if s.hazards:
                 s.hazards.blocks_met(np.flatnonzero(met))
+        return lanes
 
 
 def evaluate(assembly: str, *inputs: Bits) -> Bits:
