@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 128): 3.9, (80, 64, 128): 4.0}
 
 
 def gates(everything: bool) -> Iterator[Gate]:
-    """The tiles of the shipped choice (groups of 128, and all groups at 8 tokens); with ``everything`` every tile,
-    dtype and group, and beside some the naive layout, which has no limits."""
+    """The tiles of the shipped choice (groups of 128, and all groups at 8 tokens) and those that are only tried (three
+    programs a multiprocessor); with ``everything`` every tile, dtype and group, and beside some the naive layout, which
+    has no limits."""
     for arch in ARCHS:
         for config in tune.shapes(arch):
             for dtype in ("fp16", "bf16"):
@@ -36,6 +38,10 @@ def gates(everything: bool) -> Iterator[Gate]:
                         yield product_gate(arch, dtype, group, config, shown)
             if everything and config.block_m in (16, 64, 128) and is_main(arch, "fp16", 128, config):
                 yield naive_gate(arch, config)
+        for dtype, group in itertools.product(("fp16", "bf16"), GROUPS):
+            for config in tune.trials(arch, group, dtype):
+                if everything or is_main(arch, dtype, group, config):
+                    yield product_gate(arch, dtype, group, config, is_main(arch, dtype, group, config), " in threes")
         yield from other_gates(arch)
 
 
@@ -45,7 +51,7 @@ def is_main(arch: int, dtype: str, group: int, config: Config) -> bool:
     return wide and (group == 128 or config.block_m == 8 or dearest)
 
 
-def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool) -> Gate:
+def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool, more: str = "") -> Gate:
     """The tile program of a configuration, as launched with several parts where it is small."""
     split = config.block_m <= 64
     types = {"x": f"*{dtype}", "words": "*i16", "scales": "*i32", "bias": f"*{dtype}"}
@@ -60,7 +66,7 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool)
     }
     program = build(product_tiles, arch, types, constants, ("M", "KB", "blocks_per_part"), options(config))
     counts = count_weights(program, config)
-    name = f"int4 sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}"
+    name = f"int4 sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}{more}"
     shape = (config.block_m, config.block_n)
     limit = DECODE_LIMITS[group][counts.tensor == "HGMMA"] if shape == (8, 128) else TILE_LIMITS.get((arch, *shape))
     faults = common_faults(program, arch, program.loop_with("HMMA", "HGMMA"), SPILLED_OUTSIDE.get((arch, *shape), 0))
@@ -121,4 +127,5 @@ def other_gates(arch: int) -> Iterator[Gate]:
 
 
 def options(config: Config) -> dict[str, Any]:
-    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    most = {"maxnreg": config.registers} if config.registers else {}
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False, **most}

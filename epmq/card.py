@@ -35,7 +35,9 @@ def _lines(
 ) -> list[str]:
     front: dict[str, Any] = {} if format == "native" else {"library_name": "transformers"}
     front["tags"] = ["epmq", format, *(["merge"] if made_from else [])]
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# Quantized {model_class}", ""]
+    whole = report is not None and report["settings"]["bits"] is None
+    title = f"# {'Calibrated' if whole else 'Quantized'} {model_class}"
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", title, ""]
     lines += [f"Format: {format}, made by epmq.", "", "## Loading", ""]
     lines += [f"- {sentence}" for sentence in limits]
     if made_from:

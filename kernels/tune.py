@@ -42,7 +42,7 @@ class Config:
     """How one product is cut: tokens and rows of a tile, parts of the columns, warps, stages, operand form.
 
     joined: one product of 128 columns a step instead of four of 32. two_stages: dequantize, then cuBLAS; the other
-    fields are then unused.
+    fields are then unused. registers: the most that a thread may have, 0 for as many as the compiler takes.
     """
 
     block_m: int
@@ -52,6 +52,7 @@ class Config:
     stages: int
     joined: bool
     two_stages: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,18 @@ def joins(arch: int, block_m: int) -> bool:
 def candidates(key: Key) -> list[Config]:
     """Configurations worth timing for a key, the default first."""
     found = [default(key), Config(0, 0, 1, 0, 0, False, two_stages=True)]
-    for shape in shapes(key.arch, key.group_size):
+    blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
+    tried = trials(key.arch, key.group_size, key.dtype)
+    for shape in shapes(key.arch, key.group_size) + tried:
         if shape.block_n > padded(key.out_features, TILE_ROWS) or shape.block_m > max(8, 2 * key.tokens):
             continue
         if shape.block_m < 64 and key.tokens > 4 * shape.block_m:
             continue
         best = with_parts(shape, key).split_k
-        blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
-        parts = {1, best - 1, best, best + 1, best // 2, 2 * best} & set(range(1, blocks // 2 + 1))
-        found += [replace(shape, split_k=count) for count in sorted(parts | {1})]
+        parts = {1, best - 1, best, best + 1, best // 2, 2 * best}
+        if shape in tried:  # three programs a multiprocessor take half as many parts more
+            parts = {1, best, 3 * best // 2, (3 * best + 1) // 2}
+        found += [replace(shape, split_k=count) for count in sorted(parts) if 1 <= count <= max(1, blocks // 2)]
     return list(dict.fromkeys(found))
 
 
@@ -211,6 +215,20 @@ def shapes(arch: int, group_size: int = 128) -> list[Config]:
     # 32 and 64 by 64 spill on sm_80.
     tiles = ((8, 64, 4), (8, 128, 4), (16, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 3))
     return [Config(m, n, 1, 4, depth, False) for m, n, depth in tiles]
+
+
+def trials(arch: int, group_size: int, dtype: str) -> list[Config]:
+    """Tiles that only :func:`candidates` has: three programs share a multiprocessor, which have a stage less each and,
+    where the compiler would take more, a third of its registers. No GPU has timed them yet.
+
+    group_size: as the kernels count it, 0 for the whole row. dtype: ``fp16`` or ``bf16``.
+    """
+    if not has_wgmma(arch):
+        return []
+    found = {(32, 128): (3, 168), (64, 64): (3, 0), (64, 128): (3, 168), (128, 64): (2, 0)}
+    if dtype == "bf16" or group_size in (32, 64):
+        del found[64, 128]  # spills
+    return [Config(m, n, 1, 4, depth, True, registers=most) for (m, n), (depth, most) in found.items()]
 
 
 # ---- the cache on disk -----------------------------------------------------------------------------------------------

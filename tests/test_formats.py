@@ -197,7 +197,8 @@ def test_a_recipe_without_rounding_gives_an_ordinary_checkpoint(
     job.recipe["quantization"] = {"bits": None}
     assert in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out").code == 0
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "nothing is quantized" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "nothing is quantized" in card and "\n# Calibrated BertModel\n" in card
     _, info = transformers.AutoModel.from_pretrained(
         tmp_path / "out", output_loading_info=True, add_pooling_layer=False
     )

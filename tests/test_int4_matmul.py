@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -299,9 +300,9 @@ def test_random_problems(random_seeds: range, device: torch.device) -> None:
         rows, columns, tokens = draw.randint(1, 200), draw.randint(1, 400), draw.randint(1, 20)
         group, dtype = draw.choice([32, 64, 128, 256, -1]), draw.choice([FP16, BF16])
         x, tensor, weight, bias = problem(rows, columns, group, draw.random() < 0.5, dtype, tokens, device)
-        fits = [shape for shape in tune.shapes(90) + tune.shapes(80) if shape.block_n <= weight.scale_words.shape[1]]
-        shape = draw.choice([shape for shape in fits if shape.block_m <= 32])
-        config = Config(shape.block_m, shape.block_n, draw.randint(1, 4), shape.warps, shape.stages, shape.joined)
+        every = tune.shapes(90) + tune.shapes(80) + tune.trials(90, weight.group_size, "fp16")
+        fits = [shape for shape in every if shape.block_n <= weight.scale_words.shape[1]]
+        config = replace(draw.choice([shape for shape in fits if shape.block_m <= 32]), split_k=draw.randint(1, 4))
         offset = draw.choice([bias, None])
         y = run(x, weight.words, weight.scale_words, offset, rows, weight.group_size, config)
         check(y, x, tensor, offset, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,26 @@ def test_candidates_are_different_and_fit(tokens: int, arch: int) -> None:
     assert found[0] == tune.default(key(tokens, arch))
     assert len(set(found)) == len(found) > 1
     assert sum(config.two_stages for config in found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_of_tiles_that_are_only_tried_three_fit_on_a_multiprocessor(group: int, dtype: str) -> None:
+    """By shared memory, counted as the layout has it; registers are the compiler's, which the gates look at."""
+    for shape in tune.trials(90, group, dtype):
+        words, x = shape.block_n * 64, shape.block_m * 256
+        grid = 4 * shape.block_n * (128 // group if group else 0)
+        # The compiler holds a stage less of the weights, which go through registers.
+        shared = shape.stages * x + (shape.stages - 1) * (words + grid)
+        assert 3 * (shared + 1024) <= 228 * 1024
+        assert 0 <= shape.registers <= 65536 // (3 * 32 * shape.warps)
+        tried = {
+            config.split_k
+            for config in tune.candidates(replace(key(64), group_size=group, dtype=dtype))
+            if replace(config, split_k=1) == shape
+        }
+        assert 1 in tried and len(tried) > 1
+    assert tune.trials(80, group, dtype) == tune.trials(120, group, dtype) == []
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"tile": 1}}', '{"a": 3}'])

@@ -98,6 +98,7 @@ def told(config: Config) -> str:
     if config.two_stages:
         return "dequantized, cuBLAS"
     tile = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
+    tile += f", {config.registers} registers" if config.registers else ""
     return f"{tile}, {config.split_k} parts{', joined' if config.joined else ''}"
 
 
