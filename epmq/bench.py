@@ -14,7 +14,6 @@ from epmq.devices import compute_device
 from epmq.errors import ConfigError
 from epmq.linear import QuantLinear
 from epmq.memory import available_bytes
-from epmq.quantized import SUPPORTED_BITS
 
 Call = Callable[[], object]
 LEAST_ROUNDS = 5
@@ -67,10 +66,7 @@ def time_layers(
     Raises ConfigError, before anything is measured, for settings that no layer has and shapes that do not fit.
     """
     home = compute_device(device)
-    if bits not in SUPPORTED_BITS:
-        raise ConfigError(f"bits {bits}: use one of {', '.join(map(str, SUPPORTED_BITS))}.")
-    if group_size != -1 and group_size < 1:
-        raise ConfigError(f"group size {group_size}: use a positive number of columns, or -1 for the whole row.")
+    QuantLinear(1, 1, bits=bits, group_size=group_size)  # refuses what no layer has
     free = available_bytes()
     for rows, columns in shapes:
         needed = COPIES * 4 * rows * columns
