@@ -421,6 +421,8 @@ def test_blocks_wait_for_their_turn() -> None:
     """
     run(body, found, turn, blocks=3)
     assert found.tolist() == [321] * 32 and turn.item() == 3
+    with pytest.raises(PtxError, match="wait for what no other one does"):
+        run(body, found, turn, blocks=3)
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ptx.traffic import Traffic
 
 LANES_AT_ONCE = 8192
 DONE = np.iinfo(np.int64).max
+TURNS = 20  # times that all who wait look again while nobody gets further
 ENDS_STEP = ("bra", "bar", "barrier", "ret", "exit")
 
 
@@ -94,12 +95,16 @@ class Program:
         count = s.lanes.size
         place = np.zeros(count, np.int64)
         waiting, turning = np.zeros(count, bool), np.zeros(count, bool)  # at a barrier; for another block
+        before, turns = place.copy(), 0
         instructions = self.kernel.instructions
         while True:
             runnable = np.where(waiting | turning, DONE, place)
             start = int(runnable.min())
             if start == DONE and turning.any():
-                turning[:] = False
+                turns = turns + 1 if np.array_equal(place, before) else 0
+                if turns == TURNS:
+                    raise PtxError(f"{self.kernel.name}: blocks wait for what no other one does")
+                before, turning[:] = place.copy(), False
                 continue
             if start == DONE:
                 if not waiting.any():
