@@ -40,6 +40,9 @@ from epmq.world import World
 pytest.importorskip("transformers")
 
 KILLS = int(os.environ.get("EPMQ_KILLS", "4"))
+# The first backward pass starts a thread for each device, after which no child of a process may run one. Without a GPU
+# there is none now; in a CUDA build torch.compile makes one up later.
+torch.zeros(1, requires_grad=True).sum().backward()
 BEST = {"distill": {"steps": 45, "copies": 1, "examples": 2}}
 
 
