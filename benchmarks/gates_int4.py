@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 from machine_code import ARCHS, Counts, Gate, Program, build, common_faults, count
 from naive_int4 import naive_product
@@ -40,8 +39,9 @@ def gates(everything: bool) -> Iterator[Gate]:
                 yield naive_gate(arch, config)
         for dtype, group in itertools.product(("fp16", "bf16"), GROUPS):
             for config in tune.trials(arch, group, dtype):
-                if everything or is_main(arch, dtype, group, config):
-                    yield product_gate(arch, dtype, group, config, is_main(arch, dtype, group, config), " in threes")
+                shown = is_main(arch, dtype, group, config)
+                if everything or shown:
+                    yield product_gate(arch, dtype, group, config, shown, " in threes")
         yield from other_gates(arch)
 
 
@@ -64,7 +64,7 @@ def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool,
         "ASM": True,
         "WIDE": False,
     }
-    program = build(product_tiles, arch, types, constants, ("M", "KB", "blocks_per_part"), options(config))
+    program = build(product_tiles, arch, types, constants, ("M", "KB", "blocks_per_part"), config.options())
     counts = count_weights(program, config)
     name = f"int4 sm_{arch} {dtype} g{group} {config.block_m}x{config.block_n}{more}"
     shape = (config.block_m, config.block_n)
@@ -97,7 +97,7 @@ def naive_gate(arch: int, config: Config) -> Gate:
     """The naive kernel with the same tile; its products need 16 tokens at least."""
     types = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "origins": "*i8", "out": "*fp16"}
     constants = {"BM": max(16, config.block_m), "BN": config.block_n}
-    program = build(naive_product, arch, types, constants, ("M",), options(config))
+    program = build(naive_product, arch, types, constants, ("M",), config.options())
     return Gate(f"naive int4 sm_{arch} fp16 g128 {config.block_m}x{config.block_n}", count_weights(program, config), [])
 
 
@@ -124,8 +124,3 @@ def other_gates(arch: int) -> Iterator[Gate]:
         if narrow or counts.stores:
             faults.append(f"{len(narrow)} stores of less than 16 bytes, {counts.stores} to shared memory")
         yield Gate(f"int4 sm_{arch} {kernel.__name__}", counts, faults)
-
-
-def options(config: Config) -> dict[str, Any]:
-    most = {"maxnreg": config.registers} if config.registers else {}
-    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False, **most}

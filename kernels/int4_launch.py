@@ -101,8 +101,7 @@ def plan(
         BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split,
         BIAS=bias is not None and not split, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
         EARLY=early, ASM=not simulated if assembly is None else assembly, WIDE=wide,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
-        **({"maxnreg": config.registers} if config.registers else {}),
+        **config.options(),
     )  # fmt: skip
     numbers = (tokens, out_features, padded(out_features, TILE_ROWS), blocks, stride, per_part)
     if not split:

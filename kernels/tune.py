@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,11 @@ class Config:
     joined: bool
     two_stages: bool = False
     registers: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles a tile with."""
+        most = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False, **most}
 
 
 @dataclass(frozen=True)

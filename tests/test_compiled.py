@@ -135,14 +135,13 @@ def environment(arch: int) -> dict[str, str]:
 
 
 def run(arch: int, *command: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, *(part.replace("ARCH", str(arch)) for part in command)]
-    return subprocess.run(whole, cwd=ROOT, env=environment(arch), capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(arch), capture_output=True, text=True)
 
 
 def command_of(kind: str, arch: int, folder: Path) -> list[str]:
     """What python is to do. Of the tests it is a sample that takes minutes; make test-ptx runs them all."""
     if kind != "tests":
-        return ["-c", BROKEN if kind == "broken" else TRAFFIC]
+        return ["-c", (BROKEN if kind == "broken" else TRAFFIC).replace("ARCH", str(arch))]
     # Some compile a kernel for each of many cases, and what the suite does with processes and clocks is the same for
     # any kernel. The sweep uses no instruction that only one of the two has: most of its cases run on one.
     left = ["random_problems", "right_kernel", "stopped", "written_down", "machine_lacks"]

@@ -111,7 +111,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize("chosen", PLANS, ids=str)
-@pytest.mark.parametrize("shape", [(200, 64, 40), (100, 258, 130), (100, 129, None), (70, 257, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(150, 64, 40), (200, 300, 130), (100, 129, None), (70, 257, 1)], ids=str)
 def test_any_plan_gives_the_moments(device: torch.device, shape: tuple[int, int, int | None], chosen: Plan) -> None:
     """Tiles of either width; parts of the rows that are no multiple of what a program reads at a time; pieces."""
     count, columns, targets = shape
@@ -143,7 +143,7 @@ def test_the_last_tile_of_a_result_with_more_than_two_billion_entries(device: to
 def test_parts_of_the_rows(device: torch.device, kind: str) -> None:
     form = Form(partial(gram.accumulate, chosen=Plan(128, 40)))
     for dtype in DTYPES.values():
-        check_accumulate(form, seeded(90, 130).to(dtype), seeded(90, 9).to(dtype), row_weights(kind, 90))
+        check_accumulate(form, seeded(150, 140).to(dtype), seeded(150, 9).to(dtype), row_weights(kind, 150))
 
 
 def test_plans_keep_the_multiprocessors_busy() -> None:

@@ -100,13 +100,13 @@ class Program:
         while True:
             runnable = np.where(waiting | turning, DONE, place)
             start = int(runnable.min())
-            if start == DONE and turning.any():
-                turns = turns + 1 if np.array_equal(place, before) else 0
-                if turns == TURNS:
-                    raise PtxError(f"{self.kernel.name}: blocks wait for what no other one does")
-                before, turning[:] = place.copy(), False
-                continue
             if start == DONE:
+                if turning.any():
+                    turns = turns + 1 if np.array_equal(place, before) else 0
+                    if turns == TURNS:
+                        raise PtxError(f"{self.kernel.name}: blocks wait for what no other one does")
+                    before, turning[:] = place.copy(), False
+                    continue
                 if not waiting.any():
                     return
                 raise PtxError(f"{self.kernel.name}: lanes wait at a barrier that others never reach")
