@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from epmq import files
+from epmq.config import QuantConfig
 from epmq.report import told_errors
 
 CARD_NAME = "README.md"
@@ -35,8 +36,8 @@ def _lines(
 ) -> list[str]:
     front: dict[str, Any] = {} if format == "native" else {"library_name": "transformers"}
     front["tags"] = ["epmq", format, *(["merge"] if made_from else [])]
-    whole = report is not None and report["settings"]["bits"] is None
-    title = f"# {'Calibrated' if whole else 'Quantized'} {model_class}"
+    quantized = report is None or QuantConfig.model_validate(report["settings"]).rounds
+    title = f"# {'Quantized' if quantized else 'Calibrated'} {model_class}"
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", title, ""]
     lines += [f"Format: {format}, made by epmq.", "", "## Loading", ""]
     lines += [f"- {sentence}" for sentence in limits]

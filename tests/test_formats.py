@@ -199,6 +199,10 @@ def test_a_recipe_without_rounding_gives_an_ordinary_checkpoint(
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "nothing is quantized" in card and "\n# Calibrated BertModel\n" in card
+    job.recipe["quantization"]["overrides"] = {"layer.0": {"bits": 4}}
+    assert in_process(capsys, "quantize", job.write(), "--out", tmp_path / "some").code == 0
+    assert "\n# Quantized BertModel\n" in (tmp_path / "some" / "README.md").read_text()
+    del job.recipe["quantization"]["overrides"]
     _, info = transformers.AutoModel.from_pretrained(
         tmp_path / "out", output_loading_info=True, add_pooling_layer=False
     )
