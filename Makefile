@@ -36,7 +36,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	touch $@
 
 test: $(READY)  ## all tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resumed
 	EPMQ_KILLS=50 $(BIN)/python -m pytest tests/test_resume.py -k random_moments
@@ -55,8 +55,8 @@ test-transformers4:  ## the table of model families with the last transformers 4
 	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(TRANSFORMERS4)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers<5' \
-	  safetensors pydantic click rich pyyaml regex pytest hypothesis pytest-timeout
-	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest tests/test_families.py tests/test_names.py
+	  safetensors pydantic click rich pyyaml regex pytest hypothesis pytest-timeout pytest-xdist
+	PYTHONPATH=. $(TRANSFORMERS4)/bin/python -m pytest -n 2 tests/test_families.py tests/test_names.py
 
 # On Linux PyPI's torch is a CUDA build, with which the extension's CUDA part is built too where there is an nvcc.
 test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, in an environment of its own (of some GB)
@@ -65,7 +65,8 @@ test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, 
 	grep -vE '^(torch|triton|numpy|sympy|setuptools)==' constraints.txt > build/oldest/constraints.txt
 	echo 'torch==2.11.0 triton==3.6.0 numpy<2.4' | tr ' ' '\n' >> build/oldest/constraints.txt
 	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && pip="$$python -m pip install --quiet --constraint constraints.txt" && \
-	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest -n 2 --dist loadfile
+	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest -n 2 --dist loadfile \
+	  --no-loadscope-reorder
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer

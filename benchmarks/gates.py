@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import gates_gptq
 import gates_int4
 import triton
-from machine_code import Counts, Gate
+from machine_code import Counts, Gate, Unbuilt
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ROOT / "benchmarks" / "results" / "gates.json"
@@ -34,6 +36,10 @@ COLUMNS = {
     "conversions": "I2F", "permutes": "PRMT", "stores": "STS", "wide_copies": "16-byte copies", "tensor": "tensor",
     "waits": "waits", "limit": "limit",
 }  # fmt: skip
+
+
+def built(gate: Unbuilt) -> Gate:
+    return gate()
 
 
 def row(gate: Gate) -> dict[str, Any]:
@@ -93,9 +99,10 @@ def main() -> None:
     committed: Committed = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     before = committed.get(VERSION, {})
     print(f"Triton {triton.__version__}")
-    found, faults = [], []
-    for gate in [*gates_int4.gates(options.all), *gates_gptq.gates(options.all)]:
-        found.append(gate)
+    faults = []
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = [*pool.map(built, [*gates_int4.gates(options.all), *gates_gptq.gates(options.all)])]
+    for gate in found:
         for what in (*gate.faults, *grown(gate.counts, before.get(gate.name, {}))):
             faults.append(f"{gate.name}: {what}")
     now = {gate.name: row(gate) for gate in found}

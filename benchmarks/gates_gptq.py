@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from machine_code import ARCHS, Gate, build, common_faults, count
+from machine_code import ARCHS, Gate, Unbuilt, build, common_faults, count
 
 from epmq.kernels import gptq_block, gram, gram_programs
 
 MOST_PER_COLUMN = 270
 
 
-def gates(everything: bool) -> Iterator[Gate]:
+def gates(everything: bool) -> Iterator[Unbuilt]:
     """Both kernels on every architecture; there is nothing more to ask for with ``everything``."""
     for arch in ARCHS:
         for rows in (32, 64, 128):
-            yield gptq_gate(arch, rows)
+            yield partial(gptq_gate, arch, rows)
     for arch in ARCHS:
         for dtype in ("bf16", "fp16"):
-            yield gram_gate(arch, dtype, False, False)
+            yield partial(gram_gate, arch, dtype, False, False)
         if arch >= 90:
-            yield gram_gate(arch, "bf16", False, False, 2 * gram.TILE)
-        yield gram_gate(arch, "fp32", True, False)
-        yield gram_gate(arch, "bf16", True, True)
+            yield partial(gram_gate, arch, "bf16", False, False, 2 * gram.TILE)
+        yield partial(gram_gate, arch, "fp32", True, False)
+        yield partial(gram_gate, arch, "bf16", True, True)
 
 
 def gptq_gate(arch: int, rows: int = gptq_block.LINE) -> Gate:

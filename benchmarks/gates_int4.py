@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
-from machine_code import ARCHS, Counts, Gate, Program, build, common_faults, count
+from machine_code import ARCHS, Counts, Gate, Program, Unbuilt, build, common_faults, count
 from naive_int4 import naive_product
 
 from epmq.kernels import tune
@@ -22,7 +23,7 @@ SPILLED_OUTSIDE = {(90, 128, 128): 8}
 TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 128): 3.9, (80, 64, 128): 4.0}
 
 
-def gates(everything: bool) -> Iterator[Gate]:
+def gates(everything: bool) -> Iterator[Unbuilt]:
     """The tiles of the shipped choice (groups of 128, and all groups at 8 tokens) and those that are only tried (three
     programs a multiprocessor); with ``everything`` every tile, dtype and group, and beside some the naive layout, which
     has no limits."""
@@ -34,15 +35,16 @@ def gates(everything: bool) -> Iterator[Gate]:
                         continue
                     shown = is_main(arch, dtype, group, config)
                     if everything or shown:
-                        yield product_gate(arch, dtype, group, config, shown)
+                        yield partial(product_gate, arch, dtype, group, config, shown)
             if everything and config.block_m in (16, 64, 128) and is_main(arch, "fp16", 128, config):
-                yield naive_gate(arch, config)
+                yield partial(naive_gate, arch, config)
         for dtype, group in itertools.product(("fp16", "bf16"), GROUPS):
             for config in tune.trials(arch, group, dtype):
                 shown = is_main(arch, dtype, group, config)
                 if everything or shown:
-                    yield product_gate(arch, dtype, group, config, shown, " in threes")
-        yield from other_gates(arch)
+                    yield partial(product_gate, arch, dtype, group, config, shown, " in threes")
+        yield partial(other_gate, arch, "sum_parts")
+        yield partial(other_gate, arch, "dequantize_tiles")
 
 
 def is_main(arch: int, dtype: str, group: int, config: Config) -> bool:
@@ -108,19 +110,20 @@ def count_weights(program: Program, config: Config) -> Counts:
     return count(program, loop, round(len(program.part(loop)) / weights, 3))
 
 
-def other_gates(arch: int) -> Iterator[Gate]:
-    """The kernels that only move memory: besides the common limits, all that they write goes 16 bytes at a time."""
+def other_gate(arch: int, name: str) -> Gate:
+    """A kernel that only moves memory: besides the common limits, all that it writes goes 16 bytes at a time."""
     parts = {"parts": "*fp32", "bias": "*fp16", "out": "*fp16"}
     tiles = {"words": "*i16", "scales": "*i32", "out": "*bf16"}
-    plain = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
-    for kernel, types, constants, unaligned in (
-        (sum_parts, parts, {"SPLITS": 8, "BIAS": True, "EARLY": arch >= 90, "WIDE": False, "BLOCK": 1024}, ("M",)),
-        (dequantize_tiles, tiles, {"GROUP": 128, "ASM": True, "WIDE": False}, ("N", "KB")),
-    ):
-        program = build(kernel, arch, types, constants, unaligned, plain)
-        counts = count(program, None, len(program.operations))
-        faults = common_faults(program, arch)
-        narrow = [name for name in program.operations if name.startswith("STG") and not name.endswith("128")]
-        if narrow or counts.stores:
-            faults.append(f"{len(narrow)} stores of less than 16 bytes, {counts.stores} to shared memory")
-        yield Gate(f"int4 sm_{arch} {kernel.__name__}", counts, faults)
+    early = {"SPLITS": 8, "BIAS": True, "EARLY": arch >= 90, "WIDE": False, "BLOCK": 1024}
+    kernel, types, constants, unaligned = {
+        "sum_parts": (sum_parts, parts, early, ("M",)),
+        "dequantize_tiles": (dequantize_tiles, tiles, {"GROUP": 128, "ASM": True, "WIDE": False}, ("N", "KB")),
+    }[name]
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+    program = build(kernel, arch, types, constants, unaligned, options)
+    counts = count(program, None, len(program.operations))
+    faults = common_faults(program, arch)
+    narrow = [code for code in program.operations if code.startswith("STG") and not code.endswith("128")]
+    if narrow or counts.stores:
+        faults.append(f"{len(narrow)} stores of less than 16 bytes, {counts.stores} to shared memory")
+    return Gate(f"int4 sm_{arch} {name}", counts, faults)

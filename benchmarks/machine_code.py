@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ class Gate:
     faults: list[str]
     limit: float | None = None
     shown: bool = True
+
+
+Unbuilt = Callable[[], Gate]  # compiled when it is called, in whichever process
 
 
 def build(

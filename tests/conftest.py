@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -123,6 +125,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         count = int(os.environ.get("EPMQ_STRESS", "30"))
         parts = [range(first, min(first + 10, count)) for first in range(0, count, 10)]
         metafunc.parametrize("random_seeds", parts, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
+
+
+# Files of minutes, the longest first: begun last, they would run while the other process has nothing left to do.
+LONGEST = (
+    "test_compiled.py",
+    "test_world.py",
+    "test_examples.py",
+    "test_resume.py",
+    "test_gptq_block.py",
+    "test_cli.py",
+)
+MANY_CASES = 16
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first; with EPMQ_SAMPLE=i/n the i-th of n parts of the cases of each test that has many."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+    if "EPMQ_SAMPLE" not in os.environ:
+        return
+    part, parts = map(int, os.environ["EPMQ_SAMPLE"].split("/"))
+    names = [item.nodeid.partition("[")[0] for item in items]
+    cases = Counter(names)
+    left = [
+        item
+        for item, name in zip(items, names, strict=True)
+        if cases[name] >= MANY_CASES and crc32(item.nodeid.encode()) % parts != part
+    ]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(autouse=True)

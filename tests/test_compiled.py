@@ -110,8 +110,8 @@ def seen(name):
     traffic.costs.clear()
 
 found = []
-for dtype in (torch.float16, torch.bfloat16):
-    for group in (32, 128, -1):
+for dtype, groups in ((torch.float16, (32, 128, -1)), (torch.bfloat16, (128,))):  # both are as wide
+    for group in groups:
         for shape in tune.shapes(ARCH):
             rows = shape.block_n
             x, _, weight, _ = problem(rows, 1024, group, False, dtype, shape.block_m, torch.device("cpu"))
@@ -131,7 +131,8 @@ sys.exit(1 if found else 0)
 def environment(arch: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPMQ_BACKEND")}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**kept, "EPMQ_PTX": str(arch), "PYTHONPATH": paths, "TRITON_DEFAULT_FP_FUSION": "0"}
+    own = {"EPMQ_PTX": str(arch), "EPMQ_SAMPLE": f"{ARCHS.index(arch)}/3", "PYTHONPATH": paths}
+    return {**kept, **own, "TRITON_DEFAULT_FP_FUSION": "0"}
 
 
 def run(arch: int, *command: str) -> subprocess.CompletedProcess[str]:
@@ -139,7 +140,8 @@ def run(arch: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def command_of(kind: str, arch: int, folder: Path) -> list[str]:
-    """What python is to do. Of the tests it is a sample that takes minutes; make test-ptx runs them all."""
+    """What python is to do. Of the tests it is a sample that takes minutes, of those with many cases another third on
+    each architecture; make test-ptx runs them all."""
     if kind != "tests":
         return ["-c", (BROKEN if kind == "broken" else TRAFFIC).replace("ARCH", str(arch))]
     # Some compile a kernel for each of many cases, and what the suite does with processes and clocks is the same for

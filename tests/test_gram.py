@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, product_bound
+from conftest import PTX_ARCH
 from forms import CUT_OFF, DTYPES, check_accumulate, cut_off_sums, seeded
 from torch import Tensor
 
@@ -219,7 +220,11 @@ def test_tiles_cover_the_triangle_and_the_cross_covariance_once(
     every = {(row, column, False) for row in range(h_tiles) for column in range(row // ratio + 1)}
     every |= {(row, column, True) for row in range(cross_tiles) for column in range(-(-h_tiles // ratio))}
     assert len(wanted) == len(every) == gram.tile_count(h_tiles, cross_tiles, ratio) and set(wanted) == every
-    assert listed(device, 0, len(wanted), h_tiles, cross_tiles, ratio, band) == wanted
+    # The interpreter takes a minute for some hundred tiles: there some are looked at, all of them as PTX and on a GPU.
+    count = len(wanted)
+    step = count if device.type == "cuda" or PTX_ARCH else min(12, count)
+    for first in sorted({0, (count - step) // 2, count - step}):
+        assert listed(device, first, step, h_tiles, cross_tiles, ratio, band) == wanted[first : first + step]
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
