@@ -81,15 +81,15 @@ def _rule_of(model: Any) -> Rule:
     return rename
 
 
-def _conversions(model: Any) -> tuple[list[Any], list[Any]] | None:
+def _conversions(model: Any, legacy: bool = True) -> tuple[list[Any], list[Any]] | None:
     """transformers' own steps for the names of a model of its, and those that compute as well; None where it has none,
-    which is before 5."""
+    which is before 5. legacy: with those for what no release writes any more."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
     except ImportError:
         return None
-    steps = get_model_conversion_mapping(model)
+    steps = get_model_conversion_mapping(model, add_legacy=legacy)
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     return [step for step in steps if not isinstance(step, WeightConverter)], converters
 
@@ -139,6 +139,37 @@ def stored_experts(model: nn.Module) -> dict[str, str]:
                     if rule(f"{key}.weight") == (f"{name}.weight", False):
                         found.setdefault(name, key)
     return found
+
+
+def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
+    """From the name of a tensor of a model, or of a part of a packed linear, to the one under which transformers reads
+    it as that.
+
+    That is nearly always its own. Where a rule for older files takes this name too, it is what transformers stores the
+    tensor under, and None where it would not read that either.
+    """
+    steps = _conversions(model, legacy=False) if hasattr(model, "base_model_prefix") else None
+    if steps is None:
+        return lambda name: name
+    rule, prefix, present = _rule_of(model), f"{model.base_model_prefix}.", set(model.state_dict())
+    # A prefix that transformers takes off it does not add again: whether there was one it cannot know.
+    renamings = [step for step in steps[0] if type(step).__name__ != "PrefixChange"]
+    backward = [step.reverse_transform() for step in reversed(renamings)]
+
+    def is_read(stored: str, name: str) -> bool:
+        renamed, computed = rule(stored)
+        return not computed and name in _forms(renamed, prefix)
+
+    def stored(name: str) -> str | None:
+        older = name
+        for step in backward:
+            older, _ = step.rename_source_key(older)
+        # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
+        stands = name in present and present.isdisjoint(_forms(rule(name)[0], prefix))
+        found = (candidate for candidate in (name, older) if is_read(candidate, name))
+        return next(found, name if stands else None)
+
+    return stored
 
 
 def cuts_weights(model: nn.Module) -> bool:

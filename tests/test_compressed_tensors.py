@@ -33,7 +33,8 @@ from torch import Tensor, nn
 import epmq
 from epmq import QuantLinear, replace_linear
 from epmq.errors import FormatError
-from epmq.formats.compressed_tensors import KEPT_PACKED
+from epmq.formats.compressed_tensors import KEPT_PACKED, CompressedTensorsWriter
+from epmq.formats.packed import planned_linear
 from epmq.sources import FileSource
 
 LOADERS = {
@@ -261,6 +262,13 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**STATES, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1,
          "head_dim": 8, "lru_width": 32, "attention_window_size": 16},
     ),
+    # A rule for older files would rename its shared experts once more: they are stored as those files have them.
+    "laguna": (
+        "LagunaForCausalLM", "LagunaConfig",
+        {**STATES, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
+    ),
     "gptj": (
         "GPTJForCausalLM", "GPTJConfig", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     ),
@@ -333,6 +341,37 @@ def test_a_class_of_which_transformers_loads_other_modules_is_refused(tmp_path: 
         epmq.save(model, tmp_path / "out")
     epmq.save(model, tmp_path / "out", format="native")
     assert torch.equal(first_output(epmq.load(tmp_path / "out")), first_output(model))
+
+
+def test_a_name_that_a_rule_for_older_files_takes_is_stored_as_they_have_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model = transformers.DINOv3ViTModel(config).eval()
+    scale = model.model.layer[0].layer_scale1.lambda1
+    scale.data.uniform_()
+    replace_linear(model, 4, 16, True)
+    epmq.save(model, tmp_path / "out")
+    stored = tensors_of(tmp_path / "out")
+    assert "layer.0.layer_scale1.lambda1" in stored and "model.layer.0.attention.q_proj.weight_packed" in stored
+    theirs: Any = of_the_same_class(tmp_path / "out", headless=False)
+    assert torch.equal(theirs.model.layer[0].layer_scale1.lambda1, scale)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        found, wanted = (one(**batch).last_hidden_state for one in (epmq.load(tmp_path / "out"), model))
+    assert torch.equal(found, wanted)
+
+
+def test_a_linear_that_transformers_would_read_under_no_name_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = transformers.MaskFormerModel(transformers.MaskFormerConfig())
+    name = "pixel_level_module.encoder.model.encoder.layers.0.blocks.0.attention.self.query"
+    writer = CompressedTensorsWriter(tmp_path, model, torch.float32)
+    linear: Any = model.get_submodule(name)
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}\.weight_packed: transformers reads no tensor .* native"):
+        writer.plan({name: planned_linear(tuple(linear.weight.shape), 4, 32, True, torch.float32)})
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- linears that are stored the other way round ---------------------------------------------------------------------

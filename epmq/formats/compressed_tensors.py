@@ -33,7 +33,7 @@ from epmq.formats.packed import (
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.names import cuts_weights, stored_experts
+from epmq.names import cuts_weights, name_to_store, stored_experts
 from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -74,6 +74,7 @@ class CompressedTensorsWriter:
         self._linears = plain_linears(model)
         self._experts = [n for n in self._linears if n.startswith(tuple(f"{m}." for m in separated(model)))]
         self._stored = stored_experts(model)
+        self._name_to_store = name_to_store(model)
         self._planned: dict[str, Scheme] = {}
         self._schemes: dict[str, Scheme] = {}
 
@@ -84,6 +85,7 @@ class CompressedTensorsWriter:
         self._planned = {name: self._scheme(name, tensor) for name, tensor in linears.items()}
         self._unify(linears)
         self._check_experts()
+        self._check_names()
 
     def _unify(self, linears: Mapping[str, QuantizedTensor]) -> None:
         """Settle one group size where transformers must dequantize the file and the schemes differ in no more."""
@@ -110,19 +112,30 @@ class CompressedTensorsWriter:
         if scheme.group_size not in (-1, tensor.group_size):
             group_of = column_groups(columns, tensor.group_size)[:: scheme.group_size].long()
             scales, zeros = scales[:, group_of], None if zeros is None else zeros[:, group_of]
-        stored = self._stored.get(name, name)
-        self.shards.add(f"{stored}.weight_packed", pack(tensor.codes, tensor.bits))
-        self.shards.add(f"{stored}.weight_scale", scales)
+        self.tensor(f"{name}.weight_packed", pack(tensor.codes, tensor.bits))
+        self.tensor(f"{name}.weight_scale", scales)
         if zeros is not None:
-            self.shards.add(f"{stored}.weight_zero_point", pack(zeros.T, tensor.bits).T)
-        self.shards.add(f"{stored}.weight_shape", torch.tensor([rows, columns]))
+            self.tensor(f"{name}.weight_zero_point", pack(zeros.T, tensor.bits).T)
+        self.tensor(f"{name}.weight_shape", torch.tensor([rows, columns]))
         if bias is not None:
-            self.shards.add(f"{stored}.bias", bias)
+            self.tensor(f"{name}.bias", bias)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is."""
+        self.shards.add(self._key(name), tensor)
+
+    def _key(self, name: str) -> str:
+        """What a tensor is called in the file."""
         module, _, leaf = name.rpartition(".")
-        self.shards.add(f"{self._stored[module]}.{leaf}" if module in self._stored else name, tensor)
+        if module in self._stored:
+            return f"{self._stored[module]}.{leaf}"
+        stored = self._name_to_store(name)
+        if stored is None:
+            raise FormatError(
+                f"{name}: transformers reads no tensor of a file as this one of {type(self.model).__name__}, and would"
+                " leave random weights there; use format native."
+            )
+        return stored
 
     def finish(self) -> None:
         """Write the last shard, the index and ``quantization_config`` (none when nothing is quantized)."""
@@ -177,6 +190,12 @@ class CompressedTensorsWriter:
                 f"{METHOD}: transformers joins experts, such as {self._experts[0]}, of one scheme only; give all of"
                 " them the same bits and a group_size that divides their columns, or use format native."
             )
+
+    def _check_names(self) -> None:
+        """Raise FormatError for the first tensor that transformers would not find under any name."""
+        plain = [name for name in self.model.state_dict() if name.rpartition(".")[0] not in self._planned]
+        for name in (*plain, *(f"{linear}.weight_packed" for linear in self._planned)):
+            self._key(name)
 
     def _refuse_swapped(self) -> None:
         """Raise FormatError where transformers puts other modules into the model before it loads this format: their
