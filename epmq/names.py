@@ -161,13 +161,16 @@ def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
         return not computed and name in _forms(renamed, prefix)
 
     def stored(name: str) -> str | None:
+        if is_read(name, name):
+            return name
         older = name
         for step in backward:
             older, _ = step.rename_source_key(older)
+        if is_read(older, name):
+            return older
         # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
         stands = name in present and present.isdisjoint(_forms(rule(name)[0], prefix))
-        found = (candidate for candidate in (name, older) if is_read(candidate, name))
-        return next(found, name if stands else None)
+        return name if stands else None
 
     return stored
 
