@@ -1,8 +1,7 @@
-"""compressed-tensors files: loaded by transformers, held to an independent reader, read back; broken ones refused."""
+"""compressed-tensors files: loaded by transformers, held to an independent reader, read back."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -16,16 +15,16 @@ from close import assert_close, product_bound
 from families import KINDS, make_job
 from safetensors.torch import load_file, save_file
 from tiny import (
-    IDS,
     KEPT,
     answers,
-    copy_of,
     dequantized,
     edit_config,
-    edit_json,
     edit_tensors,
+    first_output,
+    of_the_same_class,
     quantized,
     quantized_names,
+    tensors_of,
     tiny,
 )
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ from torch import Tensor, nn
 import epmq
 from epmq import QuantLinear, replace_linear
 from epmq.errors import FormatError
-from epmq.formats.compressed_tensors import KEPT_PACKED, CompressedTensorsWriter
-from epmq.formats.packed import planned_linear
-from epmq.sources import FileSource
 
 LOADERS = {
     "llama": transformers.AutoModelForCausalLM,
@@ -82,11 +78,6 @@ def load_with_transformers(kind: str, folder: Path) -> nn.Module:
     assert not info["unexpected_keys"]
     loaded: nn.Module = model.eval()
     return loaded
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    source = FileSource(folder)
-    return {key: source.tensor(key) for key in source.keys()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -193,23 +184,6 @@ def test_linears_of_different_bits_get_their_own_groups(tmp_path: Path) -> None:
     assert torch.equal(answers(epmq.load(tmp_path / "out")), answers(model))
 
 
-def of_the_same_class(folder: Path, headless: bool) -> Any:
-    """What transformers makes of a folder: the class that was saved, or the model without its head."""
-    config = json.loads((folder / "config.json").read_text())
-    kind: Any = transformers.AutoModel if headless else getattr(transformers, config["architectures"][0])
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    if not headless:
-        assert not info["unexpected_keys"]
-    return model.eval()
-
-
-def first_output(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=IDS)[0]
-    return out
-
-
 @pytest.mark.parametrize("headless", [False, True], ids=["saved class", "without its head"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_mixture_loads_with_the_head_and_without(kind: str, headless: bool, tmp_path: Path) -> None:
@@ -243,135 +217,6 @@ def test_a_mixture_of_a_model_without_head_loads_with_one(headed: bool, tmp_path
     first_output(theirs)  # unpacks
     wanted = first_output(dequantized(model))
     assert (first_output(theirs.base_model) - wanted).norm() <= 0.01 * wanted.norm()
-
-
-# -- which classes load packed ---------------------------------------------------------------------------------------
-
-LANGUAGE = {name: kind for name, kind in KINDS.items() if kind.model.endswith("ForCausalLM")}
-STATES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "falcon": ("FalconForCausalLM", "FalconConfig", {**STATES, "num_attention_heads": 4}),
-    "mamba": ("MambaForCausalLM", "MambaConfig", {**STATES, "state_size": 8}),
-    "mamba2": (
-        "Mamba2ForCausalLM", "Mamba2Config",
-        {**STATES, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
-    ),
-    "rwkv": ("RwkvForCausalLM", "RwkvConfig", {**STATES, "context_length": 64}),
-    "recurrentgemma": (
-        "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
-        {**STATES, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1,
-         "head_dim": 8, "lru_width": 32, "attention_window_size": 16},
-    ),
-    # A rule for older files would rename its shared experts once more: they are stored as those files have them.
-    "laguna": (
-        "LagunaForCausalLM", "LagunaConfig",
-        {**STATES, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
-         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-         "shared_expert_intermediate_size": 16},
-    ),
-    "gptj": (
-        "GPTJForCausalLM", "GPTJConfig", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-    ),
-}  # fmt: skip
-
-
-def language_model(name: str) -> Any:
-    torch.manual_seed(0)
-    if name in LANGUAGE:
-        kind = LANGUAGE[name]
-        model = getattr(transformers, kind.model)(getattr(transformers, kind.config)(**kind.settings))
-    else:
-        cls, config, settings = OTHERS[name]
-        model = getattr(transformers, cls)(getattr(transformers, config)(**settings))
-    return model.eval()
-
-
-@pytest.mark.parametrize("name", [*LANGUAGE, *OTHERS])
-def test_symmetric_language_models_load_in_transformers(name: str, tmp_path: Path) -> None:
-    model = language_model(name)
-    replace_linear(model, 4, 16, True, exclude=["lm_head", "head", "dt_proj"])
-    epmq.save(copy.deepcopy(model), tmp_path / "out")
-    theirs = of_the_same_class(tmp_path / "out", headless=False)
-    wanted = first_output(dequantized(model))
-    assert wanted.norm() > 0
-    assert (first_output(theirs) - wanted).norm() <= 0.01 * wanted.norm()
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert ("dequantize" in settings) == (name in OTHERS)
-    assert ("transformers 5 dequantizes it while loading" in card) == (name in OTHERS)
-    assert ("transformers 5 keeps it packed" in card) == (name in LANGUAGE)
-
-
-def test_every_class_that_is_kept_packed_is_tried() -> None:
-    assert {kind.model for kind in LANGUAGE.values()} == KEPT_PACKED
-
-
-# -- classes that transformers cannot load packed --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
-def test_a_class_whose_weights_may_be_cut_is_told_not_to_load(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4
-    )
-    model: Any = getattr(transformers, f"{family}Model")(config).eval()
-    replace_linear(model, 4, 16, True)
-    epmq.save(model, tmp_path / "out")
-    assert "transformers 5.23 refuses it" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"mlp\.weights_in"):
-        type(model).from_pretrained(tmp_path / "out")
-    batch = {"pixel_values": torch.randn(2, 3, 12, 12)}
-    with torch.no_grad():
-        found, wanted = (one(**batch).last_hidden_state for one in (epmq.load(tmp_path / "out"), model))
-    assert torch.equal(found, wanted)
-
-
-def test_a_class_of_which_transformers_loads_other_modules_is_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.Llama4TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
-    )  # fmt: skip
-    model = transformers.Llama4ForCausalLM(config).eval()
-    replace_linear(model, 4, 16, True)
-    with pytest.raises(
-        FormatError, match=r"layers\.0\.feed_forward\.experts: .* a Llama4TextExperts .* use format native"
-    ):
-        epmq.save(model, tmp_path / "out")
-    epmq.save(model, tmp_path / "out", format="native")
-    assert torch.equal(first_output(epmq.load(tmp_path / "out")), first_output(model))
-
-
-def test_a_name_that_a_rule_for_older_files_takes_is_stored_as_they_have_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.DINOv3ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
-    )
-    model = transformers.DINOv3ViTModel(config).eval()
-    scale = model.model.layer[0].layer_scale1.lambda1
-    scale.data.uniform_()
-    replace_linear(model, 4, 16, True)
-    epmq.save(model, tmp_path / "out")
-    stored = tensors_of(tmp_path / "out")
-    assert "layer.0.layer_scale1.lambda1" in stored and "model.layer.0.attention.q_proj.weight_packed" in stored
-    theirs: Any = of_the_same_class(tmp_path / "out", headless=False)
-    assert torch.equal(theirs.model.layer[0].layer_scale1.lambda1, scale)
-    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    with torch.no_grad():
-        found, wanted = (one(**batch).last_hidden_state for one in (epmq.load(tmp_path / "out"), model))
-    assert torch.equal(found, wanted)
-
-
-def test_a_linear_that_transformers_would_read_under_no_name_is_refused(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = transformers.MaskFormerModel(transformers.MaskFormerConfig())
-    name = "pixel_level_module.encoder.model.encoder.layers.0.blocks.0.attention.self.query"
-    writer = CompressedTensorsWriter(tmp_path, model, torch.float32)
-    linear: Any = model.get_submodule(name)
-    with pytest.raises(FormatError, match=rf"{re.escape(name)}\.weight_packed: transformers reads no tensor .* native"):
-        writer.plan({name: planned_linear(tuple(linear.weight.shape), 4, 32, True, torch.float32)})
-    assert list(tmp_path.iterdir()) == []
 
 
 # -- linears that are stored the other way round ---------------------------------------------------------------------
@@ -557,147 +402,3 @@ def test_models_without_a_configuration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="compressed-tensors is for transformers models"):
         epmq.save(model, tmp_path / "out", format="compressed-tensors")
     assert list(tmp_path.iterdir()) == []
-
-
-# -- what cannot be read ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ct") / "good"
-    epmq.save(quantized("llama", 4, False, 32), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def good_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ct") / "shards"
-    epmq.save(quantized("llama", 4, True, 32), folder, shard_bytes=20_000)
-    return folder
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(FormatError) as caught:
-        epmq.load(folder)
-    return str(caught.value)
-
-
-NAME = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_scale": None}, "there is no tensor '{}.weight_scale'"),
-        ({"weight_shape": None}, "there is no tensor '{}.weight_shape'"),
-        ({"weight_zero_point": None}, "there is no tensor '{}.weight_zero_point'"),
-        ({"weight_packed": None}, "tensor '{}.weight', which the model needs, is not in the checkpoint"),
-        ({"weight_packed": torch.zeros(64, 9, dtype=torch.int32)}, "'{}.weight_packed' has shape [64, 9]"),
-        ({"weight_packed": torch.zeros(64, 8)}, "'{}.weight_packed' has dtype float32, expected int32"),
-        ({"weight_scale": torch.ones(64, 1)}, "'{}.weight_scale' has shape [64, 1], expected [64, 2]"),
-        ({"weight_scale": torch.ones(64, 2, dtype=torch.int32)}, "'{}.weight_scale' has dtype int32"),
-        ({"weight_zero_point": torch.ones(64, 2, dtype=torch.int8)}, "'{}.weight_zero_point' has shape [64, 2]"),
-        ({"weight_shape": torch.tensor([64, 2**40])}, "'{}.weight_packed' has shape [64, 8], expected"),
-        ({"weight_shape": torch.tensor([-64, 64])}, "'{}.weight_shape' says -64 x 64"),
-        ({"weight_shape": torch.tensor([64])}, "'{}.weight_shape' has shape [1], expected [2]"),
-        ({"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "'{}.weight_g_idx' does not put 32 columns into each"),
-        ({"weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "'{}.weight_g_idx' has shape [3], expected [64]"),
-        ({"weight": torch.zeros(64, 64)}, "linear '{}' is there twice"),
-        ({"bias2": torch.zeros(64)}, "'{}.bias2' has no place in the model"),
-    ],
-)  # fmt: skip
-def test_tensors_that_contradict_the_format_are_named(
-    changes: dict[str, Tensor | None], message: str, good: Path, tmp_path: Path
-) -> None:
-    folder = copy_of(good, tmp_path / "bad")
-    edit_tensors(folder, {f"{NAME}.{part}": tensor for part, tensor in changes.items()})
-    assert message.format(NAME) in refusal(folder)
-
-
-def weights(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = config["config_groups"]["group_0"]["weights"]
-    return found
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.update(quantization_status="frozen"), "quantization_status is 'frozen'"),
-        (lambda c: c.pop("config_groups"), "has no config_groups"),
-        (lambda c: c.update(config_groups=[]), "has no config_groups"),
-        (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config is"),
-        (lambda c: c.update(transform_config={"a": 1}), "transform_config is set"),
-        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is set"),
-        (lambda c: c["config_groups"]["group_0"].update(format="float-quantized"), "format 'float-quantized' is not"),
-        (lambda c: c["config_groups"]["group_0"].update(input_activations={}), "input_activations are quantized"),
-        (lambda c: c["config_groups"]["group_0"].update(weights=None), "weights is missing"),
-        (lambda c: c["config_groups"]["group_0"].update(targets=["Conv2d"]), "no config group covers"),
-        (lambda c: c["config_groups"]["group_0"].update(targets=["re:("]), "no usable targets"),
-        (lambda c: c["config_groups"]["group_0"].update(targets=None), "no usable targets"),
-        (lambda c: weights(c).update(num_bits=5), "weights of 5 bits"),
-        (lambda c: weights(c).update(type="float"), "type 'float'"),
-        (lambda c: weights(c).update(group_size=0), "with group_size 0"),
-        (lambda c: weights(c).update(strategy="block"), "strategy 'block'"),
-        (lambda c: weights(c).update(num_bits=8), r"weight_packed' has shape \[64, 12\], expected \[64, 24\]"),
-        (
-            lambda c: weights(c).update(num_bits=3),
-            r"expected \[64, 9\] \(3-bit files of compressed-tensors before 0.18",
-        ),
-    ],
-)
-def test_configurations_of_another_kind_are_refused(change: Any, message: str, good: Path, tmp_path: Path) -> None:
-    folder = copy_of(good, tmp_path / "bad")
-    edit_config(folder, change)
-    with pytest.raises(FormatError, match=message):
-        epmq.load(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_a_truncated_shard_is_named(keep: int, good_shards: Path, tmp_path: Path) -> None:
-    folder = copy_of(good_shards, tmp_path / "bad")
-    path = sorted(folder.glob("*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:keep])
-    assert f"{path}: not a complete safetensors file" in refusal(folder)
-
-
-def test_a_broken_index_is_named(good_shards: Path, tmp_path: Path) -> None:
-    folder = copy_of(good_shards, tmp_path / "bad")
-    index = folder / "model.safetensors.index.json"
-    key = f"{NAME}.weight_scale"
-    before = index.read_text()
-    edit_json(index, lambda c: c["weight_map"].update({key: "../evil.safetensors"}))
-    assert "leaves the folder" in refusal(folder)
-    index.write_text(before)
-    edit_json(index, lambda c: c["weight_map"].update({key: "model-00099-of-00099.safetensors"}))
-    assert "shard 'model-00099-of-00099.safetensors' is missing" in refusal(folder)
-    index.write_text(before)
-    edit_json(index, lambda c: c["weight_map"].update(ghost=c["weight_map"][key]))
-    assert "promises tensor 'ghost'" in refusal(folder)
-    index.write_text(before.replace('"weight_map": {', f'"weight_map": {{"{key}": "model.safetensors",', 1))
-    assert f"name {key!r} is there twice" in refusal(folder)
-    index.write_text("{")
-    assert "not a shard index" in refusal(folder)
-
-
-def test_a_tensor_in_two_shards_is_refused(good_shards: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    folder = copy_of(good_shards, tmp_path / "bad")
-    first, second = sorted(folder.glob("*.safetensors"))[:2]
-    key = next(iter(load_file(first)))
-    save_file({**load_file(second), key: load_file(first)[key]}, second)
-    assert f"tensor {key!r} is in {first.name} and in {second.name}" in refusal(folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99999])
-def test_a_configuration_that_is_no_json_object_is_named(text: str, good: Path, tmp_path: Path) -> None:
-    folder = copy_of(good, tmp_path / "bad")
-    (folder / "config.json").write_text(text)
-    assert f"{folder / 'config.json'}: " in refusal(folder)
-
-
-def test_other_methods_are_named(good: Path, tmp_path: Path) -> None:
-    folder = copy_of(good, tmp_path / "bad")
-    edit_config(folder, lambda config: config.update(quant_method="awq"))
-    assert "no quantized checkpoint epmq knows" in refusal(folder)
-    assert "says 'awq'" in refusal(folder)

@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 from close import assert_close, product_bound
-from tiny import answers, copy_of, edit_config, edit_tensors, quantized, quantized_names, tiny
+from tiny import answers, copy_of, edit_config, edit_tensors, quantized, quantized_names, tensors_of, tiny
 from torch import Tensor, nn
 
 import epmq
 from epmq import QuantLinear, replace_linear
 from epmq.errors import FormatError
-from epmq.sources import FileSource
 
 NAME = "model.layers.0.mlp.down_proj"
 HALF = torch.float16
@@ -45,11 +44,6 @@ def independent_weight(tensors: dict[str, Tensor], name: str, settings: dict[str
     if settings["checkpoint_format"] == "gptq":
         zeros = (zeros + 1) % 2**bits
     return torch.from_numpy(codes - zeros[:, groups]).float() * scales.T.float()[:, groups]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    source = FileSource(folder)
-    return {key: source.tensor(key) for key in source.keys()}
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

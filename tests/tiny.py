@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from epmq import QuantLinear, replace_linear, restore_linear
+from epmq.sources import FileSource
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,3 +97,25 @@ def edit_tensors(folder: Path, changes: dict[str, Tensor | None]) -> None:
 
 def copy_of(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    source = FileSource(folder)
+    return {key: source.tensor(key) for key in source.keys()}
+
+
+def of_the_same_class(folder: Path, headless: bool) -> Any:
+    """What transformers makes of a folder: the class that was saved, or the model without its head."""
+    config = json.loads((folder / "config.json").read_text())
+    kind: Any = transformers.AutoModel if headless else getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    if not headless:
+        assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def first_output(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS)[0]
+    return out
