@@ -17,6 +17,8 @@ GPU_OUT ?=
 GPU_PYTHON ?= 3.12
 WHEELS ?= build/wheels
 STRESS ?= 10000
+# In the order of tests/conftest.py.
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test kill-test test-levels test-ptx test-oldest test-transformers4 sanitize lint format demo minilm8 memory processes \
@@ -36,7 +38,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	touch $@
 
 test: $(READY)  ## all tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(BY_FILE)
 
 kill-test: $(READY)  ## 50 runs of each kind killed at random moments and resumed
 	EPMQ_KILLS=50 $(BIN)/python -m pytest tests/test_resume.py -k random_moments
@@ -65,8 +67,7 @@ test-oldest: $(READY)  ## all tests with the oldest supported torch and Triton, 
 	grep -vE '^(torch|triton|numpy|sympy|setuptools)==' constraints.txt > build/oldest/constraints.txt
 	echo 'torch==2.11.0 triton==3.6.0 numpy<2.4' | tr ' ' '\n' >> build/oldest/constraints.txt
 	cd build/oldest && python=$(abspath $(OLDEST))/bin/python && pip="$$python -m pip install --quiet --constraint constraints.txt" && \
-	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest -n 2 --dist loadfile \
-	  --no-loadscope-reorder
+	  $$pip torch numpy setuptools wheel ninja pybind11 && $$pip --no-build-isolation --editable '.[dev]' && $$python -m pytest $(BY_FILE)
 
 # Leaks are not looked for: the interpreter and torch keep memory until the end.
 sanitize: $(READY)  ## the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import operator
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any
 import gates_gptq
 import gates_int4
 import triton
-from machine_code import Counts, Gate, Unbuilt
+from machine_code import Counts, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ROOT / "benchmarks" / "results" / "gates.json"
@@ -36,10 +37,6 @@ COLUMNS = {
     "conversions": "I2F", "permutes": "PRMT", "stores": "STS", "wide_copies": "16-byte copies", "tensor": "tensor",
     "waits": "waits", "limit": "limit",
 }  # fmt: skip
-
-
-def built(gate: Unbuilt) -> Gate:
-    return gate()
 
 
 def row(gate: Gate) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}")
     faults = []
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = [*pool.map(built, [*gates_int4.gates(options.all), *gates_gptq.gates(options.all)])]
+        found = [*pool.map(operator.call, [*gates_int4.gates(options.all), *gates_gptq.gates(options.all)])]
     for gate in found:
         for what in (*gate.faults, *grown(gate.counts, before.get(gate.name, {}))):
             faults.append(f"{gate.name}: {what}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -136,25 +135,22 @@ LONGEST = (
     "test_gptq_block.py",
     "test_cli.py",
 )
-MANY_CASES = 16
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first; with EPMQ_SAMPLE=i/n the i-th of n parts of the cases of each test that has many."""
+    """Long files first; with EPMQ_SAMPLE=i/n the i-th of n parts of the cases of tests marked ``sampled``."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
     if "EPMQ_SAMPLE" not in os.environ:
         return
     part, parts = map(int, os.environ["EPMQ_SAMPLE"].split("/"))
-    names = [item.nodeid.partition("[")[0] for item in items]
-    cases = Counter(names)
-    left = [
-        item
-        for item, name in zip(items, names, strict=True)
-        if cases[name] >= MANY_CASES and crc32(item.nodeid.encode()) % parts != part
-    ]
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        away = item.get_closest_marker("sampled") and crc32(item.nodeid.encode()) % parts != part
+        (left if away else kept).append(item)
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in set(left)]
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -110,8 +110,8 @@ def seen(name):
     traffic.costs.clear()
 
 found = []
-for dtype, groups in ((torch.float16, (32, 128, -1)), (torch.bfloat16, (128,))):  # both are as wide
-    for group in groups:
+for dtype in (torch.float16, torch.bfloat16):
+    for group in (32, 128, -1):
         for shape in tune.shapes(ARCH):
             rows = shape.block_n
             x, _, weight, _ = problem(rows, 1024, group, False, dtype, shape.block_m, torch.device("cpu"))
@@ -140,8 +140,8 @@ def run(arch: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def command_of(kind: str, arch: int, folder: Path) -> list[str]:
-    """What python is to do. Of the tests it is a sample that takes minutes, of those with many cases another third on
-    each architecture; make test-ptx runs them all."""
+    """What python is to do. Of the tests it is a sample that takes minutes, of those marked ``sampled`` another third
+    of the cases on each architecture; make test-ptx runs them all."""
     if kind != "tests":
         return ["-c", (BROKEN if kind == "broken" else TRAFFIC).replace("ARCH", str(arch))]
     # Some compile a kernel for each of many cases, and what the suite does with processes and clocks is the same for

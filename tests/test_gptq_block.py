@@ -64,6 +64,7 @@ SHAPES = [
 CASES = [(shape, bits) for place, shape in enumerate(SHAPES) for bits in (4, (2, 3, 8)[place % 3])]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("shape, bits", CASES, ids=str)
 def test_codes_are_the_references(

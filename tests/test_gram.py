@@ -57,6 +57,7 @@ def row_weights(kind: str, count: int) -> Tensor | None:
     return kept if kind == "mask" else kept * torch.linspace(0.5, 2.0, count)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", ["ones", "mask", "weighted"])
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chosen", PLANS, ids=str)
 @pytest.mark.parametrize("shape", [(150, 64, 40), (200, 300, 130), (100, 129, None), (70, 257, 1)], ids=str)
 def test_any_plan_gives_the_moments(device: torch.device, shape: tuple[int, int, int | None], chosen: Plan) -> None:

@@ -157,6 +157,7 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("case", PROBLEMS, ids=str)
 def test_product_tiles(case: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
