@@ -56,7 +56,7 @@ MERGEKIT = click.option("--mergekit", type=FOLDER, help="A mergekit configuratio
 @MERGEKIT
 @click.option("--out", required=True, type=FOLDER, help="New folder for the merged model.")
 def merge(recipe: Path | None, mergekit: Path | None, out: Path) -> None:
-    from epmq.jobs import merge_to_folder
+    from epmq.merge_jobs import merge_to_folder
 
     if _stands_by():
         return

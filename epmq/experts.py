@@ -91,6 +91,19 @@ def separated(model: nn.Module) -> Iterator[str]:
     return (name for name, module in model.named_modules() if isinstance(module, SeparateExperts))
 
 
+def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in which transformers keeps the experts that are separate in a model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in separated(model):
+        experts: Any = model.get_submodule(name)
+        width, inner = experts.get_parameter("0.down_proj.weight").shape
+        shapes |= {
+            f"{name}.{FUSED}": (experts.count, 2 * inner, width),
+            f"{name}.{OUTPUT}": (experts.count, width, inner),
+        }
+    return shapes
+
+
 def keep_rows(block: nn.Module) -> nn.Module:
     """Let a block's mixtures note which rows go where, for :func:`weights_of_rows`."""
     for module in block.modules():

@@ -1,4 +1,4 @@
-"""Whole jobs from a recipe: merge to a folder, merge and quantize block by block. Nothing whole in memory."""
+"""Jobs from a recipe: the model's checkpoints opened, merged and quantized block by block. Nothing whole in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq import files, trust
+from epmq import files
 from epmq.adapters import notes_on, open_model
 from epmq.blocks import find_blocks
 from epmq.card import write_card
@@ -23,12 +23,11 @@ from epmq.config import QuantConfig
 from epmq.console import progress_bar
 from epmq.data import calibration_batches
 from epmq.devices import compute_device
-from epmq.errors import ConfigError, ModelError, SourceError
+from epmq.errors import ConfigError, SourceError
 from epmq.estimate import estimate
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
-from epmq.formats.shards import ShardWriter
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, knows_other_tokens, tokenizer_from_folder
 from epmq.memory import available_bytes
@@ -43,7 +42,7 @@ from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
 from epmq.shelf import Shelf
-from epmq.sources import FileSource, WeightSource, iterate, main_dtype, total_bytes
+from epmq.sources import FileSource, WeightSource, main_dtype, total_bytes
 from epmq.stacks import stored_scale_dtype
 from epmq.surroundings import Surroundings
 from epmq.texts import check_length, check_reads_texts, check_room, check_vocabulary, decoder_inputs, is_encoder_decoder
@@ -104,62 +103,6 @@ def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
     return Sources(
         base, experts, merged, dropped, notes + notes_on(experts), None if common is None else common.class_name
     )
-
-
-def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
-    """Write the merged model of a recipe, tensor by tensor, with configuration and tokenizer files beside.
-
-    Tensors are those of the base's model and are called as in the base's files. Where the base has no config.json of a
-    transformers model that can be read, all its tensors are merged, and all files must call them alike.
-    """
-    if not recipe.experts:
-        raise ConfigError("merging needs experts; name them under experts: in the recipe.")
-    with files.new_folder(out) as working:
-        sources = open_sources(recipe, _model_for_names(recipe))
-        merged = sources.merged
-        for note in notes_of(sources):
-            log.warning(note)
-        layout = merged if recipe.merged is not None else sources.base
-        stored_name = layout.stored_name if isinstance(layout, NamedForModel) else lambda key: key
-        size = total_bytes(merged)
-        carry_files(recipe.base, working, main_dtype(merged), sources.class_name)
-        # While a shard is put together, its tensors lie there twice.
-        files.check_space(out, size + min(size, recipe.shard_bytes))
-        writer = ShardWriter(working, recipe.shard_bytes)
-        total = len(merged.keys())
-        with progress_bar("merging") as progress:
-            for number, (key, tensor) in enumerate(iterate(merged), 1):
-                writer.add(stored_name(key), tensor)
-                progress(key, number, total)
-        writer.finish()
-
-
-def _model_for_names(recipe: Recipe) -> CommonModel | None:
-    """The model whose names the tensors go by, or None where they keep those of the files."""
-    base = recipe.base
-    if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
-        return None
-    try:
-        common = model_of(recipe, fused=True)  # as the base's files have them
-        reason = _misfit(base, common.skeleton)
-    except ModelError as error:
-        reason = f"{error} Tensors are merged under the names in the files."
-    if reason is None:
-        return common
-    log.warning(reason)
-    return None
-
-
-def _misfit(base: Path, model: nn.Module) -> str | None:
-    """Why a model's names do not serve for the tensors in the base's files, or None."""
-    source = FileSource(base)
-    try:
-        present = NamedForModel(source, model, aliases=True).keys()
-    except SourceError:
-        return f"{base}: transformers makes other tensors of these as it loads them; they are merged as in the files."
-    if missing := sorted(set(model.state_dict()).difference(present)):
-        raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
-    return None
 
 
 def notes_of(sources: Sources) -> list[str]:

@@ -1,24 +1,23 @@
-"""A checkpoint's tensors under the names that its model has in memory: transformers' renames, prefixes, ties."""
+"""A checkpoint's tensors under the names that its model has in memory: as transformers loads them, prefixes, ties."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from epmq.computed import ComputedSource, part_of, with_computed
 from epmq.errors import SourceError
-from epmq.experts import FUSED, OUTPUT, parts_of, separated
-from epmq.sources import DictSource, FileSource, WeightSource
+from epmq.experts import fused_shapes, parts_of
+from epmq.renames import Rule, forms, prefix_of, rule_of
+from epmq.sources import DictSource, WeightSource
 
 # What older checkpoints store and every model computes.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
-
-# From a stored name to the model's, and whether transformers also computes: joins, cuts or turns tensors.
-Rule = Callable[[str], tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -29,164 +28,31 @@ class Names:
     computed: dict[str, str]
 
 
-def names_in_model(stored: Iterable[str], model: nn.Module) -> Names:
+def names_in_model(stored: Iterable[str], model: nn.Module, rule: Rule | None = None) -> Names:
     """What tensors of a checkpoint are called in ``model``; those that it has no place for are left out.
 
     A tensor goes by its new name, as transformers would give it, before its own, and by a name with or without the base
-    model's prefix.
+    model's prefix. rule: of the model, where the caller has it.
     """
-    present = set(model.state_dict())
-    rule = _rule_of(model)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present, prefix = set(model.state_dict()), prefix_of(model)
+    rule = rule_of(model) if rule is None else rule
     found = Names({}, {})
     # transformers looks at them in order, and some rules wait for the first tensor of an older layout.
     for key in sorted(stored):
-        renamed, computed = rule(key)
-        for candidate in (*_forms(renamed, prefix), *_forms(key, prefix)):
-            if candidate in present:
-                (found.computed if computed else found.of)[key] = candidate
+        renamed = rule(key)
+        places = found.of if renamed.step is None else found.computed
+        for names, candidates in ((places, forms(renamed.name, prefix)), (found.of, forms(key, prefix))):
+            if name := next((candidate for candidate in candidates if candidate in present), None):
+                names[key] = name
                 break
     return found
 
 
-def _forms(name: str, prefix: str) -> Iterator[str]:
-    yield name
-    yield prefix + name
-    yield name.removeprefix(prefix)
-
-
-def _rule_of(model: Any) -> Rule:
-    """How transformers renames tensors that are loaded into this model; other models' keep their names."""
-    if not hasattr(model, "base_model_prefix"):
-        return lambda key: (key, False)
-    steps = _conversions(model)
-    if steps is None:
-        return _rule_of_4(model)
-    renamings, converters = steps
-    one_by_one = set(separated(model))
-    prefix = f"{model.base_model_prefix}."
-
-    def rename(key: str) -> tuple[str, bool]:
-        for step in renamings:
-            key, _ = step.rename_source_key(key)
-        for step in converters:
-            joined, pattern = step.rename_source_key(key)
-            if pattern is not None:
-                own = _of_one_expert(step, key, pattern) if one_by_one else None
-                # Some layers' may be kept together.
-                apart = own is not None and not one_by_one.isdisjoint(_forms(own.rsplit(".", 3)[0], prefix))
-                return (own, False) if own is not None and apart else (joined, True)
-        return key, False
-
-    return rename
-
-
-def _conversions(model: Any, legacy: bool = True) -> tuple[list[Any], list[Any]] | None:
-    """transformers' own steps for the names of a model of its, and those that compute as well; None where it has none,
-    which is before 5. legacy: with those for what no release writes any more."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:
-        return None
-    steps = get_model_conversion_mapping(model, add_legacy=legacy)
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    return [step for step in steps if not isinstance(step, WeightConverter)], converters
-
-
-def _of_one_expert(step: Any, key: str, pattern: str) -> str | None:
-    """The name of an expert's weight where experts are separate (:mod:`epmq.experts`); None where transformers does
-    more to it than to put it beside others."""
-    parts = _joined_by(step)
-    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-    if found is None or found.re.groups != 1 or pattern not in parts:
-        return None
-    parent = step.target_patterns[0].rpartition(".")[0]
-    return f"{key[: found.start()]}{parent}.{found[1]}.{parts[pattern]}.weight{key[found.end() :]}"
-
-
-def _joined_by(step: Any) -> dict[str, str]:
-    """The weights that transformers puts beside each other for fused experts, and does no more: by the pattern of their
-    stored names what they are called where experts are separate."""
-    leaf = step.target_patterns[0].rpartition(".")[2]
-    parts = {FUSED: ["gate_proj", "up_proj"], OUTPUT: [OUTPUT]}.get(leaf, [])
-    joins = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in step.operations]
-    if len(step.source_patterns) != len(parts) or joins != [("MergeModulelist", 0), ("Concatenate", 1)][: len(parts)]:
-        return {}
-    return dict(zip(step.source_patterns, parts, strict=True))
-
-
-def stored_experts(model: nn.Module) -> dict[str, str]:
-    """What transformers expects the linears of separate experts to be called in files: {name in the model: stored}.
-
-    Those that it would not find there under any name are left out.
-    """
-    found: dict[str, str] = {}
-    modules = list(separated(model))
-    steps = _conversions(model) if modules and hasattr(model, "base_model_prefix") else None
-    if steps is None:
-        return found
-    rule = _rule_of(model)
-    for step in steps[1]:
-        parent = step.target_patterns[0].rpartition(".")[0]
-        for pattern, part in _joined_by(step).items():
-            stored = pattern.rpartition("*.")[2].removesuffix(".weight")
-            for module in modules:
-                if not f".{module}".endswith(f".{parent.removeprefix('.')}"):
-                    continue
-                for number, _ in model.get_submodule(module).named_children():
-                    name, key = f"{module}.{number}.{part}", f"{module}.{number}.{stored}"
-                    if rule(f"{key}.weight") == (f"{name}.weight", False):
-                        found.setdefault(name, key)
-    return found
-
-
-def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
-    """From the name of a tensor of a model, or of a part of a packed linear, to the one under which transformers reads
-    it as that.
-
-    That is nearly always its own. Where a rule for older files takes this name too, it is what transformers stores the
-    tensor under, and None where it would not read that either.
-    """
-    steps = _conversions(model, legacy=False) if hasattr(model, "base_model_prefix") else None
-    if steps is None:
-        return lambda name: name
-    rule, prefix, present = _rule_of(model), f"{model.base_model_prefix}.", set(model.state_dict())
-    # A prefix that transformers takes off it does not add again: whether there was one it cannot know.
-    renamings = [step for step in steps[0] if type(step).__name__ != "PrefixChange"]
-    backward = [step.reverse_transform() for step in reversed(renamings)]
-
-    def is_read(stored: str, name: str) -> bool:
-        renamed, computed = rule(stored)
-        return not computed and name in _forms(renamed, prefix)
-
-    def stored(name: str) -> str | None:
-        if is_read(name, name):
-            return name
-        older = name
-        for step in backward:
-            older, _ = step.rename_source_key(older)
-        if is_read(older, name):
-            return older
-        # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
-        stands = name in present and present.isdisjoint(_forms(rule(name)[0], prefix))
-        return name if stands else None
-
-    return stored
-
-
-def cuts_weights(model: nn.Module) -> bool:
-    """Whether transformers is ready to make several weights of one as it loads this model."""
-    steps = _conversions(model) if hasattr(model, "base_model_prefix") else None
-    return steps is not None and any(
-        len(step.target_patterns) > 1 == len(step.source_patterns) and step.source_patterns[0].endswith(".weight")
-        for step in steps[1]
-    )
-
-
 class _Separated:
-    """A checkpoint whose fused experts are listed one by one, read so where it can be. fused: {stored name: as
-    transformers renames it}."""
+    """A checkpoint whose fused experts are listed one by one, and read so where that can be.
+
+    fused: {name there: the model's}. placed: names that are the model's.
+    """
 
     def __init__(self, source: WeightSource, fused: Mapping[str, str]):
         self._source, self.name = source, source.name
@@ -196,6 +62,7 @@ class _Separated:
             parent, _, leaf = called.rpartition(".")
             for name, where in parts_of(leaf, source.shape(key)).items():
                 self._parts[f"{parent}.{name}"] = (key, *where)
+        self.placed = {*_placed(source).difference(fused), *self._parts}
 
     def keys(self) -> list[str]:
         return [*self._whole, *self._parts]
@@ -214,47 +81,32 @@ class _Separated:
         if key not in self._parts:
             return self._source.tensor(key)
         fused, number, rows = self._parts[key]
-        if isinstance(self._source, FileSource):
-            return self._source.part(fused, number, rows)
-        return self._source.tensor(fused)[number, rows]
+        return part_of(self._source, fused, number, rows)
 
 
-def _with_separate_experts(source: WeightSource, model: nn.Module) -> WeightSource:
-    places = {f"{module}.{leaf}" for module in separated(model) for leaf in (FUSED, OUTPUT)}
+def _placed(source: WeightSource) -> set[str]:
+    """The tensors of a source that go by the model's names already."""
+    return source.placed if isinstance(source, ComputedSource | _Separated) else set()
+
+
+def _with_separate_experts(source: WeightSource, model: nn.Module, rule: Rule) -> WeightSource:
+    places = fused_shapes(model)
     if not places:
         return source
-    rule, prefix = _rule_of(model), f"{getattr(model, 'base_model_prefix', '')}."
+    prefix = prefix_of(model)
+    in_memory, placed = isinstance(source, DictSource), _placed(source)
     fused: dict[str, str] = {}
     for key in sorted(source.keys()):
         # A module has them already as transformers makes them of files.
-        own = isinstance(source, DictSource) and not places.isdisjoint(_forms(key, prefix))
-        renamed, computed = (key, False) if own else rule(key)
-        if called := [name for name in (renamed, key) if not places.isdisjoint(_forms(name, prefix))]:
-            _refuse_computed(source, {key: renamed} if computed else {})
-            fused |= {key: called[0]} if len(source.shape(key)) == 3 else {}
+        own = key in placed or (in_memory and not places.keys().isdisjoint(forms(key, prefix)))
+        for called in (key,) if own else (rule(key).name, key):
+            name = next((form for form in forms(called, prefix) if form in places), None)
+            if name is not None and len(source.shape(key)) == 3:
+                fused.setdefault(key, name)
+    if isinstance(source, ComputedSource):
+        for key in fused:
+            source.require_parts(key)
     return _Separated(source, fused) if fused else source
-
-
-def _refuse_computed(source: WeightSource, computed: Mapping[str, str]) -> None:
-    for key, name in computed.items():
-        raise SourceError(
-            f"{source.name}: transformers computes {name!r} from {key!r} and others as it loads them, and only new"
-            " names are given here; load it with transformers and pass the module to epmq.quantize."
-        )
-
-
-def _rule_of_4(model: Any) -> Rule:
-    """The rule of transformers 4: old names of all models, then the first pattern of the class that fits."""
-
-    def rename(key: str) -> tuple[str, bool]:
-        key, _ = model._fix_state_dict_key_on_load(key)
-        for pattern, replacement in (model._checkpoint_conversion_mapping or {}).items():
-            key, count = re.subn(pattern, replacement, key)
-            if count:
-                break
-        return key, False
-
-    return rename
 
 
 def outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:
@@ -278,22 +130,26 @@ class NamedForModel:
     state, whichever of them the checkpoint has; where it has several, ``tensor`` raises SourceError unless they are
     equal. dropped: tensors that the model has no place for. notes: what :meth:`require_known` let pass.
 
-    Raises SourceError for a checkpoint of which transformers joins, cuts or turns tensors as it loads them.
+    computed: the tensors that transformers makes of others as it loads them, which is done here as each is read
+    (:mod:`epmq.computed`). Raises SourceError where that cannot be done.
     """
 
     def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
         in_memory = isinstance(source, DictSource)
-        self._source = source = _with_separate_experts(source, model)
         self.aliases = aliases
-        names = names_in_model(source.keys(), model)
+        rule = cache(rule_of(model))
+        source = with_computed(source, model, rule)
+        self.computed = _placed(source)
+        self._source = source = _with_separate_experts(source, model, rule)
+        placed = _placed(source).intersection(model.state_dict())
+        names = names_in_model(set(source.keys()) - _placed(source), model, rule).of | {name: name for name in placed}
         if in_memory and set(source.keys()) == set(model.state_dict()):
             # What transformers does to the names of files is not for a module's own.
-            names = Names({key: key for key in source.keys()}, {})
-        _refuse_computed(source, names.computed)
+            names = {key: key for key in source.keys()}
         self._key_of: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
         stored: dict[str, list[str]] = {}
-        for key, name in names.of.items():
+        for key, name in names.items():
             stored.setdefault(name, []).append(key)
         first_name: dict[int, str] = {}
         state = model.state_dict(keep_vars=True)
@@ -312,8 +168,9 @@ class NamedForModel:
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         self._ignored = [COMPUTED, *map(re.compile, ignored)]
         self._model = type(model).__name__
-        self.dropped = sorted(set(source.keys()) - set(names.of))
-        self._of_heads = outside(self._key_of.values(), self.dropped, model)
+        self.dropped = sorted(set(source.keys()) - set(names))
+        # By what the files call them.
+        self._of_heads = outside(set(self._key_of.values()) - _placed(source), self.dropped, model)
         self.notes: list[str] = []
 
     @property

@@ -90,7 +90,8 @@ def test_merge_quantize_and_eval(job: Job, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_quantizing_a_recipe_is_quantizing_its_merge_in_memory(job: Job, tmp_path: Path) -> None:
-    from epmq.jobs import calibration_of, merge_to_folder, quantize_to_folder
+    from epmq.jobs import calibration_of, quantize_to_folder
+    from epmq.merge_jobs import merge_to_folder
     from epmq.recipe import read_recipe
 
     recipe = read_recipe(job.write())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import epmq
 from epmq.collected import collect
-from epmq.errors import FormatError, SourceError
+from epmq.errors import FormatError
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.formats.statistics import StatisticsWriter
 from epmq.jobs import quantize_to_folder
@@ -208,10 +208,12 @@ def test_experts_of_one_block_may_be_excluded(family: str, tmp_path: Path) -> No
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(theirs), logits(result.model), rtol=1e-4, atol=1e-4)
     # Of these files' experts, transformers makes the tensor that is kept.
-    model.save_pretrained(tmp_path / "expert")
+    expert: Any = varied(model)
+    expert.save_pretrained(tmp_path / "expert")
     config = epmq.QuantConfig(bits=4, group_size=16, exclude=[r"layers\.1\."])
-    with pytest.raises(SourceError, match=r"transformers computes 'model\.layers\.1\.mlp\.experts"):
-        epmq.quantize(model, {"a": tmp_path / "expert"}, {"a": [BATCH]}, config)
+    of_files = epmq.quantize(model, {"a": tmp_path / "expert"}, {"a": [BATCH]}, config)
+    in_memory = epmq.quantize(model, {"a": expert}, {"a": [BATCH]}, config)
+    assert torch.equal(logits(of_files.model), logits(in_memory.model))
 
 
 def test_excluded_experts_of_files_are_told_not_to_load_in_transformers(tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_names_of_a_module_s_own_experts_are_not_those_of_files() -> None:
     assert (layer.weight - up).norm() < 0.01 * up.norm()
 
 
-def test_experts_that_files_hold_turned_are_quantized_in_memory_only(tmp_path: Path) -> None:
+def test_experts_that_files_hold_turned_are_refused_by_the_format_that_transformers_reads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vision = {
         "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
@@ -305,8 +307,11 @@ def test_experts_that_files_hold_turned_are_quantized_in_memory_only(tmp_path: P
     assert len(list(separated(result.model))) == 2
     assert (logits(result.model) - logits(model)).norm() < 0.05 * logits(model).norm()
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(SourceError, match=r"transformers computes 'model\.language_model\.layers\.0\.mlp\.experts"):
-        quantize_to_folder(Recipe(base=tmp_path / "base", quantization=nearest), tmp_path / "out")
+    recipe = Recipe(base=tmp_path / "base", quantization=nearest)
+    with pytest.raises(FormatError, match="transformers reads no single experts of Qwen3VLMoe"):
+        quantize_to_folder(recipe, tmp_path / "out")
+    quantize_to_folder(recipe.model_copy(update={"format": "native"}), tmp_path / "out")
+    assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
 
 
 @pytest.mark.parametrize("given", ["modules", "files", "fused files"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import epmq
 from epmq import QuantConfig, QuantLinear
 from epmq.inputs import is_norm
-from epmq.jobs import merge_to_folder
+from epmq.merge_jobs import merge_to_folder
 from epmq.norms import correct
 from epmq.orientation import is_linear, weight_of
 from epmq.quantized import column_groups

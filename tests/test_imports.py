@@ -18,7 +18,8 @@ ORDER: list[tuple[str, ...]] = [
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "data", "world", "calls"),
     ("blocks", "inputs"),
-    ("runner",),
+    ("runner", "renames"),
+    ("computed",),
     ("reference", "blocked", "pieces", "names", "texts"),
     ("triton_forms",),
     (
@@ -58,7 +59,7 @@ ORDER: list[tuple[str, ...]] = [
     ("api",),
     ("__init__",),
     ("jobs", "compare", "environment", "scoring"),
-    ("demo", "statistics_jobs", "language", "papers.settings"),
+    ("demo", "merge_jobs", "statistics_jobs", "language", "papers.settings"),
     ("harness", "papers.hub", "papers.checkpoints"),
     ("papers.clip", "papers.glue", "papers.causal"),
     ("papers.run", "ending"),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
-from epmq.jobs import merge_to_folder, model_of, open_sources
+from epmq.jobs import model_of, open_sources
+from epmq.merge_jobs import merge_to_folder
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe, read_recipe
 from epmq.scoring import load_any

@@ -33,8 +33,8 @@ from epmq.formats.packed import (
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from epmq.names import cuts_weights, name_to_store, stored_experts
 from epmq.quantized import QuantizedTensor, column_groups, group_count, pack, packed_words, unpack
+from epmq.renames import cuts_weights, name_to_store, stored_experts
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # The release whose layout this is: since 0.18 the stream of 3-bit codes is dense.

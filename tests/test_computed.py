@@ -1,0 +1,237 @@
+"""Checkpoints of which transformers makes other tensors as it loads them: read as it makes them, one at a time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import save_adapter
+from families import DECODER, ENCODER, VISION
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import epmq
+from epmq.adapters import AdapterSource
+from epmq.errors import SourceError
+from epmq.experts import fused_shapes, parts_of
+from epmq.huggingface import skeleton_from_folder
+from epmq.jobs import quantize_to_folder
+from epmq.merge_jobs import merge_to_folder
+from epmq.names import NamedForModel
+from epmq.recipe import Recipe
+from epmq.sources import FileSource
+
+transformers = pytest.importorskip("transformers")
+
+WEIGHTS = "model.safetensors"
+NEAREST = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TURNED = {
+    "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+}  # fmt: skip
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {
+    "hybrid_override_pattern": "M*E-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+    "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
+def qwen_vl_moe() -> nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+    text = {**DECODER, **EXPERTS, "num_experts": 4, "rope_parameters": rope}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=TURNED)
+    model: nn.Module = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    return model
+
+
+def ernie_vl_moe() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16]}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
+    config = transformers.Ernie4_5_VLMoeConfig(
+        text_config={**DECODER, **experts, "rope_parameters": rope}, vision_config=vision
+    )
+    model: nn.Module = transformers.Ernie4_5_VLMoeForConditionalGeneration(config)
+    return model
+
+
+def of(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "cut in three": of("NomicBertForMaskedLM", "NomicBertConfig", **ENCODER),
+    "cut in three and two": of("GteForMaskedLM", "GteConfig", **ENCODER),
+    "cut with its bias": of("JinaEmbeddingsV3ForMaskedLM", "JinaEmbeddingsV3Config", **ENCODER),
+    "cut in four": of("HrmTextForCausalLM", "HrmTextConfig", **DECODER),
+    "cut unevenly, tables joined": of("Molmo2TextModel", "Molmo2TextConfig", **DECODER),
+    "convolutions joined": of(
+        "OlmoHybridForCausalLM", "OlmoHybridConfig", **{**DECODER, "num_hidden_layers": 4}, **LINEAR_ATTENTION
+    ),
+    "experts joined": of("NemotronHForCausalLM", "NemotronHConfig", **DECODER, **EXPERTS, **MAMBA),
+    "experts turned": qwen_vl_moe,
+    "of images": of("Tipsv2VisionModel", "Tipsv2VisionConfig", **VISION),
+}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind]().eval()
+
+
+def varied(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return other
+
+
+def named(folder: Path) -> tuple[NamedForModel, nn.Module]:
+    """A folder's tensors as a job reads them, and the model that they are of."""
+    source = FileSource(folder)
+    skeleton = skeleton_from_folder(folder, set(source.keys()))
+    return NamedForModel(source, skeleton, aliases=True), skeleton
+
+
+def one_by_one(state: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
+    """A module's state with experts apart where the skeleton has them so."""
+    for name, shape in fused_shapes(skeleton).items():
+        fused, (parent, _, leaf) = state.pop(name), name.rpartition(".")
+        for part, (number, rows) in parts_of(leaf, shape).items():
+            state[f"{parent}.{part}"] = fused[number, rows]
+    return state
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_tensors_are_those_that_transformers_makes(kind: str, tmp_path: Path) -> None:
+    model: Any = made(kind)
+    model.save_pretrained(tmp_path)
+    source, skeleton = named(tmp_path)
+    theirs = one_by_one(type(model).from_pretrained(tmp_path, dtype=torch.float32).state_dict(), skeleton)
+    assert source.computed and not source.dropped
+    assert set(source.keys()) == set(theirs)
+    for key, tensor in theirs.items():
+        ours = source.tensor(key)
+        assert torch.equal(ours, tensor), key
+        assert (source.shape(key), source.dtype(key)) == (tuple(tensor.shape), tensor.dtype)
+        # Of a tensor that was cut no more is held than the piece.
+        assert ours.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), key
+
+
+@pytest.mark.parametrize("kind", ["cut in three", "convolutions joined"])
+def test_folders_give_what_modules_in_memory_give(kind: str, tmp_path: Path) -> None:
+    base: Any = made(kind)
+    expert: Any = varied(base)
+    base.save_pretrained(tmp_path / "base")
+    expert.save_pretrained(tmp_path / "expert")
+    ids = torch.randint(3, 60, (4, 12))
+    calibration = {"a": [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]}
+    config = epmq.QuantConfig(bits=4, group_size=16, rho=0.5)
+    ours = epmq.quantize(base, {"a": tmp_path / "expert"}, calibration, config, base=tmp_path / "base")
+    expected = epmq.quantize(base, {"a": expert}, calibration, config, base=base)
+    state = ours.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.model.state_dict().items())
+    assert any(isinstance(module, epmq.QuantLinear) for module in ours.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["cut in three", "experts turned"])
+def test_jobs_read_them(kind: str, tmp_path: Path) -> None:
+    base: Any = made(kind)
+    experts = {task: varied(base) for task in ("a", "b")}
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(tmp_path / name)
+    recipe = Recipe(
+        base=tmp_path / "base", experts={task: tmp_path / task for task in experts}, quantization=NEAREST,
+        format="native",
+    )  # fmt: skip
+    quantize_to_folder(recipe, tmp_path / "out")
+    wanted = epmq.quantize(epmq.merge(base, experts), None, {}, NEAREST)
+    ours = epmq.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.model.state_dict().items())
+
+
+def test_of_turned_experts_one_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = made("experts turned")
+    model.save_pretrained(tmp_path)
+    source, _ = named(tmp_path)
+    whole = FileSource.tensor
+
+    def tensor(self: FileSource, key: str) -> Tensor:
+        assert ".experts." not in key
+        return whole(self, key)
+
+    monkeypatch.setattr(FileSource, "tensor", tensor)
+    place = "model.language_model.layers.1.mlp.experts"
+    state = model.state_dict()
+    assert torch.equal(source.tensor(f"{place}.3.up_proj.weight"), state[f"{place}.gate_up_proj"][3, 16:])
+    assert torch.equal(source.tensor(f"{place}.2.down_proj.weight"), state[f"{place}.down_proj"][2])
+
+
+def test_experts_that_are_shared_out_to_two_mixtures_are_refused_when_opened(tmp_path: Path) -> None:
+    model: Any = ernie_vl_moe()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        SourceError, match=r"transformers computes '\S+experts\.\w+', experts in one tensor, from '\S+'"
+    ):
+        named(tmp_path)
+    # Where they stay together nothing keeps them from being read.
+    source = FileSource(tmp_path)
+    skeleton = skeleton_from_folder(tmp_path, set(source.keys()), fused=True)
+    whole = NamedForModel(source, skeleton, aliases=True)
+    assert all(torch.equal(whole.tensor(key), tensor) for key, tensor in model.state_dict().items())
+
+
+def shortened(folder: Path, end: str) -> str:
+    """Take a row from the first tensor of a checkpoint whose name ends so."""
+    tensors = load_file(folder / WEIGHTS)
+    key = min(name for name in tensors if name.endswith(end))
+    save_file({**tensors, key: tensors[key][:-1].clone()}, folder / WEIGHTS, metadata={"format": "pt"})
+    return key
+
+
+@pytest.mark.parametrize(("kind", "end", "sentence"), [
+    ("cut in three", "Wqkv.weight", r"tensor '\S+self_attn\.v_proj\.weight' has shape \[31, 32\], the model expects"),
+    ("cut unevenly, tables joined", "att_proj.weight",
+     r"transformers cannot make 'layers\.0\.self_attn\.q_proj\.weight' of '{key}' and what belongs to it \(.+\)"),
+])  # fmt: skip
+def test_tensors_that_cannot_be_cut_are_named(kind: str, end: str, sentence: str, tmp_path: Path) -> None:
+    model: Any = made(kind)
+    model.save_pretrained(tmp_path / "base")
+    key = shortened(tmp_path / "base", end)
+    with pytest.raises(SourceError, match=sentence.format(key=key)):
+        quantize_to_folder(Recipe(base=tmp_path / "base", quantization=NEAREST), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_adapters_to_tensors_that_were_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("peft")
+    model: Any = made("cut in three")
+    model.save_pretrained(tmp_path / "base")
+    expected = save_adapter(model, tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    source, skeleton = named(tmp_path / "base")
+    adapted = AdapterSource(tmp_path / "a", source, skeleton)
+    assert all(torch.equal(adapted.tensor(key), tensor) for key, tensor in expected.items())
+    merge = {"method": "task_arithmetic", "scaling": 1.0}
+    with caplog.at_level(logging.WARNING):
+        merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"}, merge=merge), tmp_path / "merged")
+    assert "which an adapter changes; they are merged and stored as it makes them." in caplog.text
+    theirs = type(model).from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    # Base and difference are summed in another order.
+    for key, tensor in expected.items():
+        torch.testing.assert_close(theirs[key], tensor)
+    # Whole experts are merged as in the files, with other adapters too that have no other names there.
+    merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "base"}), tmp_path / "same")
+    assert load_file(tmp_path / "same" / WEIGHTS).keys() == load_file(tmp_path / "base" / WEIGHTS).keys()
