@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from epmq.computed import ComputedSource, part_of, with_computed
 from epmq.errors import SourceError
 from epmq.experts import fused_shapes, parts_of
+from epmq.initial import computed_by_class
 from epmq.renames import Rule, forms, prefix_of, rule_of
-from epmq.sources import DictSource, WeightSource
+from epmq.sources import DictSource, WeightSource, main_dtype
 
 # What older checkpoints store and every model computes.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -131,7 +132,8 @@ class NamedForModel:
     equal. dropped: tensors that the model has no place for. notes: what :meth:`require_known` let pass.
 
     computed: the tensors that transformers makes of others as it loads them, which is done here as each is read
-    (:mod:`epmq.computed`). Raises SourceError where that cannot be done.
+    (:mod:`epmq.computed`); a SourceError tells where that cannot be done. What a class computes where files lack it is
+    there too (:mod:`epmq.initial`).
     """
 
     def __init__(self, source: WeightSource, model: nn.Module, aliases: bool = False):
@@ -165,12 +167,16 @@ class NamedForModel:
                 if first in self._key_of and name != first:
                     self._key_of[name] = self._key_of[first]
                     self._copies[name] = self._copies.get(first, [])
+        listed = state if aliases else [name for name, tensor in state.items() if first_name[id(tensor)] == name]
+        missing = [name for name in listed if name not in self._key_of]
+        self._by_class = computed_by_class(model, missing, main_dtype(source)) if missing else {}
+        self._key_of |= {name: name for name in self._by_class}
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         self._ignored = [COMPUTED, *map(re.compile, ignored)]
         self._model = type(model).__name__
         self.dropped = sorted(set(source.keys()) - set(names))
         # By what the files call them.
-        self._of_heads = outside(set(self._key_of.values()) - _placed(source), self.dropped, model)
+        self._of_heads = outside(set(names).intersection(self._key_of.values()) - _placed(source), self.dropped, model)
         self.notes: list[str] = []
 
     @property
@@ -189,12 +195,18 @@ class NamedForModel:
         return self._key_of[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
+        if key in self._by_class:
+            return tuple(self._by_class[key].shape)
         return self._source.shape(self._key_of.get(key, key))
 
     def dtype(self, key: str) -> torch.dtype:
+        if key in self._by_class:
+            return self._by_class[key].dtype
         return self._source.dtype(self._key_of.get(key, key))
 
     def tensor(self, key: str) -> Tensor:
+        if key in self._by_class:
+            return self._by_class[key]
         stored = self._key_of.get(key, key)
         tensor = self._source.tensor(stored)
         for copy in self._copies.get(key, []):

@@ -18,7 +18,7 @@ ORDER: list[tuple[str, ...]] = [
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "data", "world", "calls"),
     ("blocks", "inputs"),
-    ("runner", "renames"),
+    ("runner", "renames", "initial"),
     ("computed",),
     ("reference", "blocked", "pieces", "names", "texts"),
     ("triton_forms",),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
-from epmq.jobs import model_of, open_sources
+from epmq.jobs import model_of, open_sources, quantize_to_folder
 from epmq.merge_jobs import merge_to_folder
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe, read_recipe
@@ -194,6 +194,52 @@ def test_a_table_that_the_model_computes_is_left_out_with_a_note(
     assert_same(load_file(tmp_path / "q2" / WEIGHTS), quantized)
     notes = json.loads((tmp_path / "q2" / "report.json").read_text())["notes"]
     assert any("embeddings.position_ids" in note for note in notes)
+
+
+MARIAN = {
+    "vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 16,
+    "pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+POSITIONS = {f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")}
+
+
+def marian(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return transformers.MarianMTModel(transformers.MarianConfig(**MARIAN)).eval().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positions_that_the_class_computes_are_not_needed_in_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = marian(dtype)
+    for place in ("base", "a"):
+        model.save_pretrained(tmp_path / place)
+    assert POSITIONS.isdisjoint(load_file(tmp_path / "base" / WEIGHTS))
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "base", torch_dtype=dtype)
+    assert_same(load_any(tmp_path / "base").state_dict(), theirs.state_dict())
+    recipe = Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"})
+    merge_to_folder(recipe, tmp_path / "merged")
+    assert_same(load_any(tmp_path / "merged").state_dict(), theirs.state_dict())
+    config = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
+    quantize_to_folder(recipe.model_copy(update={"quantization": config}), tmp_path / "out")
+    ours = epmq.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(ours[name], theirs.state_dict()[name]) for name in POSITIONS)
+
+
+def without_a_layer(tensors: Model) -> Model:
+    return {name: tensor for name, tensor in tensors.items() if "encoder.layers.0.fc1" not in name}
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["needed", "listed as made by the class"])
+def test_what_a_class_fills_at_random_is_needed_in_files(
+    listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marian().save_pretrained(tmp_path)
+    change_file(tmp_path / WEIGHTS, without_a_layer)
+    if listed:
+        monkeypatch.setattr(transformers.MarianMTModel, "_keys_to_ignore_on_load_missing", [r"fc1\.weight", "position"])
+    with pytest.raises(SourceError, match=r"tensor 'model\.encoder\.layers\.0\.fc1\.weight', which the model needs"):
+        load_any(tmp_path)
 
 
 def tied_llama_job(folder: Path) -> Job:
