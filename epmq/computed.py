@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq.errors import EpmqError, SourceError, first_line
+from epmq.errors import SourceError, first_line
 from epmq.experts import fused_shapes
 from epmq.renames import Rule, forms, prefix_of
-from epmq.sources import DictSource, FileSource, WeightSource
-
-Read = Callable[[str], Tensor]
+from epmq.sources import FileSource, WeightSource
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Making:
     """step: transformers' WeightConverter. name: the first tensor that it makes. stored: by the patterns of its sources
     the tensors of the checkpoint that fit them, in order."""
@@ -47,19 +44,17 @@ class _AsStored:
 
     def __init__(self, model: nn.Module):
         self.config: Any = model.config
-        state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._shapes, self._fused = state, fused_shapes(model)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.fused = fused_shapes(model)
+        self.names = {*self.shapes, *self.fused}
 
-    def of_experts(self, count: int | None) -> _AsStored:
-        """The same with fewer experts; None: with all."""
-        if count is None:
-            return self
-        fewer = copy.copy(self)
-        fewer._fused = {name: (count, *shape[1:]) for name, shape in self._fused.items()}
-        return fewer
+    def of_one_expert(self) -> _AsStored:
+        one = copy.copy(self)
+        one.fused = {name: (1, *shape[1:]) for name, shape in self.fused.items()}
+        return one
 
     def get_parameter(self, name: str) -> Tensor:
-        return torch.empty(self._fused.get(name) or self._shapes[name], device="meta")
+        return torch.empty(self.fused.get(name) or self.shapes[name], device="meta")
 
 
 class ComputedSource:
@@ -76,9 +71,15 @@ class ComputedSource:
         self._of: dict[str, _Making] = {}
         self._like: dict[str, Tensor] = {}
         for making in makings:
-            made = self._make(making, self._empty)
-            self._like |= made
-            self._of |= dict.fromkeys(made, making)
+            made = self._make(making, {key: self._empty(key) for key in making.keys}, self._model)
+            if len(made) < len(making.step.target_patterns):
+                raise SourceError(
+                    f"{self.name}: transformers cannot make {len(making.step.target_patterns)} tensors of"
+                    f" {making.keys[0]!r}, {list(source.shape(making.keys[0]))}, the first of them {making.name!r};"
+                    " check that the checkpoint is whole and config.json is its own."
+                )
+            for name in filter(self._model.names.__contains__, made):
+                self._like[name], self._of[name] = made[name], making
         self.placed = set(self._of)
 
     def keys(self) -> list[str]:
@@ -93,40 +94,42 @@ class ComputedSource:
     def tensor(self, key: str) -> Tensor:
         if key not in self._of:
             return self._source.tensor(key)
-        return _alone(self._make(self._of[key], self._source.tensor)[key])
+        making = self._of[key]
+        return _alone(self._make(making, {key: self._source.tensor(key) for key in making.keys}, self._model)[key])
 
     def part(self, key: str, number: int, rows: slice) -> Tensor:
         """``tensor(key)[number, rows]`` of fused experts, for which one expert's weights are read."""
         if key not in self._of:
             return part_of(self._source, key, number, rows)
-        made = self._make(
-            self._of[key], lambda stored: part_of(self._source, stored, number, slice(None))[None], experts=1
-        )
-        return _alone(made[key][0, rows])
+        making = self._of[key]
+        read = {key: part_of(self._source, key, number, slice(None))[None] for key in making.keys}
+        return _alone(self._make(making, read, self._model.of_one_expert())[key][0, rows])
+
+    def made_of(self, key: str) -> str:
+        """A stored tensor of which a tensor of ``placed`` is made."""
+        return self._of[key].keys[0]
 
     def require_parts(self, key: str) -> None:
         """Raise SourceError where transformers does more to experts than to turn or join each one's weights."""
-        making = self._of.get(key)
-        if making is None:
-            return
-        if not making.keeps_experts_apart() or any(len(self._source.shape(stored)) != 3 for stored in making.keys):
+        if key in self._of and not self._of[key].keeps_experts_apart():
             raise SourceError(
-                f"{self.name}: transformers computes {key!r}, experts in one tensor, from {making.keys[0]!r} in a way"
-                " that is not followed for single ones; load it with transformers and pass the module to epmq.quantize."
+                f"{self.name}: transformers computes {key!r}, experts in one tensor, from {self.made_of(key)!r} in a"
+                " way that is not followed for single ones; load it with transformers and pass the module to"
+                " epmq.quantize."
             )
 
     def _empty(self, key: str) -> Tensor:
         return torch.empty(self._source.shape(key), dtype=self._source.dtype(key), device="meta")
 
-    def _make(self, making: _Making, read: Read, experts: int | None = None) -> dict[str, Tensor]:
-        """What transformers makes of some tensors of the checkpoint. experts: how many these are of, None for all."""
-        step, model = copy.deepcopy(making.step), self._model.of_experts(experts)
+    def _make(self, making: _Making, read: dict[str, Tensor], model: _AsStored) -> dict[str, Tensor]:
+        """What transformers makes for the model of some tensors of the checkpoint; empties ``read``."""
+        step = copy.deepcopy(making.step)
+        for pattern, keys in making.stored.items():
+            for key in keys:
+                step.add_tensor(making.name, key, pattern, read.pop(key))
         try:
-            for pattern, keys in making.stored.items():
-                for key in keys:
-                    step.add_tensor(making.name, key, pattern, read(key))
             made = step.convert(making.name, model=model, config=model.config)
-        except EpmqError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an operation says of shapes and numbers that it does not expect
             raise SourceError(
@@ -139,8 +142,7 @@ class ComputedSource:
 def with_computed(source: WeightSource, model: nn.Module, rule: Rule) -> WeightSource:
     """The source itself, or, where transformers makes other tensors of some of its, those in their place.
 
-    rule: of the model. A source in memory may be a module's: what the model has under that name is not made anew.
-    Raises SourceError where tensors do not fit each other.
+    rule: of the model. Raises SourceError where tensors do not fit each other.
     """
     prefix = prefix_of(model)
     places = {*model.state_dict(), *fused_shapes(model)}
@@ -148,14 +150,24 @@ def with_computed(source: WeightSource, model: nn.Module, rule: Rule) -> WeightS
     # The order in which experts and shards are joined.
     for key in sorted(source.keys(), key=_natural):
         renamed = rule(key)
-        own = isinstance(source, DictSource) and not places.isdisjoint(forms(key, prefix))
-        if renamed.step is None or own:
+        if renamed.step is None:
             continue
         name = next((form for form in forms(renamed.name, prefix) if form in places), None)
         if name is not None:
             making = makings.setdefault(name, _Making(renamed.step, name))
             making.stored.setdefault(renamed.pattern, []).append(key)
-    return ComputedSource(source, model, list(makings.values())) if makings else source
+    if not makings:
+        return source
+    computed = ComputedSource(source, model, list(makings.values()))
+    for key in sorted(set(source.keys()).difference(*(making.keys for making in makings.values()))):
+        candidates = (form for name in (rule(key).name, key) for form in forms(name, prefix))
+        name = next((form for form in candidates if form in places), None)
+        if name in computed.placed:
+            raise SourceError(
+                f"{source.name}: transformers makes {name!r} of {computed.made_of(name)!r}, but {key!r} is there too;"
+                " remove one of them."
+            )
+    return computed
 
 
 def part_of(source: WeightSource, key: str, number: int, rows: slice) -> Tensor:
@@ -172,5 +184,6 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """By numbers as numbers, as transformers sorts names."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
+    """By numbers as numbers."""
+    parts = re.split(r"([0-9]+)", key)
+    return [(len(number := part.lstrip("0")), number) if at % 2 else (-1, part) for at, part in enumerate(parts)]

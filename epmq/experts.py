@@ -104,6 +104,13 @@ def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def shapes_as_fused(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors as transformers keeps them."""
+    apart, state = tuple(f"{name}." for name in separated(model)), model.state_dict()
+    whole = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(apart)}
+    return whole | fused_shapes(model)
+
+
 def keep_rows(block: nn.Module) -> nn.Module:
     """Let a block's mixtures note which rows go where, for :func:`weights_of_rows`."""
     for module in block.modules():

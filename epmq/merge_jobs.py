@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from epmq import files, trust
-from epmq.adapters import open_model
 from epmq.common import CommonModel
 from epmq.console import progress_bar
 from epmq.errors import ConfigError, ModelError, SourceError
@@ -19,7 +18,7 @@ from epmq.jobs import model_of, notes_of, open_sources
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe
 from epmq.renames import name_to_store
-from epmq.sources import ADAPTER_CONFIG, FileSource, WeightSource, iterate, main_dtype, total_bytes
+from epmq.sources import FileSource, iterate, main_dtype, total_bytes
 
 log = logging.getLogger("epmq")
 
@@ -29,8 +28,8 @@ def merge_to_folder(recipe: Recipe, out: str | Path) -> None:
 
     Tensors are those of the base's model and are called as in the base's files. Where the base has no config.json of a
     transformers model that can be read, or transformers makes other tensors of the base's as it loads them, all its
-    tensors are merged, and all files must call them alike; adapters to tensors that transformers makes are merged into
-    these, which are stored as it makes them.
+    tensors are merged, and all files must call them alike; in the latter case, where they do not, or an adapter is for
+    what transformers makes, that is merged and stored.
     """
     if not recipe.experts:
         raise ConfigError("merging needs experts; name them under experts: in the recipe.")
@@ -74,22 +73,21 @@ def _misfit(recipe: Recipe, model: nn.Module) -> str | None:
     """Why a model's names do not serve for the tensors in the base's files, or None."""
     base, source = recipe.base, FileSource(recipe.base)
     named = NamedForModel(source, model, aliases=True)
-    if named.computed:
+    if named.made:
         makes, stored = f"{base}: transformers makes other tensors of these as it loads them", name_to_store(model)
-        adapters = [path for path in recipe.experts.values() if trust.exists(path / ADAPTER_CONFIG)]
-        reads_its_own = all(stored(name) == name for name in named.computed)
-        if not reads_its_own or all(_fits(path, source) for path in adapters):
+        reads_its_own = all(stored(name) == name for name in named.made)
+        if not reads_its_own or _call_tensors_alike(recipe):
             return f"{makes}; they are merged as in the files."
-        log.warning("%s, which an adapter changes; they are merged and stored as it makes them.", makes)
+        log.warning("%s, and an expert has not all of them; they are merged and stored as it makes them.", makes)
     if missing := sorted(set(model.state_dict()).difference(named.keys())):
         raise ModelError(f"{base}: tensor {missing[0]!r} of config.json's model is missing.")
     return None
 
 
-def _fits(adapter: Path, source: WeightSource) -> bool:
-    """Whether an adapter changes tensors that are called as in the base's files."""
+def _call_tensors_alike(recipe: Recipe) -> bool:
+    """Whether base and experts can be merged under the names in their files."""
     try:
-        open_model(adapter, str(adapter), source)
+        open_sources(recipe)
     except SourceError:
         return False
     return True

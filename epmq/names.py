@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from epmq.computed import ComputedSource, part_of, with_computed
 from epmq.errors import SourceError
-from epmq.experts import fused_shapes, parts_of
-from epmq.initial import computed_by_class
+from epmq.experts import fused_shapes, parts_of, shapes_as_fused
+from epmq.initial import initial_values
 from epmq.renames import Rule, forms, prefix_of, rule_of
 from epmq.sources import DictSource, WeightSource, main_dtype
 
 # What older checkpoints store and every model computes.
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+TABLES = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def names_in_model(stored: Iterable[str], model: nn.Module, rule: Rule | None = 
     # transformers looks at them in order, and some rules wait for the first tensor of an older layout.
     for key in sorted(stored):
         renamed = rule(key)
-        places = found.of if renamed.step is None else found.computed
+        # One that keeps its name may be a module's own.
+        places = found.of if renamed.step is None or renamed.name == key else found.computed
         for names, candidates in ((places, forms(renamed.name, prefix)), (found.of, forms(key, prefix))):
             if name := next((candidate for candidate in candidates if candidate in present), None):
                 names[key] = name
@@ -131,7 +132,7 @@ class NamedForModel:
     state, whichever of them the checkpoint has; where it has several, ``tensor`` raises SourceError unless they are
     equal. dropped: tensors that the model has no place for. notes: what :meth:`require_known` let pass.
 
-    computed: the tensors that transformers makes of others as it loads them, which is done here as each is read
+    made: the tensors that transformers makes of others as it loads them, which is done here as each is read
     (:mod:`epmq.computed`); a SourceError tells where that cannot be done. What a class computes where files lack it is
     there too (:mod:`epmq.initial`).
     """
@@ -140,13 +141,14 @@ class NamedForModel:
         in_memory = isinstance(source, DictSource)
         self.aliases = aliases
         rule = cache(rule_of(model))
-        source = with_computed(source, model, rule)
-        self.computed = _placed(source)
+        # What transformers does to the tensors of files is not for a module's own.
+        own = in_memory and {key: source.shape(key) for key in source.keys()} == shapes_as_fused(model)
+        source = source if own else with_computed(source, model, rule)
+        self.made = _placed(source)
         self._source = source = _with_separate_experts(source, model, rule)
         placed = _placed(source).intersection(model.state_dict())
         names = names_in_model(set(source.keys()) - _placed(source), model, rule).of | {name: name for name in placed}
         if in_memory and set(source.keys()) == set(model.state_dict()):
-            # What transformers does to the names of files is not for a module's own.
             names = {key: key for key in source.keys()}
         self._key_of: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
@@ -169,10 +171,10 @@ class NamedForModel:
                     self._copies[name] = self._copies.get(first, [])
         listed = state if aliases else [name for name, tensor in state.items() if first_name[id(tensor)] == name]
         missing = [name for name in listed if name not in self._key_of]
-        self._by_class = computed_by_class(model, missing, main_dtype(source)) if missing else {}
-        self._key_of |= {name: name for name in self._by_class}
+        self._initial = initial_values(model, missing, main_dtype(source)) if missing else {}
+        self._key_of |= {name: name for name in self._initial}
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-        self._ignored = [COMPUTED, *map(re.compile, ignored)]
+        self._ignored = [TABLES, *map(re.compile, ignored)]
         self._model = type(model).__name__
         self.dropped = sorted(set(source.keys()) - set(names))
         # By what the files call them.
@@ -195,18 +197,18 @@ class NamedForModel:
         return self._key_of[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key in self._by_class:
-            return tuple(self._by_class[key].shape)
+        if key in self._initial:
+            return tuple(self._initial[key].shape)
         return self._source.shape(self._key_of.get(key, key))
 
     def dtype(self, key: str) -> torch.dtype:
-        if key in self._by_class:
-            return self._by_class[key].dtype
+        if key in self._initial:
+            return self._initial[key].dtype
         return self._source.dtype(self._key_of.get(key, key))
 
     def tensor(self, key: str) -> Tensor:
-        if key in self._by_class:
-            return self._by_class[key]
+        if key in self._initial:
+            return self._initial[key]
         stored = self._key_of.get(key, key)
         tensor = self._source.tensor(stored)
         for copy in self._copies.get(key, []):

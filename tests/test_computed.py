@@ -18,19 +18,20 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
-from epmq.experts import fused_shapes, parts_of
+from epmq.experts import fused_shapes, parts_of, separate
 from epmq.huggingface import skeleton_from_folder
 from epmq.jobs import quantize_to_folder
 from epmq.merge_jobs import merge_to_folder
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe
-from epmq.sources import FileSource
+from epmq.skeleton import meta_copy
+from epmq.sources import DictSource, FileSource
 
 transformers = pytest.importorskip("transformers")
 
 WEIGHTS = "model.safetensors"
 NEAREST = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 TURNED = {
     "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
     "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
@@ -40,7 +41,7 @@ LINEAR_ATTENTION = {
 }  # fmt: skip
 MAMBA = {
     "hybrid_override_pattern": "M*E-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
-    "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
+    "n_routed_experts": 12, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
 
@@ -87,6 +88,16 @@ def made(kind: str) -> nn.Module:
     return MODELS[kind]().eval()
 
 
+def save(model: Any, folder: Path) -> None:
+    """As the checkpoints that are published; save_pretrained leaves experts unturned."""
+    model.save_pretrained(folder)
+    if "Qwen3VLMoe" in type(model).__name__:
+        tensors = load_file(folder / WEIGHTS)
+        turned = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
+        assert turned
+        save_file({**tensors, **turned}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def varied(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -114,10 +125,10 @@ def one_by_one(state: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tenso
 @pytest.mark.parametrize("kind", MODELS)
 def test_tensors_are_those_that_transformers_makes(kind: str, tmp_path: Path) -> None:
     model: Any = made(kind)
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     source, skeleton = named(tmp_path)
     theirs = one_by_one(type(model).from_pretrained(tmp_path, dtype=torch.float32).state_dict(), skeleton)
-    assert source.computed and not source.dropped
+    assert source.made and not source.dropped
     assert set(source.keys()) == set(theirs)
     for key, tensor in theirs.items():
         ours = source.tensor(key)
@@ -131,8 +142,8 @@ def test_tensors_are_those_that_transformers_makes(kind: str, tmp_path: Path) ->
 def test_folders_give_what_modules_in_memory_give(kind: str, tmp_path: Path) -> None:
     base: Any = made(kind)
     expert: Any = varied(base)
-    base.save_pretrained(tmp_path / "base")
-    expert.save_pretrained(tmp_path / "expert")
+    save(base, tmp_path / "base")
+    save(expert, tmp_path / "expert")
     ids = torch.randint(3, 60, (4, 12))
     calibration = {"a": [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]}
     config = epmq.QuantConfig(bits=4, group_size=16, rho=0.5)
@@ -148,7 +159,7 @@ def test_jobs_read_them(kind: str, tmp_path: Path) -> None:
     base: Any = made(kind)
     experts = {task: varied(base) for task in ("a", "b")}
     for name, model in {"base": base, **experts}.items():
-        model.save_pretrained(tmp_path / name)
+        save(model, tmp_path / name)
     recipe = Recipe(
         base=tmp_path / "base", experts={task: tmp_path / task for task in experts}, quantization=NEAREST,
         format="native",
@@ -161,7 +172,7 @@ def test_jobs_read_them(kind: str, tmp_path: Path) -> None:
 
 def test_of_turned_experts_one_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = made("experts turned")
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     source, _ = named(tmp_path)
     whole = FileSource.tensor
 
@@ -172,13 +183,13 @@ def test_of_turned_experts_one_is_read_at_a_time(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(FileSource, "tensor", tensor)
     place = "model.language_model.layers.1.mlp.experts"
     state = model.state_dict()
-    assert torch.equal(source.tensor(f"{place}.3.up_proj.weight"), state[f"{place}.gate_up_proj"][3, 16:])
+    assert torch.equal(source.tensor(f"{place}.3.up_proj.weight"), state[f"{place}.gate_up_proj"][3, 24:])
     assert torch.equal(source.tensor(f"{place}.2.down_proj.weight"), state[f"{place}.down_proj"][2])
 
 
 def test_experts_that_are_shared_out_to_two_mixtures_are_refused_when_opened(tmp_path: Path) -> None:
     model: Any = ernie_vl_moe()
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     with pytest.raises(
         SourceError, match=r"transformers computes '\S+experts\.\w+', experts in one tensor, from '\S+'"
     ):
@@ -190,23 +201,62 @@ def test_experts_that_are_shared_out_to_two_mixtures_are_refused_when_opened(tmp
     assert all(torch.equal(whole.tensor(key), tensor) for key, tensor in model.state_dict().items())
 
 
-def shortened(folder: Path, end: str) -> str:
-    """Take a row from the first tensor of a checkpoint whose name ends so."""
+@pytest.mark.parametrize("kind", ["cut in three", "experts turned"])
+def test_tensors_of_files_in_memory_are_read_as_those_in_the_files(kind: str, tmp_path: Path) -> None:
+    model: Any = made(kind)
+    save(model, tmp_path)
+    in_files, skeleton = named(tmp_path)
+    in_memory = NamedForModel(DictSource(load_file(tmp_path / WEIGHTS)), skeleton, aliases=True)
+    assert in_memory.keys() == in_files.keys()
+    assert all(torch.equal(in_memory.tensor(key), in_files.tensor(key)) for key in in_files.keys())
+
+
+@pytest.mark.parametrize("extra", [{}, {"model.rotary_emb.inv_freq": torch.ones(2)}], ids=["alone", "with a table"])
+def test_a_module_s_own_tensors_are_not_made_anew(extra: dict[str, Tensor]) -> None:
+    model: Any = made("experts turned")
+    skeleton = separate(meta_copy(model), lambda linear: "layers.0." in linear)
+    source = NamedForModel(DictSource({**model.state_dict(), **extra}), skeleton, aliases=True)
+    wanted = one_by_one(model.state_dict(), skeleton)
+    assert set(source.keys()) == set(wanted)
+    assert all(torch.equal(source.tensor(key), tensor) for key, tensor in wanted.items())
+
+
+def test_experts_that_are_kept_together_load_again(tmp_path: Path) -> None:
+    model: Any = made("experts turned")
+    result = epmq.quantize(model, None, {}, NEAREST.model_copy(update={"exclude": [r"layers\.1\."]}))
+    epmq.save(result, tmp_path / "out", format="native")
+    ours = epmq.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("extra", ["nomic_bert.layers.1.self_attn.k_proj.weight", "layers.1.self_attn.q_proj.weight"])
+def test_a_tensor_beside_what_it_is_made_of_is_refused(extra: str, tmp_path: Path) -> None:
+    save(made("cut in three"), tmp_path)
+    tensors = {**load_file(tmp_path / WEIGHTS), extra: torch.ones(32, 32)}
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    sentence = rf"makes '\S+{extra[-13:]}' of '\S+layers\.1\.attn\.Wqkv\.weight', but '{extra}' is there too; remove"
+    with pytest.raises(SourceError, match=sentence):
+        named(tmp_path)
+
+
+def shortened(folder: Path, end: str, rows: int) -> str:
+    """Leave some rows of the first tensor of a checkpoint whose name ends so."""
     tensors = load_file(folder / WEIGHTS)
     key = min(name for name in tensors if name.endswith(end))
-    save_file({**tensors, key: tensors[key][:-1].clone()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({**tensors, key: tensors[key][:rows].clone()}, folder / WEIGHTS, metadata={"format": "pt"})
     return key
 
 
-@pytest.mark.parametrize(("kind", "end", "sentence"), [
-    ("cut in three", "Wqkv.weight", r"tensor '\S+self_attn\.v_proj\.weight' has shape \[31, 32\], the model expects"),
-    ("cut unevenly, tables joined", "att_proj.weight",
+@pytest.mark.parametrize(("kind", "end", "rows", "sentence"), [
+    ("cut in three", "Wqkv.weight", 1, r"transformers cannot make 3 tensors of '{key}', \[1, 32\], the first of them"),
+    ("cut in three", "Wqkv.weight", 95, r"tensor '\S+\.v_proj\.weight' has shape \[31, 32\], the model expects"),
+    ("cut unevenly, tables joined", "att_proj.weight", 63,
      r"transformers cannot make 'layers\.0\.self_attn\.q_proj\.weight' of '{key}' and what belongs to it \(.+\)"),
 ])  # fmt: skip
-def test_tensors_that_cannot_be_cut_are_named(kind: str, end: str, sentence: str, tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_cut_are_named(kind: str, end: str, rows: int, sentence: str, tmp_path: Path) -> None:
     model: Any = made(kind)
-    model.save_pretrained(tmp_path / "base")
-    key = shortened(tmp_path / "base", end)
+    save(model, tmp_path / "base")
+    key = shortened(tmp_path / "base", end, rows)
     with pytest.raises(SourceError, match=sentence.format(key=key)):
         quantize_to_folder(Recipe(base=tmp_path / "base", quantization=NEAREST), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -219,7 +269,7 @@ def test_tensors_that_cannot_be_cut_are_named(kind: str, end: str, sentence: str
 def test_adapters_to_tensors_that_were_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("peft")
     model: Any = made("cut in three")
-    model.save_pretrained(tmp_path / "base")
+    save(model, tmp_path / "base")
     expected = save_adapter(model, tmp_path / "a", target_modules=["q_proj", "down_proj"])
     source, skeleton = named(tmp_path / "base")
     adapted = AdapterSource(tmp_path / "a", source, skeleton)
@@ -227,11 +277,40 @@ def test_adapters_to_tensors_that_were_cut(tmp_path: Path, caplog: pytest.LogCap
     merge = {"method": "task_arithmetic", "scaling": 1.0}
     with caplog.at_level(logging.WARNING):
         merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"}, merge=merge), tmp_path / "merged")
-    assert "which an adapter changes; they are merged and stored as it makes them." in caplog.text
+    assert "and an expert has not all of them; they are merged and stored as it makes them." in caplog.text
     theirs = type(model).from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     # Base and difference are summed in another order.
     for key, tensor in expected.items():
         torch.testing.assert_close(theirs[key], tensor)
-    # Whole experts are merged as in the files, with other adapters too that have no other names there.
-    merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "base"}), tmp_path / "same")
-    assert load_file(tmp_path / "same" / WEIGHTS).keys() == load_file(tmp_path / "base" / WEIGHTS).keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_adapters_to_tensors_that_files_have_are_merged_under_the_names_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("peft")
+    model: Any = made("experts turned")
+    save(model, tmp_path / "base")
+    save_adapter(model, tmp_path / "a", target_modules=["q_proj"])
+    merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"}), tmp_path / "merged")
+    assert "they are merged as in the files" in caplog.text
+    base, merged = load_file(tmp_path / "base" / WEIGHTS), load_file(tmp_path / "merged" / WEIGHTS)
+    assert base.keys() == merged.keys()
+    assert {name.rpartition(".self_attn.")[2] for name in base if not torch.equal(base[name], merged[name])} == {
+        "q_proj.weight"
+    }
+
+
+def test_experts_with_another_head_are_merged_with_what_transformers_makes(tmp_path: Path) -> None:
+    base: Any = made("cut in three")
+    expert: Any = transformers.NomicBertForSequenceClassification(transformers.NomicBertConfig(**ENCODER, num_labels=3))
+    expert.nomic_bert.load_state_dict(varied(base.nomic_bert).state_dict(), strict=False)
+    save(base, tmp_path / "base")
+    save(expert, tmp_path / "a")
+    merge = {"method": "task_arithmetic", "scaling": 0.5}
+    merge_to_folder(Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"}, merge=merge), tmp_path / "merged")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    wanted = epmq.merge(base.base_model, {"a": expert.base_model}, "task_arithmetic", scaling=0.5)
+    state = theirs.state_dict()
+    assert state.keys() <= wanted.state_dict().keys() and any("k_proj" in name for name in state)
+    assert all(torch.equal(wanted.state_dict()[name], tensor) for name, tensor in state.items())

@@ -299,7 +299,8 @@ def test_experts_that_files_hold_turned_are_refused_by_the_format_that_transform
         "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
         "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
     }  # fmt: skip
-    text = {**MOE, "num_experts": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    text: dict[str, Any] = {**MOE, "num_experts": 4, "moe_intermediate_size": 24}  # so that no side is another's
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1]}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
     nearest = epmq.QuantConfig(bits=8, group_size=16, method="rtn")
@@ -307,6 +308,9 @@ def test_experts_that_files_hold_turned_are_refused_by_the_format_that_transform
     assert len(list(separated(result.model))) == 2
     assert (logits(result.model) - logits(model)).norm() < 0.05 * logits(model).norm()
     model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    turned = {name: tensor.mT.contiguous() for name, tensor in load_file(file).items() if ".experts." in name}
+    save_file(load_file(file) | turned, file, metadata={"format": "pt"})
     recipe = Recipe(base=tmp_path / "base", quantization=nearest)
     with pytest.raises(FormatError, match="transformers reads no single experts of Qwen3VLMoe"):
         quantize_to_folder(recipe, tmp_path / "out")

@@ -18,8 +18,8 @@ ORDER: list[tuple[str, ...]] = [
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "data", "world", "calls"),
     ("blocks", "inputs"),
-    ("runner", "renames", "initial"),
-    ("computed",),
+    ("runner", "renames"),
+    ("computed", "initial"),
     ("reference", "blocked", "pieces", "names", "texts"),
     ("triton_forms",),
     (

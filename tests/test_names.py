@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import epmq
 from epmq.adapters import AdapterSource
 from epmq.errors import SourceError
+from epmq.initial import initial_values
 from epmq.jobs import model_of, open_sources, quantize_to_folder
 from epmq.merge_jobs import merge_to_folder
 from epmq.names import NamedForModel
@@ -224,6 +225,46 @@ def test_positions_that_the_class_computes_are_not_needed_in_files(dtype: torch.
     quantize_to_folder(recipe.model_copy(update={"quantization": config}), tmp_path / "out")
     ours = epmq.load(tmp_path / "out").state_dict()
     assert all(torch.equal(ours[name], theirs.state_dict()[name]) for name in POSITIONS)
+
+
+def test_positions_are_computed_for_the_body_too(tmp_path: Path) -> None:
+    if not transformers.MarianModel._keys_to_ignore_on_load_missing:
+        pytest.skip("transformers 4 does not say so of the body")
+    marian().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MarianModel"]}))
+    theirs = transformers.MarianModel.from_pretrained(tmp_path, torch_dtype=torch.float32).state_dict()
+    ours = load_any(tmp_path).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "embed_positions" in name)
+
+
+class Tables(nn.Module):
+    """What a class fills in its own way: some always alike, some at random or not at all."""
+
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_missing = ("_",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ones = nn.Parameter(torch.zeros(3), requires_grad=False)
+        for name, dtype in (("is_bits", torch.bool), ("is_bytes", torch.uint8)):
+            self.register_buffer(name, torch.zeros(3, dtype=dtype))
+        for name, dtype in (("not_bits", torch.bool), ("not_bytes", torch.uint8), ("random_", torch.float32)):
+            self.register_buffer(name, torch.zeros(3, dtype=dtype))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        for name in ("is_ones", "is_bits", "is_bytes"):
+            module.get_parameter(name).fill_(1) if name == "is_ones" else module.get_buffer(name).fill_(1)
+        module.get_buffer("random_").normal_()
+
+
+def test_only_what_a_class_always_fills_alike_is_its_own() -> None:
+    model = Tables()
+    made = initial_values(model, model.state_dict(), torch.float16)
+    assert {name: tensor.dtype for name, tensor in made.items()} == {
+        "is_ones": torch.float16, "is_bits": torch.bool, "is_bytes": torch.uint8,
+    }  # fmt: skip
+    assert all(bool((tensor == 1).all()) for tensor in made.values())
 
 
 def without_a_layer(tensors: Model) -> Model:
