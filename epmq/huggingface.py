@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ CARRIED = (
 )  # fmt: skip
 
 # What numbers of config.json may be at most, by a part of their name: transformers makes lists and tables of them.
-MOST = ((("position", "ctx", "length"), 2**24), (("num_", "n_", "layer", "depth"), 2**20))
+MOST = ((re.compile("position|ctx|length"), 2**24), (re.compile(r"(^|_)n(um)?_|layer|depth"), 2**20))
 # A checkpoint may hold experts in one tensor that the model has one by one, and lack what is tied or starts anew.
 SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
 
@@ -183,7 +184,7 @@ def _check_config(path: Path) -> None:
             continue
         sections += [inner for inner in section.values() if isinstance(inner, (dict, list))]
         for key, value in section.items():
-            most = next((limit for words, limit in MOST if any(word in key for word in words)), trust.INT64_MAX)
+            most = next((limit for words, limit in MOST if words.search(key)), trust.INT64_MAX)
             # Infinity is no size: some models bound times by it.
             if isinstance(value, (int, float)) and value != math.inf and abs(value) > most:
                 raise ModelError(f"{path}: {key} is larger than {most:,}, which is more than any model has.")

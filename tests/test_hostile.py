@@ -309,6 +309,8 @@ def test_names_in_a_configuration_choose_no_code(
     [
         {"num_hidden_layers": 10**9},
         {"num_labels": 10**9},
+        {"n_groups": 10**9},
+        {"text_config": {"moe_num_experts": 10**9}},
         {"max_position_embeddings": 2**40},
         {"num_hidden_layers": 20_000},
     ],
@@ -320,6 +322,16 @@ def test_a_configuration_larger_than_its_checkpoint(change: dict[str, Any], tmp_
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert "config.json" in refusal(ModelError, skeleton_from_folder, tmp_path, {"a"})
+
+
+def test_large_numbers_that_are_no_sizes_are_none_of_our_concern(tmp_path: Path) -> None:
+    """As in configurations of Gemma 4 with sound."""
+    pytest.importorskip("transformers")
+    READERS["config"].write(tmp_path)
+    path = tmp_path / "config.json"
+    audio = {"audio_config": {"attention_invalid_logits_value": -1e9}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **audio}))
+    skeleton_from_folder(tmp_path, {"a"})
 
 
 def test_no_pickle_no_remote_code_no_unsafe_yaml() -> None:
