@@ -10,32 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How a class of transformers must keep its experts, by its own words: W = [gate; up], as nn.Linear has it, no biases.
-LAYOUT = {
-    "has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True,
-}  # fmt: skip
-FUSED, OUTPUT = "gate_up_proj", "down_proj"
+# How a class of transformers must keep its experts, by its own words: as nn.Linear has it, no biases.
+LAYOUT = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True}
+# What an expert reads with, by the tensor that has it of all of them: W = [gate; up], or up alone without a gate.
+INPUTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
+OUTPUT = "down_proj"
 
 
-class GatedMLP(nn.Module):
-    """A gated MLP: down(act(gate(x)) * up(x))."""
+class ExpertMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
-    def __init__(self, width: int, inner: int, act_fn: nn.Module, dtype: torch.dtype):
+    def __init__(self, width: int, inner: int, gated: bool, act_fn: nn.Module, dtype: torch.dtype):
         super().__init__()
         options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": dtype}
-        self.gate_proj = nn.Linear(width, inner, **options)
+        self.gate_proj = nn.Linear(width, inner, **options) if gated else None
         self.up_proj = nn.Linear(width, inner, **options)
         self.down_proj = nn.Linear(inner, width, **options)
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            inner = self.act_fn(self.up_proj(x))
+        else:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        found: Tensor = self.down_proj(inner)
         return found
 
 
 class SeparateExperts(nn.Module):
-    """In place of a module with ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``: E children, called by
-    their numbers, of three linears each. Weights are on the meta device.
+    """In place of a module with ``gate_up_proj`` ``[E, 2I, H]`` or ``up_proj`` ``[E, I, H]`` and ``down_proj``
+    ``[E, H, I]``: E children, called by their numbers, of three linears or two each. Weights are on the meta device.
 
     rows: of the last call the number of tokens and those that each child was given, where ``keeps_rows`` is set.
     """
@@ -43,11 +47,13 @@ class SeparateExperts(nn.Module):
     def __init__(self, fused: nn.Module):
         super().__init__()
         self.keeps_rows, self.rows = False, (0, tuple[Tensor, ...]())
-        both: Any = fused.get_parameter(FUSED)
+        self.reads = input_of(fused)
+        output: Any = fused.get_parameter(OUTPUT)
         act_fn: Any = fused.act_fn
-        self.count, inner, width = both.shape[0], both.shape[1] // 2, both.shape[2]
+        self.count, width, inner = output.shape
         for number in range(self.count):
-            self.add_module(str(number), GatedMLP(width, inner, act_fn, both.dtype))
+            gated = len(INPUTS[self.reads]) == 2
+            self.add_module(str(number), ExpertMLP(width, inner, gated, act_fn, output.dtype))
         self.requires_grad_(False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: Tr
     for name, module in list(model.named_modules()):
         if _can_separate(module) and any(
             wanted(f"{name}.{part.removesuffix('.weight')}")
-            for leaf in (FUSED, OUTPUT)
+            for leaf in (input_of(module), OUTPUT)
             for part in parts_of(leaf, tuple(module.get_parameter(leaf).shape))
         ):
             parent, _, child = name.rpartition(".")
@@ -98,7 +104,7 @@ def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         experts: Any = model.get_submodule(name)
         width, inner = experts.get_parameter("0.down_proj.weight").shape
         shapes |= {
-            f"{name}.{FUSED}": (experts.count, 2 * inner, width),
+            f"{name}.{experts.reads}": (experts.count, len(INPUTS[experts.reads]) * inner, width),
             f"{name}.{OUTPUT}": (experts.count, width, inner),
         }
     return shapes
@@ -133,19 +139,25 @@ def weights_of_rows(block: nn.Module, linear: str, weights: Tensor) -> Tensor | 
 
 def parts_of(leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, slice]]:
     """Each expert's weights in a fused tensor, by their names below the module of all: its number and its rows."""
-    half = shape[1] // 2
-    rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)} if leaf == FUSED else {OUTPUT: slice(None)}
+    parts = INPUTS.get(leaf, (OUTPUT,))
+    size = shape[1] // len(parts)
+    rows = {part: slice(place * size, (place + 1) * size) for place, part in enumerate(parts)}
     return {f"{number}.{part}.weight": (number, where) for number in range(shape[0]) for part, where in rows.items()}
+
+
+def input_of(fused: nn.Module) -> str:
+    """Which of INPUTS a module of fused experts has."""
+    return next(iter(INPUTS)) if getattr(fused, "has_gate", None) else "up_proj"
 
 
 def _can_separate(module: nn.Module) -> bool:
     if any(getattr(module, name, None) is not wanted for name, wanted in LAYOUT.items()):
         return False
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if set(shapes) != {FUSED, OUTPUT} or not hasattr(module, "act_fn") or len(shapes[FUSED]) != 3:
+    shapes, reads = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, input_of(module)
+    if set(shapes) != {reads, OUTPUT} or not hasattr(module, "act_fn") or len(shapes[OUTPUT]) != 3:
         return False
-    count, both, width = shapes[FUSED]
-    return both % 2 == 0 and shapes[OUTPUT] == (count, width, both // 2) and _computes_the_same(module)
+    count, width, inner = shapes[OUTPUT]
+    return shapes[reads] == (count, len(INPUTS[reads]) * inner, width) and _computes_the_same(module)
 
 
 @torch.no_grad()
@@ -154,10 +166,10 @@ def _computes_the_same(module: nn.Module) -> bool:
 
     Some classes cut what goes into the activation, so the numbers are large.
     """
-    count, width, inner, tokens = 3, 4, 5, 32
+    count, width, inner, tokens, reads = 3, 4, 5, 32, input_of(module)
     make = torch.Generator().manual_seed(0)
     weights = {
-        FUSED: torch.randn(count, 2 * inner, width, generator=make),
+        reads: torch.randn(count, len(INPUTS[reads]) * inner, width, generator=make),
         OUTPUT: torch.randn(count, width, inner, generator=make),
     }
     probe: Any = copy.copy(module)
@@ -169,7 +181,7 @@ def _computes_the_same(module: nn.Module) -> bool:
     ours: Any = SeparateExperts(probe).to_empty(device="cpu")
     state = {
         name: weights[leaf][number, rows]
-        for leaf in (FUSED, OUTPUT)
+        for leaf in (reads, OUTPUT)
         for name, (number, rows) in parts_of(leaf, tuple(weights[leaf].shape)).items()
     }
     ours.load_state_dict(state)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from epmq.experts import FUSED, OUTPUT, separated
+from epmq.experts import INPUTS, OUTPUT, separated
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _joined_by(step: Any) -> dict[str, str]:
     """The weights that transformers puts beside each other for fused experts, and does no more: by the pattern of their
     stored names what they are called where experts are separate."""
     leaf = step.target_patterns[0].rpartition(".")[2]
-    parts = {FUSED: ["gate_proj", "up_proj"], OUTPUT: [OUTPUT]}.get(leaf, [])
+    parts = (OUTPUT,) if leaf == OUTPUT else INPUTS.get(leaf, ())
     joins = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in step.operations]
     if len(step.source_patterns) != len(parts) or joins != [("MergeModulelist", 0), ("Concatenate", 1)][: len(parts)]:
         return {}

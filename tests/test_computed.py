@@ -106,10 +106,10 @@ def varied(model: nn.Module) -> nn.Module:
     return other
 
 
-def named(folder: Path) -> tuple[NamedForModel, nn.Module]:
-    """A folder's tensors as a job reads them, and the model that they are of."""
+def named(folder: Path, fused: bool = False) -> tuple[NamedForModel, nn.Module]:
+    """A folder's tensors as a job reads them, and the model that they are of. fused: its experts kept together."""
     source = FileSource(folder)
-    skeleton = skeleton_from_folder(folder, set(source.keys()))
+    skeleton = skeleton_from_folder(folder, set(source.keys()), fused=fused)
     return NamedForModel(source, skeleton, aliases=True), skeleton
 
 
@@ -126,7 +126,7 @@ def one_by_one(state: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tenso
 def test_tensors_are_those_that_transformers_makes(kind: str, tmp_path: Path) -> None:
     model: Any = made(kind)
     save(model, tmp_path)
-    source, skeleton = named(tmp_path)
+    source, skeleton = named(tmp_path, fused=kind == "experts joined")
     theirs = one_by_one(type(model).from_pretrained(tmp_path, dtype=torch.float32).state_dict(), skeleton)
     assert source.made and not source.dropped
     assert set(source.keys()) == set(theirs)

@@ -35,6 +35,10 @@ LATENT = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4,
 }  # fmt: skip
+UNGATED = {
+    "hybrid_override_pattern": "M*E-E", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+    "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "Mixtral": {**MOE, "num_local_experts": 4},
     "Qwen2Moe": {**MOE, "num_experts": 4},
@@ -42,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Olmoe": {**MOE, "num_experts": 4},
     "DeepseekV2": {**MOE, **LATENT},
     "MiniMaxM2": {**MOE, "num_local_experts": 4},
+    "NemotronH": {**MOE, **UNGATED},
 }
 BATCH = {"input_ids": torch.arange(3, 3 + 8 * 16).remainder(VOCABULARY - 3).add(3).view(8, 16)}
 TASKS = ("a", "b")
@@ -89,7 +94,8 @@ def quantized(model: nn.Module, **settings: Any) -> epmq.QuantResult:
 def test_separate_experts_compute_what_fused_ones_do(family: str) -> None:
     model = make(family)
     twin = whole(model)
-    assert list(separated(twin)) and not any("gate_up_proj" in name for name in twin.state_dict())
+    assert list(separated(twin))
+    assert not any(name.endswith(("experts.gate_up_proj", "experts.up_proj")) for name in twin.state_dict())
     # Sums of a few hundred products in fp32, in another order, through two layers.
     torch.testing.assert_close(logits(twin), logits(model), rtol=1e-4, atol=1e-4)
 
@@ -145,7 +151,7 @@ def test_the_preset_with_distillation_knows_them_too() -> None:
     assert sum(isinstance(module, epmq.QuantLinear) for module in result.model.modules()) == 2 * (4 + 4 * 3)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "NemotronH"])
 def test_transformers_puts_symmetric_experts_together_again(family: str, tmp_path: Path) -> None:
     result = quantized(make(family))
     epmq.save(result, tmp_path / "out")
@@ -188,8 +194,9 @@ def test_files_that_loaders_would_misread_are_refused(
     assert torch.equal(logits(epmq.load(tmp_path / "native")), logits(result.model))
 
 
-def test_excluded_experts_stay_as_transformers_has_them(tmp_path: Path) -> None:
-    result = quantized(make("Mixtral"), exclude=["experts"])
+@pytest.mark.parametrize("family", ["Mixtral", "NemotronH"])
+def test_excluded_experts_stay_as_transformers_has_them(family: str, tmp_path: Path) -> None:
+    result = quantized(make(family), exclude=["experts"])
     assert not list(separated(result.model))
     epmq.save(result, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -251,7 +258,7 @@ def fuse(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("stored", ["apart", "fused"])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "NemotronH"])
 def test_folders_give_what_modules_in_memory_give(family: str, stored: str, tmp_path: Path) -> None:
     base = make(family)
     models: dict[str, nn.Module] = {"base": base, **{task: varied(base) for task in TASKS}}

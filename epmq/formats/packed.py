@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
-from epmq.experts import FUSED, separate
+from epmq.experts import INPUTS, separate
 from epmq.formats.shards import ShardWriter
 from epmq.linear import QuantLinear
 from epmq.names import names_in_model
@@ -93,8 +93,8 @@ class PackedReader:
 
     def separate(self, model: nn.Module) -> nn.Module:
         """Take a model's mixtures apart (:func:`epmq.experts.separate`), but those whose experts are kept in one."""
-        fused = [name for name in names_in_model(self.plain, model).of.values() if name.endswith(f".{FUSED}")]
-        together = tuple(name.removesuffix(FUSED) for name in fused)
+        names = [name.rpartition(".") for name in names_in_model(self.plain, model).of.values()]
+        together = tuple(f"{module}." for module, _, leaf in names if leaf in INPUTS)
         return separate(model, lambda linear: not linear.startswith(together))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
