@@ -34,7 +34,7 @@ Step = TypeVar("Step", bound=InputGroup | str)
 
 
 class _Reached(Exception):
-    """Ends a block's forward once the wanted linear has been reached."""
+    """Ends a block's forward once the wanted linears have been reached."""
 
 
 @torch.no_grad()
@@ -122,18 +122,19 @@ def observe(block: nn.Module, names: list[str], see: Callable[[str, Tensor], Non
 
 
 @torch.no_grad()
-def input_of(block: nn.Module, call: BlockCall, name: str) -> Tensor | None:
-    """The input of submodule ``name`` when the block runs this call; what comes after it is not computed. None where
-    the call does not reach it."""
-    found: list[Tensor] = []
+def inputs_of(block: nn.Module, call: BlockCall, names: list[str]) -> dict[str, Tensor]:
+    """The inputs of some submodules when they first run in the block's run of this call, those left out that it does
+    not reach; what comes after all of them is not computed."""
+    found: dict[str, Tensor] = {}
 
-    def stop(_: str, x: Tensor) -> None:
-        found.append(x)
-        raise _Reached
+    def see(name: str, x: Tensor) -> None:
+        found.setdefault(name, x)
+        if len(found) == len(names):
+            raise _Reached
 
-    with observe(block, [name], stop):
+    with observe(block, names, see):
         try:
             call.run(block)
         except _Reached:
             pass
-    return found[0] if found else None
+    return found

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq.ahead import InputsAhead, side_by_side
 from epmq.calls import BlockAddress, BlockCall, StreamState, hidden_of
 from epmq.errors import NumericalError
+from epmq.experts import separated
 from epmq.inputs import (
     InputGroup,
     input_groups,
-    input_of,
+    inputs_of,
     is_norm,
     names_of,
     narrows,
@@ -48,7 +50,11 @@ class Visit:
         if walk.inside:
             self._run_inside()
         changing = [name for step in self.steps for name in names_of(step)]
-        self._store = OutputStore(self.block, changing, walk.reuse_bytes(self.block))
+        room = walk.reuse_bytes(self.block)
+        ahead = room // 2 if next(separated(self.block), None) else 0
+        self._store = OutputStore(self.block, changing, room - ahead)
+        batches = sum(map(len, walk.streams.values()))
+        self._ahead = InputsAhead(self.block, self.steps, ahead, max(1, batches))
 
     def name_of(self, part: str) -> str:
         """A part's name in the whole model."""
@@ -68,10 +74,14 @@ class Visit:
 
     def input_of(self, task: str, batch: Batch, name: str) -> Tensor | None:
         """What a part of the block reads as deployed; None where the batch does not reach it."""
-        call = self._call(task, batch)
-        with self._store.active((task, batch.number)):
-            x = input_of(self.block, call, name)
-        return None if x is None or x.numel() == 0 else call.precision.read(x)
+        key = (task, batch.number)
+        if not self._ahead.has(key, name):
+            call = self._call(task, batch)
+            with self._store.active(key):
+                seen = inputs_of(self.block, call, self._ahead.companions(name))
+            self._ahead.keep(key, name, seen)
+        x = self._ahead.take(key, name)
+        return None if x is None or x.numel() == 0 else self.walk.runner.precision.read(x)
 
     def is_routed(self, task: str, batch: Batch, x: Tensor) -> bool:
         """Whether the rows ``x`` that a part of the block reads are picked out of the batch by what they hold: inside
@@ -146,6 +156,7 @@ class Visit:
                 break
             steps = with_new(steps, self._steps_on(task, batch))
             wanted -= {name for step in steps for name in names_of(step)}
+        steps = side_by_side(self.block, steps)
         world.from_main([s if isinstance(s, str) else [list(s.linears), s.sequence] for s in steps])
         return steps
 

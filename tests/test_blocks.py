@@ -16,7 +16,7 @@ from epmq.blocks import find_blocks
 from epmq.calls import StreamState, hidden_of
 from epmq.engine import Engine
 from epmq.errors import ModelError
-from epmq.inputs import input_groups, input_of, running_order
+from epmq.inputs import input_groups, inputs_of, running_order
 from epmq.pipeline import ModuleSink
 from epmq.runner import BlockRunner
 from epmq.skeleton import meta_copy
@@ -238,7 +238,7 @@ def test_linears_that_read_the_same_tensor_share_a_group() -> None:
     groups = [group.linears for group in input_groups(block, call, lambda name: name not in ("query", "up"))]
     assert groups == [("key",), ("out",), ("down",)]
     assert running_order(block, call, ["down", "norm", "query"]) == ["norm", "query", "down"]
-    x = input_of(block, call, "query")
+    x = inputs_of(block, call, ["query"])["query"]
     assert x is not None and torch.equal(x, block.norm(call.hidden))  # type: ignore[operator]
 
 

@@ -54,7 +54,7 @@ TASKS = ("a", "b")
 
 def make(family: str, **more: Any) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SETTINGS.get(family, MOE), **more)
+    config = getattr(transformers, f"{family}Config")(**{**SETTINGS.get(family, MOE), **more})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

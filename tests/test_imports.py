@@ -18,6 +18,7 @@ ORDER: list[tuple[str, ...]] = [
     ("precision",),
     ("settings", "schedules", "hub", "files", "sources", "data", "world", "calls"),
     ("blocks", "inputs"),
+    ("ahead",),
     ("runner", "renames"),
     ("computed", "initial"),
     ("reference", "blocked", "pieces", "names", "texts"),
