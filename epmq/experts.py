@@ -47,12 +47,12 @@ class SeparateExperts(nn.Module):
     def __init__(self, fused: nn.Module):
         super().__init__()
         self.keeps_rows, self.rows = False, (0, tuple[Tensor, ...]())
-        self.reads = input_of(fused)
+        self.reads = input_leaf(fused)
         output: Any = fused.get_parameter(OUTPUT)
         act_fn: Any = fused.act_fn
         self.count, width, inner = output.shape
+        gated = "gate_proj" in INPUTS[self.reads]
         for number in range(self.count):
-            gated = len(INPUTS[self.reads]) == 2
             self.add_module(str(number), ExpertMLP(width, inner, gated, act_fn, output.dtype))
         self.requires_grad_(False)
 
@@ -84,7 +84,7 @@ def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: Tr
     for name, module in list(model.named_modules()):
         if _can_separate(module) and any(
             wanted(f"{name}.{part.removesuffix('.weight')}")
-            for leaf in (input_of(module), OUTPUT)
+            for leaf in (input_leaf(module), OUTPUT)
             for part in parts_of(leaf, tuple(module.get_parameter(leaf).shape))
         ):
             parent, _, child = name.rpartition(".")
@@ -145,15 +145,15 @@ def parts_of(leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, slice]]:
     return {f"{number}.{part}.weight": (number, where) for number in range(shape[0]) for part, where in rows.items()}
 
 
-def input_of(fused: nn.Module) -> str:
+def input_leaf(fused: nn.Module) -> str:
     """Which of INPUTS a module of fused experts has."""
-    return next(iter(INPUTS)) if getattr(fused, "has_gate", None) else "up_proj"
+    return "gate_up_proj" if getattr(fused, "has_gate", None) else "up_proj"
 
 
 def _can_separate(module: nn.Module) -> bool:
     if any(getattr(module, name, None) is not wanted for name, wanted in LAYOUT.items()):
         return False
-    shapes, reads = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, input_of(module)
+    shapes, reads = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, input_leaf(module)
     if set(shapes) != {reads, OUTPUT} or not hasattr(module, "act_fn") or len(shapes[OUTPUT]) != 3:
         return False
     count, width, inner = shapes[OUTPUT]
@@ -166,7 +166,7 @@ def _computes_the_same(module: nn.Module) -> bool:
 
     Some classes cut what goes into the activation, so the numbers are large.
     """
-    count, width, inner, tokens, reads = 3, 4, 5, 32, input_of(module)
+    count, width, inner, tokens, reads = 3, 4, 5, 32, input_leaf(module)
     make = torch.Generator().manual_seed(0)
     weights = {
         reads: torch.randn(count, len(INPUTS[reads]) * inner, width, generator=make),

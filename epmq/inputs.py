@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -122,19 +122,29 @@ def observe(block: nn.Module, names: list[str], see: Callable[[str, Tensor], Non
 
 
 @torch.no_grad()
-def inputs_of(block: nn.Module, call: BlockCall, names: list[str]) -> dict[str, Tensor]:
-    """The inputs of some submodules when they first run in the block's run of this call, those left out that it does
-    not reach; what comes after all of them is not computed."""
+def inputs_of(
+    block: nn.Module, call: BlockCall, name: str, others: Sequence[str] = (), room: int = 0
+) -> dict[str, Tensor | None]:
+    """What submodule ``name`` reads when the block runs this call, and ``others`` that run after it in this order, each
+    as it first runs; None for one that the call does not reach.
+
+    What comes after all of them is not computed, nor what comes after as many of the others as make up ``room`` bytes:
+    of those behind nothing is told.
+    """
     found: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor) -> None:
-        found.setdefault(name, x)
-        if len(found) == len(names):
+    def see(seen: str, x: Tensor) -> None:
+        found.setdefault(seen, x)
+        if name not in found:
+            return
+        beside = sum(value.nbytes for value in found.values()) - found[name].nbytes
+        if len(found) > len(others) or beside > room:
             raise _Reached
 
-    with observe(block, names, see):
+    with observe(block, [name, *others], see):
         try:
             call.run(block)
         except _Reached:
-            pass
-    return found
+            told = [name, *others]
+            return {other: found.get(other) for other in told[: max(map(told.index, found)) + 1]}
+    return {other: found.get(other) for other in (name, *others)}

@@ -54,7 +54,8 @@ class Visit:
         ahead = room // 2 if next(separated(self.block), None) else 0
         self._store = OutputStore(self.block, changing, room - ahead)
         batches = sum(map(len, walk.streams.values()))
-        self._ahead = InputsAhead(self.block, self.steps, ahead, max(1, batches))
+        copied = walk.runner.precision.copied
+        self._ahead = InputsAhead(self.block, self.steps, ahead, max(1, batches), copied)
 
     def name_of(self, part: str) -> str:
         """A part's name in the whole model."""
@@ -75,12 +76,14 @@ class Visit:
     def input_of(self, task: str, batch: Batch, name: str) -> Tensor | None:
         """What a part of the block reads as deployed; None where the batch does not reach it."""
         key = (task, batch.number)
-        if not self._ahead.has(key, name):
-            call = self._call(task, batch)
+        if self._ahead.has(key, name):
+            x = self._ahead.take(key, name)
+        else:
+            call, others = self._call(task, batch), self._ahead.companions(name)
             with self._store.active(key):
-                seen = inputs_of(self.block, call, self._ahead.companions(name))
+                seen = inputs_of(self.block, call, name, others, self._ahead.room(name))
             self._ahead.keep(key, name, seen)
-        x = self._ahead.take(key, name)
+            x = seen.get(name)
         return None if x is None or x.numel() == 0 else self.walk.runner.precision.read(x)
 
     def is_routed(self, task: str, batch: Batch, x: Tensor) -> bool:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from epmq import visit
 from epmq.ahead import InputsAhead, side_by_side
+from epmq.calls import BlockCall
 from epmq.config import QuantConfig
 from epmq.experts import SeparateExperts, separate
-from epmq.inputs import InputGroup, observe
+from epmq.inputs import InputGroup, inputs_of
 from epmq.names import NamedForModel
 from epmq.pipeline import ModuleSink, run
 from epmq.skeleton import meta_copy
@@ -79,11 +81,16 @@ def quantized(room: int, experts: int = 4, **settings: Any) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("settings", [{}, {"anchor": "auto"}, {"norm_refit": True, "gamma": 0.7}], ids=str)
-def test_the_codes_do_not_depend_on_the_room(settings: dict[str, Any]) -> None:
-    wanted = quantized(0, **settings)
+def test_the_codes_are_those_of_one_expert_after_the_other(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as alone:
+        alone.setattr(visit, "side_by_side", lambda block, steps: steps)
+        alone.setattr(InputsAhead, "companions", lambda self, name: [])
+        wanted = quantized(2**30, **settings)
     assert sum(".experts." in name for name in wanted) == 2 * 4 * 3
-    # For two experts of the four in each batch, for all of the first batches, for all.
-    for rows in (2 * 4 * 64, 2 * 256, 2**20):
+    # None, for two experts of the four in each batch, for all of the first batches, for all.
+    for rows in (0, 2 * 4 * 64, 2 * 256, 2**20):
         ours = quantized(2 * rows * ROW, **settings)
         assert wanted.keys() == ours.keys()
         assert all(torch.equal(ours[name], codes) for name, codes in wanted.items())
@@ -109,29 +116,64 @@ def test_a_block_runs_hardly_more_often_for_more_experts(monkeypatch: pytest.Mon
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "together"), [(0, 1), (2 * 3 * 4 * ROW, 3), (2**20, 4)])
-def test_no_more_is_kept_than_there_is_room_for(limit: int, together: int) -> None:
-    """Four experts, each with four of a batch's sixteen rows, two batches."""
-    block = nn.ModuleDict({"experts": SeparateExperts(qwen(4).model.layers[0].mlp.experts).to_empty(device="cpu")})
-    experts: Any = block["experts"]
+@pytest.mark.parametrize(("limit", "runs"), [(0, 6 * 4), (6 * 8, 12), (6 * 12, 6), (2**20, 6)])
+def test_equal_batches_are_seen_as_often_as_there_is_room(limit: int, runs: int) -> None:
+    """Six batches of four rows for each of four experts: one ahead of the other three, two, all."""
+    assert seen_in_runs(limit * ROW, [[4, 4, 4, 4]] * 6) == runs
+
+
+@pytest.mark.parametrize("limit", [0, 1, 32, 256, 2**20])
+@pytest.mark.parametrize("counts", [
+    [[1, 1]] + 15 * [[15, 1]],
+    [[8, 0, 0, 0, 0, 0, 0, 0]] + 15 * [[64, 8, 8, 8, 8, 8, 8, 16]],
+    [[0, 3, 0, 2]] * 3 + [[5, 0, 7, 0]] * 3,
+    [[0, 0, 1], [0, 1, 0], [9, 9, 9]],
+], ids=["small first", "one expert first", "now these now those", "few"])  # fmt: skip
+def test_no_more_is_kept_than_there_is_room_for(counts: list[list[int]], limit: int) -> None:
+    runs = seen_in_runs(limit * ROW, counts)
+    assert len(counts) <= runs <= len(counts) * len(counts[0])
+
+
+def seen_in_runs(limit: int, counts: list[list[int]]) -> int:
+    """How often a mixture runs until all experts have been given their inputs of all batches, which are ``counts`` rows
+    each; holds what they are given, and what is kept, against the truth."""
+    size = len(counts[0])
+    block = Alone(SeparateExperts(qwen(size).model.layers[0].mlp.experts).to_empty(device="cpu"))
+    experts: Any = block.experts
     experts.keeps_rows = True
-    x = torch.randn(2, 16, WIDTH)
-    names = [f"experts.{number}.gate_proj" for number in range(4)]
-    ahead = InputsAhead(block, [InputGroup((name,)) for name in names], limit, batches=2)
+    chosen = [torch.arange(size).repeat_interleave(torch.tensor(rows)) for rows in counts]
+    x = [torch.randn(len(numbers), WIDTH) for numbers in chosen]
+    names = [f"experts.{number}.gate_proj" for number in range(size)]
+    ahead = InputsAhead(block, [InputGroup((name,)) for name in names], limit, len(counts))
     runs = 0
-    for name in names:
-        for number in range(2):
-            if not ahead.has(("a", number), name):
-                seen: dict[str, Tensor] = {}
-                with observe(block, ahead.companions(name), seen.__setitem__):
-                    experts(x[number], torch.arange(16).remainder(4)[:, None], torch.ones(16, 1))
-                ahead.keep(("a", number), name, seen)
+    for expert, name in enumerate(names):
+        for batch, (numbers, rows) in enumerate(zip(chosen, x, strict=True)):
+            experts.rows = None
+            if ahead.has(("a", batch), name):
+                found = ahead.take(("a", batch), name)
+            else:
+                call = BlockCall((rows, numbers[:, None], torch.ones(len(rows), 1)), {})
+                seen = inputs_of(block, call, name, ahead.companions(name), ahead.room(name))
+                ahead.keep(("a", batch), name, seen)
+                found = seen.get(name)
                 runs += 1
             kept = {tensor.untyped_storage() for tensor, _ in ahead._kept.values() if tensor is not None}
-            assert sum(storage.nbytes() for storage in kept) <= max(limit, 4 * ROW)
-            experts.rows = None
-            found = ahead.take(("a", number), name)
-            assert found is not None and torch.equal(found, x[number, names.index(name) :: 4])
-            assert experts.rows[0] == 16 and len(experts.rows[1]) == 4
-    assert runs == 2 * -(-4 // together)
-    assert not ahead._kept
+            assert sum(storage.nbytes() for storage in kept) <= limit
+            wanted = rows[numbers == expert]
+            assert torch.equal(wanted, torch.zeros(0, WIDTH) if found is None else found)
+            if len(wanted):
+                assert experts.rows[0] == len(rows)
+                assert [len(part) for part in experts.rows[1]] == counts[batch]
+    assert not ahead._kept and not ahead._bytes
+    return runs
+
+
+class Alone(nn.Module):
+    """A block that is nothing but a mixture."""
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.experts(*arguments)

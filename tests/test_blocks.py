@@ -238,7 +238,7 @@ def test_linears_that_read_the_same_tensor_share_a_group() -> None:
     groups = [group.linears for group in input_groups(block, call, lambda name: name not in ("query", "up"))]
     assert groups == [("key",), ("out",), ("down",)]
     assert running_order(block, call, ["down", "norm", "query"]) == ["norm", "query", "down"]
-    x = inputs_of(block, call, ["query"])["query"]
+    x = inputs_of(block, call, "query")["query"]
     assert x is not None and torch.equal(x, block.norm(call.hidden))  # type: ignore[operator]
 
 
