@@ -72,7 +72,7 @@ class SeparateExperts(nn.Module):
         outputs = hidden_states.new_zeros(tokens * each, hidden_states.shape[-1])
         if found:
             outputs[order] = (torch.cat(found) * top_k_weights.flatten()[order, None]).to(outputs.dtype)
-        return outputs.view(tokens, each, -1).sum(1)
+        return outputs.view(tokens, each, hidden_states.shape[-1]).sum(1)
 
 
 def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: True) -> nn.Module:

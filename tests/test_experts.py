@@ -126,6 +126,7 @@ def test_an_expert_without_tokens_is_not_called() -> None:
     experts.get_submodule("2").forward = None  # type: ignore[assignment]
     x, chosen = torch.zeros(5, 32), torch.tensor([[0, 1]] * 5)
     assert experts(x, chosen, torch.ones(5, 2)).shape == x.shape
+    assert experts(x[:0], chosen[:0], torch.ones(0, 2)).shape == (0, 32)
 
 
 def test_experts_get_the_codes_that_they_get_as_linears_of_a_model() -> None:
