@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq.experts import separated
-from epmq.inputs import InputGroup, Step
+from epmq.inputs import InputGroup, Step, names_of
 
 _Batch = tuple[str, int]
 
@@ -106,7 +106,7 @@ def _waves(members: Sequence[Step], mixture: str) -> list[list[Step]]:
     """Steps of a mixture: the first of each expert in the order in which it calls them, the second of each, ..."""
     steps_of: dict[int, list[Step]] = {}
     for step in members:
-        number = int(_name_of(step).removeprefix(f"{mixture}.").partition(".")[0])
+        number = int(names_of(step)[0].removeprefix(f"{mixture}.").partition(".")[0])
         steps_of.setdefault(number, []).append(step)
     ordered = [steps_of[number] for number in sorted(steps_of)]
     longest = max(map(len, ordered), default=0)
@@ -114,8 +114,4 @@ def _waves(members: Sequence[Step], mixture: str) -> list[list[Step]]:
 
 
 def _mixture_of(step: InputGroup | str, mixtures: Sequence[str]) -> str | None:
-    return next((mixture for mixture in mixtures if _name_of(step).startswith(f"{mixture}.")), None)
-
-
-def _name_of(step: InputGroup | str) -> str:
-    return step if isinstance(step, str) else step.first
+    return next((mixture for mixture in mixtures if names_of(step)[0].startswith(f"{mixture}.")), None)

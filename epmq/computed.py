@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epmq.errors import SourceError, first_line
 from epmq.experts import fused_shapes
-from epmq.renames import Rule, forms, prefix_of
+from epmq.renames import Rule, place_among, prefix_of
 from epmq.sources import FileSource, WeightSource
 
 
@@ -60,14 +60,14 @@ class _AsStored:
 class ComputedSource:
     """A checkpoint in which tensors that transformers computes stand for those that it makes them of.
 
-    placed: their names, which are the model's; other tensors go by their stored ones. Nothing is kept of what is read:
+    placed: their names, which are the model's. stored: those of all other tensors. Nothing is kept of what is read:
     a tensor that is cut into three is read three times.
     """
 
-    def __init__(self, source: WeightSource, model: nn.Module, makings: list[_Making]):
-        self._source, self._model, self.name = source, _AsStored(model), source.name
+    def __init__(self, source: WeightSource, model: _AsStored, makings: list[_Making]):
+        self._source, self._model, self.name = source, model, source.name
         used = {key for making in makings for key in making.keys}
-        self._stored = [key for key in source.keys() if key not in used]
+        self.stored = [key for key in source.keys() if key not in used]
         self._of: dict[str, _Making] = {}
         self._like: dict[str, Tensor] = {}
         for making in makings:
@@ -83,7 +83,7 @@ class ComputedSource:
         self.placed = set(self._of)
 
     def keys(self) -> list[str]:
-        return [*self._stored, *self._of]
+        return [*self.stored, *self._of]
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._like[key].shape) if key in self._of else self._source.shape(key)
@@ -144,24 +144,23 @@ def with_computed(source: WeightSource, model: nn.Module, rule: Rule) -> WeightS
 
     rule: of the model. Raises SourceError where tensors do not fit each other.
     """
-    prefix = prefix_of(model)
-    places = {*model.state_dict(), *fused_shapes(model)}
+    used = [key for key in sorted(source.keys()) if rule(key).step is not None]
+    if not used:
+        return source
+    prefix, seen = prefix_of(model), _AsStored(model)
     makings: dict[str, _Making] = {}
     # The order in which experts and shards are joined.
-    for key in sorted(source.keys(), key=_natural):
+    for key in sorted(used, key=_natural):
         renamed = rule(key)
-        if renamed.step is None:
-            continue
-        name = next((form for form in forms(renamed.name, prefix) if form in places), None)
+        name = place_among([renamed.name], prefix, seen.names)
         if name is not None:
             making = makings.setdefault(name, _Making(renamed.step, name))
             making.stored.setdefault(renamed.pattern, []).append(key)
     if not makings:
         return source
-    computed = ComputedSource(source, model, list(makings.values()))
-    for key in sorted(set(source.keys()).difference(*(making.keys for making in makings.values()))):
-        candidates = (form for name in (rule(key).name, key) for form in forms(name, prefix))
-        name = next((form for form in candidates if form in places), None)
+    computed = ComputedSource(source, seen, list(makings.values()))
+    for key in sorted(computed.stored):
+        name = place_among([rule(key).name, key], prefix, seen.names)
         if name in computed.placed:
             raise SourceError(
                 f"{source.name}: transformers makes {name!r} of {computed.made_of(name)!r}, but {key!r} is there too;"

@@ -14,7 +14,7 @@ from epmq.computed import ComputedSource, part_of, with_computed
 from epmq.errors import SourceError
 from epmq.experts import fused_shapes, parts_of, shapes_as_fused
 from epmq.initial import initial_values
-from epmq.renames import Rule, forms, prefix_of, rule_of
+from epmq.renames import Rule, forms, place_among, prefix_of, rule_of
 from epmq.sources import DictSource, WeightSource, main_dtype
 
 # What older checkpoints store and every model computes.
@@ -42,11 +42,11 @@ def names_in_model(stored: Iterable[str], model: nn.Module, rule: Rule | None = 
     for key in sorted(stored):
         renamed = rule(key)
         # One that keeps its name may be a module's own.
-        places = found.of if renamed.step is None or renamed.name == key else found.computed
-        for names, candidates in ((places, forms(renamed.name, prefix)), (found.of, forms(key, prefix))):
-            if name := next((candidate for candidate in candidates if candidate in present), None):
-                names[key] = name
-                break
+        names = found.of if renamed.step is None or renamed.name == key else found.computed
+        if name := place_among([renamed.name], prefix, present):
+            names[key] = name
+        elif name := place_among([key], prefix, present):
+            found.of[key] = name
     return found
 
 
@@ -101,10 +101,9 @@ def _with_separate_experts(source: WeightSource, model: nn.Module, rule: Rule) -
     for key in sorted(source.keys()):
         # A module has them already as transformers makes them of files.
         own = key in placed or (in_memory and not places.keys().isdisjoint(forms(key, prefix)))
-        for called in (key,) if own else (rule(key).name, key):
-            name = next((form for form in forms(called, prefix) if form in places), None)
-            if name is not None and len(source.shape(key)) == 3:
-                fused.setdefault(key, name)
+        name = place_among([key] if own else [rule(key).name, key], prefix, places)
+        if name is not None and len(source.shape(key)) == 3:
+            fused[key] = name
     if isinstance(source, ComputedSource):
         for key in fused:
             source.require_parts(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ def forms(name: str, prefix: str) -> Iterator[str]:
     yield name
     yield prefix + name
     yield name.removeprefix(prefix)
+
+
+def place_among(names: Iterable[str], prefix: str, places: Container[str]) -> str | None:
+    """The first of some names, in one of its :func:`forms`, that is among ``places``."""
+    return next((form for name in names for form in forms(name, prefix) if form in places), None)
 
 
 def rule_of(model: Any) -> Rule:

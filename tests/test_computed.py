@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -29,39 +28,13 @@ from epmq.sources import DictSource, FileSource
 
 transformers = pytest.importorskip("transformers")
 
+from mixtures import MOE, UNGATED, ernie_vl, qwen_vl, turn_experts, varied  # noqa: E402
+
 WEIGHTS = "model.safetensors"
 NEAREST = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-TURNED = {
-    "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
-    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
-}  # fmt: skip
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
-MAMBA = {
-    "hybrid_override_pattern": "M*E-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
-    "n_routed_experts": 12, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-
-
-def qwen_vl_moe() -> nn.Module:
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
-    text = {**DECODER, **EXPERTS, "num_experts": 4, "rope_parameters": rope}
-    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=TURNED)
-    model: nn.Module = transformers.Qwen3VLMoeForConditionalGeneration(config)
-    return model
-
-
-def ernie_vl_moe() -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16]}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
-    config = transformers.Ernie4_5_VLMoeConfig(
-        text_config={**DECODER, **experts, "rope_parameters": rope}, vision_config=vision
-    )
-    model: nn.Module = transformers.Ernie4_5_VLMoeForConditionalGeneration(config)
-    return model
 
 
 def of(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -77,8 +50,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convolutions joined": of(
         "OlmoHybridForCausalLM", "OlmoHybridConfig", **{**DECODER, "num_hidden_layers": 4}, **LINEAR_ATTENTION
     ),
-    "experts joined": of("NemotronHForCausalLM", "NemotronHConfig", **DECODER, **EXPERTS, **MAMBA),
-    "experts turned": qwen_vl_moe,
+    "experts joined": of("NemotronHForCausalLM", "NemotronHConfig", **MOE, **{**UNGATED, "n_routed_experts": 12}),
+    "experts turned": qwen_vl,
     "of images": of("Tipsv2VisionModel", "Tipsv2VisionConfig", **VISION),
 }
 
@@ -89,21 +62,10 @@ def made(kind: str) -> nn.Module:
 
 
 def save(model: Any, folder: Path) -> None:
-    """As the checkpoints that are published; save_pretrained leaves experts unturned."""
+    """As the checkpoints that are published."""
     model.save_pretrained(folder)
     if "Qwen3VLMoe" in type(model).__name__:
-        tensors = load_file(folder / WEIGHTS)
-        turned = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
-        assert turned
-        save_file({**tensors, **turned}, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def varied(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return other
+        turn_experts(folder)
 
 
 def named(folder: Path, fused: bool = False) -> tuple[NamedForModel, nn.Module]:
@@ -188,7 +150,7 @@ def test_of_turned_experts_one_is_read_at_a_time(tmp_path: Path, monkeypatch: py
 
 
 def test_experts_that_are_shared_out_to_two_mixtures_are_refused_when_opened(tmp_path: Path) -> None:
-    model: Any = ernie_vl_moe()
+    model: Any = ernie_vl()
     save(model, tmp_path)
     with pytest.raises(
         SourceError, match=r"transformers computes '\S+experts\.\w+', experts in one tensor, from '\S+'"

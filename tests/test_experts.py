@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import DECODER, VOCABULARY
+from families import VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,45 +29,10 @@ transformers = pytest.importorskip("transformers")
 if transformers.__version__.startswith("4."):
     pytest.skip("transformers 4 keeps experts apart itself", allow_module_level=True)
 
-MOE = {**DECODER, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-LATENT = {
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4,
-}  # fmt: skip
-UNGATED = {
-    "hybrid_override_pattern": "M*E-E", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
-    "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 16, "chunk_size": 8, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {
-    "Mixtral": {**MOE, "num_local_experts": 4},
-    "Qwen2Moe": {**MOE, "num_experts": 4},
-    "Qwen3Moe": {**MOE, "num_experts": 4},
-    "Olmoe": {**MOE, "num_experts": 4},
-    "DeepseekV2": {**MOE, **LATENT},
-    "MiniMaxM2": {**MOE, "num_local_experts": 4},
-    "NemotronH": {**MOE, **UNGATED},
-}
+from mixtures import SETTINGS, ernie_vl, make, qwen_vl, turn_experts, varied  # noqa: E402
+
 BATCH = {"input_ids": torch.arange(3, 3 + 8 * 16).remainder(VOCABULARY - 3).add(3).view(8, 16)}
 TASKS = ("a", "b")
-
-
-def make(family: str, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SETTINGS.get(family, MOE), **more})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model
-
-
-def varied(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    return twin
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -288,12 +252,7 @@ def test_fused_experts_may_have_other_names_in_files(tmp_path: Path) -> None:
 
 
 def test_names_of_a_module_s_own_experts_are_not_those_of_files() -> None:
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    text = {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16], "rope_parameters": rope}
-    torch.manual_seed(0)
-    config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
-    model = transformers.Ernie4_5_VLMoeForConditionalGeneration(config).eval()
+    model = ernie_vl()
     result = epmq.quantize(model, None, {}, epmq.QuantConfig(bits=8, group_size=16, method="rtn"))
     name = next(separated(result.model))
     up = model.get_parameter(f"{name}.gate_up_proj")[3, 16:]
@@ -302,23 +261,13 @@ def test_names_of_a_module_s_own_experts_are_not_those_of_files() -> None:
 
 
 def test_experts_that_files_hold_turned_are_refused_by_the_format_that_transformers_reads(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vision = {
-        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
-        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
-    }  # fmt: skip
-    text: dict[str, Any] = {**MOE, "num_experts": 4, "moe_intermediate_size": 24}  # so that no side is another's
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1]}
-    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model: Any = qwen_vl()
     nearest = epmq.QuantConfig(bits=8, group_size=16, method="rtn")
     result = epmq.quantize(model, None, {}, nearest)
     assert len(list(separated(result.model))) == 2
     assert (logits(result.model) - logits(model)).norm() < 0.05 * logits(model).norm()
     model.save_pretrained(tmp_path / "base")
-    file = tmp_path / "base" / "model.safetensors"
-    turned = {name: tensor.mT.contiguous() for name, tensor in load_file(file).items() if ".experts." in name}
-    save_file(load_file(file) | turned, file, metadata={"format": "pt"})
+    turn_experts(tmp_path / "base")
     recipe = Recipe(base=tmp_path / "base", quantization=nearest)
     with pytest.raises(FormatError, match="transformers reads no single experts of Qwen3VLMoe"):
         quantize_to_folder(recipe, tmp_path / "out")
