@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from machine_code import ARCHS, Counts, Gate, Program, Unbuilt, build, common_faults, count
@@ -25,8 +26,8 @@ TILE_LIMITS = {(90, 64, 128): 3.2, (90, 128, 128): 3.9, (80, 64, 128): 4.0}
 
 def gates(everything: bool) -> Iterator[Unbuilt]:
     """The tiles of the shipped choice (groups of 128, and all groups at 8 tokens) and those that are only tried (three
-    programs a multiprocessor); with ``everything`` every tile, dtype and group, and beside some the naive layout, which
-    has no limits."""
+    programs a multiprocessor, parts summed in one launch); with ``everything`` every tile, dtype and group, and beside
+    some the naive layout, which has no limits."""
     for arch in ARCHS:
         for config in tune.shapes(arch):
             for dtype in ("fp16", "bf16"):
@@ -36,6 +37,11 @@ def gates(everything: bool) -> Iterator[Unbuilt]:
                     shown = is_main(arch, dtype, group, config)
                     if everything or shown:
                         yield partial(product_gate, arch, dtype, group, config, shown)
+                    if everything and group == 128:
+                        one = replace(config, one_launch=True)
+                        yield partial(
+                            product_gate, arch, dtype, group, one, shown and dtype == "fp16", " in one launch"
+                        )
             if everything and config.block_m in (16, 64, 128) and is_main(arch, "fp16", 128, config):
                 yield partial(naive_gate, arch, config)
         for dtype, group in itertools.product(("fp16", "bf16"), GROUPS):
@@ -55,14 +61,17 @@ def is_main(arch: int, dtype: str, group: int, config: Config) -> bool:
 
 def product_gate(arch: int, dtype: str, group: int, config: Config, shown: bool, more: str = "") -> Gate:
     """The tile program of a configuration, as launched with several parts where it is small."""
-    split = config.block_m <= 64
+    split = config.block_m <= 64 or config.one_launch
     types = {"x": f"*{dtype}", "words": "*i16", "scales": "*i32", "bias": f"*{dtype}"}
-    types["out"] = "*fp32" if split else f"*{dtype}"
-    constants = {"BM": config.block_m, "BN": config.block_n, "GROUP": group, "SPLIT": split, "BIAS": not split}
+    types |= {"out": f"*{dtype}", "sums": "*fp32", "arrived": "*i32"}
+    constants = {"BM": config.block_m, "BN": config.block_n, "GROUP": group, "SPLIT": split, "LAST": config.one_launch}
+    constants |= {"sums": None} if not split else {}
+    constants |= {"arrived": None} if not config.one_launch else {}
     constants |= {
+        "BIAS": config.one_launch or not split,
         "JOINED": config.joined,
         "SWIZZLE": 1 if split else 8,
-        "EARLY": split and arch >= 90,
+        "EARLY": split and not config.one_launch and arch >= 90,
         "ASM": True,
         "WIDE": False,
     }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epmq.kernels import tune
+from epmq.kernels.arrivals import counters
 from epmq.kernels.int4_programs import dequantize_tiles, product_tiles, sum_parts
 from epmq.kernels.launch import Launch, interpreted, on_device, readable, row_stride
 from epmq.kernels.layout import TILE_COLUMNS, TILE_ROWS, padded
@@ -22,7 +23,10 @@ PLANS = 16384  # kept; each number of tokens has its own
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a product follows from sizes, dtypes and places. parts: that are summed, 0 where y is written at once."""
+    """What of a product follows from sizes, dtypes and places.
+
+    parts: that are summed, by the launch ``total``, or where that is None by the product; 0 where y is written at once.
+    """
 
     product: Launch
     numbers: tuple[int, ...]
@@ -64,12 +68,16 @@ def run(
         places,
     )
     out = x.new_empty(tokens, out_features)
-    if how.total is None:
-        how.product(x, words, scale_words, bias, out, *how.numbers)
+    if not how.parts:
+        how.product(x, words, scale_words, bias, out, None, None, *how.numbers)
         return out
     sums = torch.empty(how.parts, tokens, out_features, dtype=torch.float32, device=x.device)
-    how.product(x, words, scale_words, None, sums, *how.numbers)
-    how.total(sums, bias, out, tokens, out_features)
+    if how.total is None:
+        arrived = counters(x.device, how.product.grid[0])
+        how.product(x, words, scale_words, bias, out, sums, arrived, *how.numbers)
+    else:
+        how.product(x, words, scale_words, None, out, sums, None, *how.numbers)
+        how.total(sums, bias, out, tokens, out_features)
     return out
 
 
@@ -92,20 +100,23 @@ def plan(
     wide = simulated and dtype == torch.bfloat16
     per_part, parts = cut(blocks, config)
     # A bias of x's dtype is added by the product, any other by the sum, so that none compiles the product anew.
-    split = parts > 1 or (bias is not None and bias != dtype)
+    other_bias = bias not in (None, dtype)
+    split = parts > 1 or other_bias
+    last = parts > 1 and config.one_launch and not other_bias
     # sm_90 can launch the sum before the product has ended, which hides most of what a launch costs. The product itself
     # gains nothing by that: on an H200 it took longer, whether or not it fetched weights meanwhile.
-    early = split and not simulated and tune.device_facts(device)[0] >= 90
+    early = split and not last and not simulated and tune.device_facts(device)[0] >= 90
     product = Launch(
         product_tiles, (-(-tokens // config.block_m) * -(-out_features // config.block_n), parts),
-        BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split,
-        BIAS=bias is not None and not split, JOINED=config.joined, SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1,
-        EARLY=early, ASM=not simulated if assembly is None else assembly, WIDE=wide,
+        BM=config.block_m, BN=config.block_n, GROUP=group_size, SPLIT=split, LAST=last,
+        BIAS=bias is not None and (last or not split), JOINED=config.joined,
+        SWIZZLE=8 if tokens >= SWIZZLED_FROM else 1, EARLY=early,
+        ASM=not simulated if assembly is None else assembly, WIDE=wide,
         **config.options(),
     )  # fmt: skip
     numbers = (tokens, out_features, padded(out_features, TILE_ROWS), blocks, stride, per_part)
-    if not split:
-        return Plan(product, numbers)
+    if not split or last:
+        return Plan(product, numbers, parts if last else 0)
     total = Launch(
         sum_parts, (-(-tokens * out_features // SUM_BLOCK),),
         SPLITS=parts, BIAS=bias is not None, EARLY=early, WIDE=wide,

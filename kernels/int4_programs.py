@@ -176,6 +176,8 @@ def product_tiles(
     scales,
     bias,
     out,
+    sums,
+    arrived,
     M,
     N,
     NP,
@@ -186,6 +188,7 @@ def product_tiles(
     BN: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    LAST: tl.constexpr,
     BIAS: tl.constexpr,
     JOINED: tl.constexpr,
     SWIZZLE: tl.constexpr,
@@ -197,8 +200,10 @@ def product_tiles(
 
     x: 16-bit [M, 128·KB], rows x_stride apart. words: int16 tiles of 64 rows by 32 words, [NP/64, KB, 64, 32].
     scales: int32 grid words, [groups, NP, 1], or [KB, NP, 128 / GROUP] for groups of 32 and 64. bias: [N] if BIAS.
-    out: [M, N] in x's dtype, or fp32 parts [splits, M, N] if SPLIT. Grid: (tiles over N and M, parts). EARLY: the next
-    launch may begin once all programs of this one have, and waits itself for their end.
+    out: [M, N] in x's dtype. Grid: (tiles over N and M, parts). With SPLIT parts are written to sums, fp32
+    [parts, M, N], of which :func:`sum_parts` makes out; with LAST the program of a tile that ends last does. arrived:
+    with LAST int32 zeros, one for each tile, which it leaves as zeros. EARLY: the next launch may begin once all
+    programs of this one have, and waits itself for their end.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -285,7 +290,7 @@ def product_tiles(
         acc *= low_half(grid, FP16).to(tl.float32)[:, None]
     columns = start_n + rows
     own = (columns >= pid_n * BN) & (columns < N)
-    if BIAS:
+    if BIAS and not SPLIT:
         acc += tl.load(bias + columns, mask=own, other=0.0).to(tl.float32)[:, None]
     y = tl.trans(acc)
     tokens = start_m + tl.arange(0, BM)
@@ -294,9 +299,55 @@ def product_tiles(
     if WIDE and not SPLIT:
         y = nearest_bf16(y)
     if SPLIT:
-        tl.store(out + part.to(tl.int64) * M * N + places, y, mask=keep)
+        tl.store(sums + part.to(tl.int64) * M * N + places, y, mask=keep)
     else:
         tl.store(out + places, y.to(out.dtype.element_ty), mask=keep)
+    if LAST:
+        # The barrier puts all threads' stores before the release, and their loads after the acquire.
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + pid, 1, sem="acq_rel")
+        if before == tl.num_programs(1) - 1:
+            tl.store(arrived + pid, 0)
+            sum_tile(sums, bias, out, M, N, start_m, columns, own, BM, BN, BIAS, WIDE)
+
+
+@triton.jit
+def sum_tile(
+    sums,
+    bias,
+    out,
+    M,
+    N,
+    start_m,
+    columns,
+    own,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile of out as :func:`sum_parts` makes it. own: which of the columns [BN] are this tile's."""
+    # 16 floats a thread at a time, four parts of them under way together.
+    STRIP: tl.constexpr = min(BM, 2048 // BN)
+    size = M.to(tl.int64) * N
+    parts = tl.num_programs(1)
+    if BIAS:
+        offset = tl.load(bias + columns, mask=own, other=0.0).to(tl.float32)[None, :]
+    for first in range(start_m, start_m + BM, STRIP):
+        tokens = first + tl.arange(0, STRIP)
+        places = tokens.to(tl.int64)[:, None] * N + columns[None, :]
+        keep = (tokens < M)[:, None] & own[None, :]
+        total = tl.zeros((STRIP, BN), tl.float32)
+        for part in range(0, parts, 4):
+            for ahead in tl.static_range(4):
+                there = tokens < tl.where(part + ahead < parts, M, 0)
+                at = sums + (part + ahead) * size + places
+                total += tl.load(at, mask=there[:, None] & own[None, :], other=0.0)
+        if BIAS:
+            total += offset
+        if WIDE:
+            total = nearest_bf16(total)
+        tl.store(out + places, total.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["M"])

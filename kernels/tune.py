@@ -26,6 +26,7 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # From this bucket on, dequantizing once and multiplying with cuBLAS is as fast: on an H200 402 us against 401 for
 # 2048 tokens by 8192 x 8192, 1531 against 1657 for 8192.
 TWO_STAGES_FROM = 2048
+FINALISTS = 4  # of the candidates with several parts, which :func:`timed` also times in one launch
 SHORTEST_PART = 4  # blocks of 128 columns: less leaves the pipeline no time to fill
 # Fitted to 132 times on an H200 (benchmarks/results/nvidia-h200/int4.json), 10 % off in the mean: microseconds for a
 # step of 128 columns, by tokens and rows of the tile, of one of two programs that share a multiprocessor; how much
@@ -44,6 +45,7 @@ class Config:
 
     joined: one product of 128 columns a step instead of four of 32. two_stages: dequantize, then cuBLAS; the other
     fields are then unused. registers: the most that a thread may have, 0 for as many as the compiler takes.
+    one_launch: parts are summed by the program of a tile that ends last, not by a second launch; no GPU has timed it.
     """
 
     block_m: int
@@ -54,6 +56,7 @@ class Config:
     joined: bool
     two_stages: bool = False
     registers: int = 0
+    one_launch: bool = False
 
     def options(self) -> dict[str, Any]:
         """What Triton compiles a tile with."""
@@ -270,11 +273,21 @@ def store(found: dict[Key, Config]) -> Path:
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
+def timed(key: Key, milliseconds: Callable[[Key, Config], float]) -> dict[Config, float]:
+    """Times of all candidates, the default's first, and of the fastest with several parts also in one launch."""
+    times = {config: milliseconds(key, config) for config in candidates(key)}
+    several = [config for config in sorted(times, key=lambda config: times[config]) if config.split_k > 1]
+    for config in several[:FINALISTS]:
+        one = replace(config, one_launch=True)
+        times[one] = milliseconds(key, one)
+    return times
+
+
 def tune(keys: Iterable[Key], milliseconds: Callable[[Key, Config], float]) -> dict[Key, Config]:
-    """The fastest candidate of each key by ``milliseconds``; a candidate that is not faster leaves the default."""
+    """The fastest configuration of each key by ``milliseconds``; one that is not faster leaves the default."""
     best = {}
     for key in keys:
-        times = {config: milliseconds(key, config) for config in candidates(key)}
+        times = timed(key, milliseconds)
         best[key] = min(times, key=lambda config: times[config])
     return best
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90)
 KERNELS = (
     "test_int4_matmul.py",
+    "test_int4_one_launch.py",
     "test_int4_check.py",
     "test_int4_layer.py",
     "test_gptq_block.py",

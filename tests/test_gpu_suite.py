@@ -188,6 +188,9 @@ def test_tiles_are_checked_and_the_fastest_is_named(monkeypatch: pytest.MonkeyPa
     (row,) = int4_products.tiles(setting(timed=True), "llama-3-8b o", 4096, 4096, 16)
     assert row["chosen µs"] == 2000.0 and row["fastest µs"] == 1000.0
     assert row["chosen"].startswith("16x") and row["fastest"].startswith("8x")
+    assert row["all µs"][row["fastest"]] == 1000.0 and len(row["all µs"]) == row["others"] + 1
+    assert any("in one launch" in name for name in row["all µs"])
+    assert "all µs" not in tables.table([row])[0] and "fastest µs" in tables.table([row])[0]
 
 
 @pytest.mark.parametrize("part", ["int4", "launch", "gram", "gptq"])

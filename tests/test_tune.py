@@ -112,6 +112,20 @@ def test_the_fastest_candidate_is_kept_and_chosen(cache: Path) -> None:
     assert set(json.loads(cache.read_text())) == {key(64).text(), key(16).text()}
 
 
+def test_the_fastest_with_parts_are_timed_in_one_launch_too(cache: Path) -> None:
+    times = tune.timed(key(16), lambda _, config: 1.0 / config.split_k if not config.one_launch else 0.5)
+    ones = [config for config in times if config.one_launch]
+    plain = [config for config in times if not config.one_launch]
+    assert plain == tune.candidates(key(16)) and len(ones) == tune.FINALISTS
+    fastest = sorted(plain, key=lambda config: -config.split_k)[: tune.FINALISTS]
+    assert [replace(config, one_launch=False) for config in ones] == fastest
+    best = min(tune.candidates(key(16)), key=lambda config: -config.split_k)
+    found = tune.tune([key(16)], lambda _, config: 1.0 - config.one_launch if config.split_k == best.split_k else 2.0)
+    assert found == {key(16): replace(best, one_launch=True)}
+    tune.store(found)
+    assert tune.choose(key(16)) == found[key(16)]
+
+
 def test_among_equals_the_default_stays() -> None:
     assert tune.tune([key(16)], lambda *_: 1.0) == {key(16): tune.default(key(16))}
 

@@ -19,7 +19,7 @@ from epmq.kernels.int4_matmul import int4_matmul
 from epmq.kernels.layout import PackedWeight, pack_weight
 from epmq.kernels.timing import Call, copies_needed, microseconds, replayed
 from epmq.kernels.timing import milliseconds as product_milliseconds
-from epmq.kernels.tune import Config, candidates, choose, device_key
+from epmq.kernels.tune import Config, Key, choose, device_key, timed
 from epmq.quantized import QuantizedTensor
 
 # Every program that is chosen by their number, and every number that a goal is set for.
@@ -69,29 +69,36 @@ def int4(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> 
 
 def tiles(setting: Setting, layer: str, rows: int, columns: int, tokens: int) -> Iterator[Row]:
     """Every way to cut the int4 product that ``epmq tune`` would try, beside the one that is chosen untried."""
-    rows, columns = setting.shape(rows, columns, least=128)
+    rows, columns = setting.shape(rows, columns, least=512)
     key = device_key(setting.device, rows, columns, tokens, GROUP, torch.float16)
-    chosen, *others = candidates(key)
-    row: Row = {"layer": layer, "N": rows, "K": columns, "M": key.tokens, "others": len(others)}
+    row: Row = {"layer": layer, "N": rows, "K": columns, "M": key.tokens}
     if not setting.timed:
         weight = random_weight(rows, columns, setting.device, 0)
         packed, x = pack_weight(weight, torch.float16), torch.randn(min(tokens, 64), columns).half().to(setting.device)
-        for config in (chosen, *others):
+        wanted = x.float() @ weight.dequantize(torch.float32).T
+
+        def checked(key: Key, config: Config) -> float:
             found = run_tiles(x, packed.words, packed.scale_words, None, rows, GROUP, config)
-            error = relative(found, x.float() @ weight.dequantize(torch.float32).T)
-            expect(row, error < 2e-3, f"{told(config)}: relative error {error:.2g}")
+            expect(row, relative(found, wanted) < 2e-3, f"{told(config)}: relative error {relative(found, wanted):.2g}")
+            return 0.0
+
+        row["others"] = len(timed(key, checked)) - 1
         yield row
         return
-    times: dict[Config, float] = {}
-    for config in (choose(key), chosen, *others):
-        if config not in times:
-            timed = partial(product_milliseconds, key, config, seconds=0.05)
-            found_ms = setting.attempt(f"int4 in {told(config)}", timed)
-            times[config] = math.inf if found_ms is None else 1e3 * found_ms
-    row |= {"chosen": told(choose(key)), "chosen µs": times[choose(key)]}
-    best = min(times, key=lambda config: times[config])
-    row |= {"fastest": told(best), "fastest µs": times[best]}
-    yield row
+
+    def milliseconds(key: Key, config: Config) -> float:
+        measure = partial(product_milliseconds, key, config, seconds=0.05)
+        found = setting.attempt(f"int4 in {told(config)}", measure)
+        return math.inf if found is None else found
+
+    times = timed(key, milliseconds)
+    chosen = choose(key)
+    if chosen not in times:
+        times[chosen] = milliseconds(key, chosen)
+    micro = {told(config): 1e3 * times[config] for config in sorted(times, key=lambda config: times[config])}
+    best = next(iter(micro))
+    row |= {"others": len(times) - 1, "chosen": told(chosen), "chosen µs": micro[told(chosen)]}
+    yield row | {"fastest": best, "fastest µs": micro[best], "all µs": micro}
 
 
 def told(config: Config) -> str:
@@ -99,7 +106,8 @@ def told(config: Config) -> str:
         return "dequantized, cuBLAS"
     tile = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
     tile += f", {config.registers} registers" if config.registers else ""
-    return f"{tile}, {config.split_k} parts{', joined' if config.joined else ''}"
+    tile += f", {config.split_k} parts{' in one launch' if config.one_launch else ''}"
+    return f"{tile}{', joined' if config.joined else ''}"
 
 
 @functools.lru_cache(maxsize=1)

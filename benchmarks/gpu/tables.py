@@ -57,8 +57,9 @@ def markdown(results: Results, planned: list[str]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A Markdown table whose columns are all keys of the rows, in the order they first appear."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    """A Markdown table whose columns are all keys of the rows, in the order they first appear; without those that
+    hold several values, which the JSON has."""
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     return lines + ["| " + " | ".join(shown(row.get(key)) for key in keys) + " |" for row in rows]
 
