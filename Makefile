@@ -50,8 +50,8 @@ test-levels: $(READY)  ## the operator tests through each instruction set, and w
 
 test-ptx: $(READY) .venv-triton/ready  ## the Triton kernels compiled for sm_80 and sm_90, their PTX run on the CPU; oldest and newest Triton
 	for arch in 80 90; do for python in $(BIN)/python .venv-triton/bin/python; do \
-	  EPMQ_PTX=$$arch PYTHONPATH=. $$python -m pytest tests/test_int4_matmul.py tests/test_int4_one_launch.py tests/test_int4_check.py tests/test_int4_layer.py \
-	    tests/test_gptq_block.py tests/test_gram.py tests/test_gpu_suite.py || exit 1; done; done
+	  EPMQ_PTX=$$arch PYTHONPATH=. $$python -m pytest tests/test_int4_matmul.py tests/test_int4_one_launch.py tests/test_int4_check.py \
+	    tests/test_int4_layer.py tests/test_gptq_block.py tests/test_gram.py tests/test_gpu_suite.py || exit 1; done; done
 
 test-transformers4:  ## the table of model families with the last transformers 4, in an environment of its own
 	test -x $(TRANSFORMERS4)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4)

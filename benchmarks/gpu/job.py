@@ -27,8 +27,8 @@ BUILD_SECONDS, TESTS_SECONDS, TEST_SECONDS = 150, 200, 90
 # The files that hold tests for a GPU: what a machine lacks for others must not stop these.
 TESTS = (
     "test_devices.py", "test_gptq_block.py", "test_gpu_suite.py", "test_gram.py", "test_int4_check.py",
-    "test_int4_layer.py", "test_int4_matmul.py", "test_ops_accumulate.py", "test_ops_matmul.py", "test_ops_solve.py",
-    "test_ops_sweep.py", "test_staging.py", "test_tune.py",
+    "test_int4_layer.py", "test_int4_matmul.py", "test_int4_one_launch.py", "test_ops_accumulate.py",
+    "test_ops_matmul.py", "test_ops_solve.py", "test_ops_sweep.py", "test_staging.py", "test_tune.py",
 )  # fmt: skip
 
 
