@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How a class of transformers must keep its experts, by its own words: as nn.Linear has it, no biases.
-LAYOUT = {"has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True}
-# What an expert reads with, by the tensor that has it of all of them: W = [gate; up], or up alone without a gate.
-INPUTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
-OUTPUT = "down_proj"
+from epmq.fused import OUTPUT, Layout, Part, Shape, is_fused, layout_of
 
 
 class ExpertMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
 
-    def __init__(self, width: int, inner: int, gated: bool, act_fn: nn.Module, dtype: torch.dtype):
+    act_fn: the activation, or an :class:`OwnGate`, which takes gate and up.
+    """
+
+    def __init__(self, width: int, inner: int, layout: Layout, act_fn: nn.Module, dtype: torch.dtype):
         super().__init__()
-        options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": dtype}
-        self.gate_proj = nn.Linear(width, inner, **options) if gated else None
+        options: dict[str, Any] = {"bias": layout.biased, "device": "meta", "dtype": dtype}
+        self.gate_proj = nn.Linear(width, inner, **options) if layout.gated else None
         self.up_proj = nn.Linear(width, inner, **options)
         self.down_proj = nn.Linear(inner, width, **options)
         self.act_fn = act_fn
@@ -31,15 +30,32 @@ class ExpertMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             inner = self.act_fn(self.up_proj(x))
+        elif isinstance(self.act_fn, OwnGate):
+            inner = self.act_fn(self.gate_proj(x), self.up_proj(x))
         else:
             inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         found: Tensor = self.down_proj(inner)
         return found
 
 
+class OwnGate(nn.Module):
+    """What a class of its own makes of gate and up, such as GPT-OSS, which cuts both off."""
+
+    def __init__(self, fused: nn.Module, interleaved: bool):
+        super().__init__()
+        self.interleaved = interleaved
+        self.of: Any = copy.copy(fused)
+        self.of._parameters = {}
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        both = torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
+        found: Tensor = self.of._apply_gate(both)
+        return found
+
+
 class SeparateExperts(nn.Module):
-    """In place of a module with ``gate_up_proj`` ``[E, 2I, H]`` or ``up_proj`` ``[E, I, H]`` and ``down_proj``
-    ``[E, H, I]``: E children, called by their numbers, of three linears or two each. Weights are on the meta device.
+    """In place of a module of fused experts (:class:`epmq.fused.Layout`): children, called by their numbers, of three
+    linears or two each. Weights are on the meta device.
 
     rows: of the last call the number of tokens and those that each child was given, where ``keeps_rows`` is set.
     """
@@ -47,14 +63,18 @@ class SeparateExperts(nn.Module):
     def __init__(self, fused: nn.Module):
         super().__init__()
         self.keeps_rows, self.rows = False, (0, tuple[Tensor, ...]())
-        self.reads = input_leaf(fused)
+        self.layout = layout = layout_of(fused)
         output: Any = fused.get_parameter(OUTPUT)
-        act_fn: Any = fused.act_fn
-        self.count, width, inner = output.shape
-        gated = "gate_proj" in INPUTS[self.reads]
+        act_fn: Any = OwnGate(fused, layout.interleaved) if has_own_gate(fused) else fused.act_fn
+        self.count, *sides = output.shape
+        self.width, self.inner = reversed(sides) if layout.transposed else sides
         for number in range(self.count):
-            self.add_module(str(number), ExpertMLP(width, inner, gated, act_fn, output.dtype))
+            self.add_module(str(number), ExpertMLP(self.width, self.inner, layout, act_fn, output.dtype))
         self.requires_grad_(False)
+
+    def fused_shapes(self) -> dict[str, Shape]:
+        """Names and shapes of the tensors that transformers has in their place."""
+        return self.layout.shapes(self.count, self.width, self.inner)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As of transformers: hidden_states ``[T, H]``, the experts of each and their weights ``[T, k]``."""
@@ -82,13 +102,10 @@ def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: Tr
     wanted: whether a linear of this name is needed; modules of which none is stay.
     """
     for name, module in list(model.named_modules()):
-        if _can_separate(module) and any(
-            wanted(f"{name}.{part.removesuffix('.weight')}")
-            for leaf in (input_leaf(module), OUTPUT)
-            for part in parts_of(leaf, tuple(module.get_parameter(leaf).shape))
-        ):
+        experts = _separate(module)
+        if experts is not None and any(wanted(f"{name}.{linear}") for linear in _linears(experts)):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SeparateExperts(module).train(module.training))
+            setattr(model.get_submodule(parent), child, experts.train(module.training))
     return model
 
 
@@ -99,15 +116,19 @@ def separated(model: nn.Module) -> Iterator[str]:
 
 def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in which transformers keeps the experts that are separate in a model."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for name in separated(model):
         experts: Any = model.get_submodule(name)
-        width, inner = experts.get_parameter("0.down_proj.weight").shape
-        shapes |= {
-            f"{name}.{experts.reads}": (experts.count, len(INPUTS[experts.reads]) * inner, width),
-            f"{name}.{OUTPUT}": (experts.count, width, inner),
-        }
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in experts.fused_shapes().items()}
     return shapes
+
+
+def parts_of(model: nn.Module, name: str, shape: Shape) -> dict[str, Part]:
+    """The parts of a tensor of that shape which transformers has for experts that are separate in a model, by the
+    model's names for them."""
+    parent, _, leaf = name.rpartition(".")
+    experts: Any = model.get_submodule(parent)
+    return {f"{parent}.{part}": where for part, where in experts.layout.parts(leaf, shape).items()}
 
 
 def shapes_as_fused(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -137,52 +158,51 @@ def weights_of_rows(block: nn.Module, linear: str, weights: Tensor) -> Tensor | 
     return None
 
 
-def parts_of(leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, slice]]:
-    """Each expert's weights in a fused tensor, by their names below the module of all: its number and its rows."""
-    parts = INPUTS.get(leaf, (OUTPUT,))
-    size = shape[1] // len(parts)
-    rows = {part: slice(place * size, (place + 1) * size) for place, part in enumerate(parts)}
-    return {f"{number}.{part}.weight": (number, where) for number in range(shape[0]) for part, where in rows.items()}
+def has_own_gate(fused: nn.Module) -> bool:
+    """Whether the class makes something else of gate and up than act(gate) * up; transformers gives others that."""
+    found: Any = getattr(type(fused), "_apply_gate", None)
+    return found is not None and found.__name__ != "_default_apply_gate" and bool(fused.has_gate)
 
 
-def input_leaf(fused: nn.Module) -> str:
-    """Which of INPUTS a module of fused experts has."""
-    return "gate_up_proj" if getattr(fused, "has_gate", None) else "up_proj"
+def _linears(experts: nn.Module) -> Iterator[str]:
+    return (name for name, module in experts.named_modules() if isinstance(module, nn.Linear))
 
 
-def _can_separate(module: nn.Module) -> bool:
-    if any(getattr(module, name, None) is not wanted for name, wanted in LAYOUT.items()):
-        return False
-    shapes, reads = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, input_leaf(module)
-    if set(shapes) != {reads, OUTPUT} or not hasattr(module, "act_fn") or len(shapes[OUTPUT]) != 3:
-        return False
-    count, width, inner = shapes[OUTPUT]
-    return shapes[reads] == (count, len(INPUTS[reads]) * inner, width) and _computes_the_same(module)
+def _separate(module: nn.Module) -> SeparateExperts | None:
+    """What computes the same as a module, where that is one of fused experts and this is possible."""
+    output = module._parameters.get(OUTPUT)
+    if not is_fused(module) or output is None or output.dim() != 3:
+        return None
+    if not hasattr(module, "act_fn") and not has_own_gate(module):
+        return None
+    experts = SeparateExperts(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return experts if shapes == experts.fused_shapes() and _computes_the_same(module, experts.layout) else None
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module) -> bool:
+def _computes_the_same(module: nn.Module, layout: Layout) -> bool:
     """Whether a small module of this one's class and settings gives what separate experts give.
 
     Some classes cut what goes into the activation, so the numbers are large.
     """
-    count, width, inner, tokens, reads = 3, 4, 5, 32, input_leaf(module)
+    count, width, inner, tokens = 3, 4, 5, 32
     make = torch.Generator().manual_seed(0)
-    weights = {
-        reads: torch.randn(count, len(INPUTS[reads]) * inner, width, generator=make),
-        OUTPUT: torch.randn(count, width, inner, generator=make),
-    }
+    weights = {name: torch.randn(shape, generator=make) for name, shape in layout.shapes(count, width, inner).items()}
     probe: Any = copy.copy(module)
     probe._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
     probe.config = SimpleNamespace(_experts_implementation="eager")
-    for name, value in (("num_experts", count), ("hidden_dim", width), ("intermediate_dim", inner)):
+    for name, value in (
+        ("num_experts", count), ("hidden_dim", width), ("intermediate_dim", inner), ("hidden_size", width),
+        ("intermediate_size", inner),
+    ):  # fmt: skip
         if hasattr(module, name):
             setattr(probe, name, value)
     ours: Any = SeparateExperts(probe).to_empty(device="cpu")
     state = {
-        name: weights[leaf][number, rows]
-        for leaf in (reads, OUTPUT)
-        for name, (number, rows) in parts_of(leaf, tuple(weights[leaf].shape)).items()
+        name: part.of(tensor)
+        for leaf, tensor in weights.items()
+        for name, part in layout.parts(leaf, tuple(tensor.shape)).items()
     }
     ours.load_state_dict(state)
     x = 20 * torch.randn(tokens, width, generator=make)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from epmq.computed import ComputedSource, part_of, with_computed
 from epmq.errors import SourceError
 from epmq.experts import fused_shapes, parts_of, shapes_as_fused
+from epmq.fused import Part
 from epmq.initial import initial_values
 from epmq.renames import Rule, forms, place_among, prefix_of, rule_of
 from epmq.sources import DictSource, WeightSource, main_dtype
@@ -56,14 +57,12 @@ class _Separated:
     fused: {name there: the model's}. placed: names that are the model's.
     """
 
-    def __init__(self, source: WeightSource, fused: Mapping[str, str]):
+    def __init__(self, source: WeightSource, model: nn.Module, fused: Mapping[str, str]):
         self._source, self.name = source, source.name
         self._whole = [key for key in source.keys() if key not in fused]
-        self._parts: dict[str, tuple[str, int, slice]] = {}
+        self._parts: dict[str, tuple[str, Part]] = {}
         for key, called in fused.items():
-            parent, _, leaf = called.rpartition(".")
-            for name, where in parts_of(leaf, source.shape(key)).items():
-                self._parts[f"{parent}.{name}"] = (key, *where)
+            self._parts |= {name: (key, part) for name, part in parts_of(model, called, source.shape(key)).items()}
         self.placed = {*_placed(source).difference(fused), *self._parts}
 
     def keys(self) -> list[str]:
@@ -72,9 +71,8 @@ class _Separated:
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self._parts:
             return self._source.shape(key)
-        fused, _, rows = self._parts[key]
-        shape = self._source.shape(fused)
-        return (len(range(*rows.indices(shape[1]))), *shape[2:])
+        fused, part = self._parts[key]
+        return part.shape(self._source.shape(fused))
 
     def dtype(self, key: str) -> torch.dtype:
         return self._source.dtype(self._parts[key][0] if key in self._parts else key)
@@ -82,8 +80,8 @@ class _Separated:
     def tensor(self, key: str) -> Tensor:
         if key not in self._parts:
             return self._source.tensor(key)
-        fused, number, rows = self._parts[key]
-        return part_of(self._source, fused, number, rows)
+        fused, part = self._parts[key]
+        return part.read(partial(part_of, self._source, fused))
 
 
 def _placed(source: WeightSource) -> set[str]:
@@ -102,12 +100,12 @@ def _with_separate_experts(source: WeightSource, model: nn.Module, rule: Rule) -
         # A module has them already as transformers makes them of files.
         own = key in placed or (in_memory and not places.keys().isdisjoint(forms(key, prefix)))
         name = place_among([key] if own else [rule(key).name, key], prefix, places)
-        if name is not None and len(source.shape(key)) == 3:
+        if name is not None and len(source.shape(key)) == len(places[name]):
             fused[key] = name
     if isinstance(source, ComputedSource):
         for key in fused:
             source.require_parts(key)
-    return _Separated(source, fused) if fused else source
+    return _Separated(source, model, fused) if fused else source
 
 
 def outside(used: Collection[str], dropped: Iterable[str], model: nn.Module) -> set[str]:

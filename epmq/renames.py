@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from epmq.experts import INPUTS, OUTPUT, separated
+from epmq.experts import separated
+from epmq.fused import INPUTS, OUTPUT
 
 
 @dataclass(frozen=True)

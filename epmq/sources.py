@@ -99,10 +99,11 @@ class FileSource:
         return self._read(key, 0, self.shape(key))
 
     def part(self, key: str, number: int, rows: slice) -> Tensor:
-        """``tensor(key)[number, rows]`` of a tensor of three dimensions, of which no more is read."""
-        _, height, width = self.shape(key)
+        """``tensor(key)[number, rows]`` of a tensor of two or three dimensions, of which no more is read. The rows lie
+        together."""
+        _, height, *width = self.shape(key)
         start, stop, _ = rows.indices(height)
-        return self._read(key, (number * height + start) * width, (stop - start, width))
+        return self._read(key, (number * height + start) * math.prod(width), (stop - start, *width))
 
     def _read(self, key: str, first: int, shape: tuple[int, ...]) -> Tensor:
         """Entries in a row, from the ``first`` on. The library would read the header again for each tensor, whose time

@@ -78,9 +78,9 @@ def named(folder: Path, fused: bool = False) -> tuple[NamedForModel, nn.Module]:
 def one_by_one(state: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
     """A module's state with experts apart where the skeleton has them so."""
     for name, shape in fused_shapes(skeleton).items():
-        fused, (parent, _, leaf) = state.pop(name), name.rpartition(".")
-        for part, (number, rows) in parts_of(leaf, shape).items():
-            state[f"{parent}.{part}"] = fused[number, rows]
+        fused = state.pop(name)
+        for part, where in parts_of(skeleton, name, shape).items():
+            state[part] = where.of(fused)
     return state
 
 

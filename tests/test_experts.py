@@ -64,10 +64,12 @@ def test_separate_experts_compute_what_fused_ones_do(family: str) -> None:
     torch.testing.assert_close(logits(twin), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["cut", "biases", "another activation"])
+@pytest.mark.parametrize("kind", ["cut", "biases that are not told", "another activation"])
 def test_experts_that_compute_otherwise_are_left_as_they_are(kind: str) -> None:
-    if kind == "biases":
-        model = make("GptOss", num_local_experts=4)
+    if kind == "biases that are not told":
+        model = make("GptOss")
+        for layer in model.model.layers:
+            layer.mlp.experts.has_bias = False
     elif kind == "another activation":
         model = make("Mixtral")
         for layer in model.model.layers:
@@ -93,8 +95,9 @@ def test_an_expert_without_tokens_is_not_called() -> None:
     assert experts(x[:0], chosen[:0], torch.ones(0, 2)).shape == (0, 32)
 
 
-def test_experts_get_the_codes_that_they_get_as_linears_of_a_model() -> None:
-    model = make("Qwen3Moe")
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_experts_get_the_codes_that_they_get_as_linears_of_a_model(family: str) -> None:
+    model = make(family)
     torch.manual_seed(1)
     ours = quantized(model)
     torch.manual_seed(1)
@@ -116,7 +119,7 @@ def test_the_preset_with_distillation_knows_them_too() -> None:
     assert sum(isinstance(module, epmq.QuantLinear) for module in result.model.modules()) == 2 * (4 + 4 * 3)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "NemotronH"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "NemotronH", "DeepseekV4"])
 def test_transformers_puts_symmetric_experts_together_again(family: str, tmp_path: Path) -> None:
     result = quantized(make(family))
     epmq.save(result, tmp_path / "out")
@@ -145,6 +148,7 @@ def test_asymmetric_experts_are_told_not_to_load_in_transformers(tmp_path: Path)
         ("GraniteMoe", {}, "compressed-tensors", "transformers reads no single experts of GraniteMoeForCausalLM"),
         ("Qwen3Moe", {"overrides": {"down_proj": {"bits": 8}}}, "compressed-tensors", "experts, .* of one scheme only"),
         ("Qwen3Moe", {"exclude": [r"experts\.0\."]}, "compressed-tensors", "experts, .* of one scheme only"),
+        ("GptOss", {}, "compressed-tensors", "transformers reads no single experts of GptOssForCausalLM"),
         ("Qwen3Moe", {}, "gptq", "experts: loaders of gptq may keep experts in other modules"),
     ],
 )
@@ -159,7 +163,7 @@ def test_files_that_loaders_would_misread_are_refused(
     assert torch.equal(logits(epmq.load(tmp_path / "native")), logits(result.model))
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "NemotronH"])
+@pytest.mark.parametrize("family", ["Mixtral", "NemotronH", "GptOss"])
 def test_excluded_experts_stay_as_transformers_has_them(family: str, tmp_path: Path) -> None:
     result = quantized(make(family), exclude=["experts"])
     assert not list(separated(result.model))
@@ -223,7 +227,7 @@ def fuse(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("stored", ["apart", "fused"])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "NemotronH"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "NemotronH", "GptOss", "AriaText", "DeepseekV4"])
 def test_folders_give_what_modules_in_memory_give(family: str, stored: str, tmp_path: Path) -> None:
     base = make(family)
     models: dict[str, nn.Module] = {"base": base, **{task: varied(base) for task in TASKS}}
@@ -234,7 +238,8 @@ def test_folders_give_what_modules_in_memory_give(family: str, stored: str, tmp_
             save_file(fuse(load_file(file), model), file, metadata={"format": "pt"})
     torch.testing.assert_close(logits(load_any(tmp_path / "base")), logits(base), rtol=1e-4, atol=1e-4)
     config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="rtn")
-    recipe = Recipe(base=tmp_path / "base", experts={t: tmp_path / t for t in TASKS}, quantization=config)
+    experts = {task: tmp_path / task for task in TASKS}
+    recipe = Recipe(base=tmp_path / "base", experts=experts, quantization=config, format="native")
     quantize_to_folder(recipe, tmp_path / "out")
     merged = epmq.merge(base, {task: models[task] for task in TASKS})
     wanted = epmq.quantize(merged, None, {}, config)

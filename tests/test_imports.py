@@ -11,8 +11,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "epmq"
 
 # From the ground up. Modules of one line know nothing of each other.
 ORDER: list[tuple[str, ...]] = [
-    ("errors", "experts", "quantized", "ties", "console", "memory", "orientation", "origins", "rows", "unread"),
-    ("trust", "patterns", "gradient", "self_saving", "staging", "page.markup", "page.numbers", "page.layout"),
+    ("errors", "fused", "quantized", "ties", "console", "memory", "orientation", "origins", "rows", "unread"),
+    (
+        "experts",
+        "trust",
+        "patterns",
+        "gradient",
+        "self_saving",
+        "staging",
+        "page.markup",
+        "page.numbers",
+        "page.layout",
+    ),
     ("extension", "devices"),
     ("onednn",),
     ("precision",),

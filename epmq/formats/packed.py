@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from epmq import files, self_saving, trust
 from epmq.errors import FormatError, SourceError
-from epmq.experts import INPUTS, separate
+from epmq.experts import separate
 from epmq.formats.shards import ShardWriter
+from epmq.fused import INPUTS
 from epmq.linear import QuantLinear
 from epmq.names import names_in_model
 from epmq.orientation import features_of
