@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from epmq.errors import NumericalError
 from epmq.kernels import tune
+from epmq.kernels.arrivals import in_order
 from epmq.kernels.int4_check import ensure_checked
 from epmq.kernels.int4_launch import run
 from epmq.kernels.layout import WHOLE_ROW, grid_words, kernel_group, packed_shapes
 from epmq.kernels.tune import DTYPE_NAMES, Config, Key
 from epmq.quantized import group_count
 
+log = logging.getLogger("epmq")
 Call = Callable[[], Any]
 LAUNCHES, REPLAYS, ROUNDS = 20, 7, 4
 WARM_SECONDS = 0.02  # an idle GPU takes some milliseconds to reach its clocks
@@ -94,7 +100,7 @@ def wall(call: Call) -> float:
 def _captured(calls: Sequence[Call]) -> Call | None:
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with in_order(), torch.cuda.graph(graph):
             for call in calls:
                 call()
     except RuntimeError:  # it allocates or synchronises in a way that a graph cannot hold
@@ -127,9 +133,18 @@ def tune_on_gpu(
         for n, k in shapes
         for count in buckets
     ]
-    found: dict[Key, Config] = tune.tune(keys, milliseconds)
+    found: dict[Key, Config] = tune.tune(keys, _milliseconds_if_it_runs)
     tune.store(found)
     return found
+
+
+def _milliseconds_if_it_runs(key: Key, config: Config) -> float:
+    """Infinite for a candidate that this GPU cannot run or computes wrongly, which is told."""
+    try:
+        return milliseconds(key, config)
+    except (OutOfResources, NumericalError) as reason:
+        log.warning("%s: left out (%s)", config, reason)
+        return math.inf
 
 
 def milliseconds(key: Key, config: Config, seconds: float = 0.5) -> float:

@@ -15,6 +15,8 @@ import torch
 from gpu import rivals
 from torch import Tensor
 
+from epmq.errors import NumericalError
+
 Row = dict[str, Any]
 GROUP, BITS = 128, 4
 NUMBER_SECONDS = 0.12  # that most numbers are allowed to take; there are hundreds
@@ -38,9 +40,12 @@ class Setting:
         return amount / taken_us / 1e6 / self.limits[limit] if limit in self.limits else None
 
     def attempt(self, name: str, measure: Callable[[], float]) -> float | None:
-        """The number that ``measure`` gives; None, with the reason kept, of a rival that is absent or fails."""
+        """The number that ``measure`` gives; None, with the reason kept, of a rival that is absent or fails. What of
+        ours computes wrongly raises NumericalError."""
         try:
             return measure()
+        except NumericalError:
+            raise
         except rivals.Absent as reason:
             self.absent.setdefault(name, str(reason))
         except Exception as failure:  # whatever a rival throws is a fact about the rival
