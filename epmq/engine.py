@@ -14,7 +14,6 @@ from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError
-from epmq.experts import separated
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup
@@ -139,13 +138,12 @@ class Engine:
             for name in visit.selected():
                 outcomes.update(self._nearest(visit, name))
         self.notes += visit.notes
-        mixtures = tuple(f"{name}." for name in separated(visit.block))
         for name in visit.selected():
             if name not in outcomes:
                 # Loaders join the experts of a mixture, and so want all of them alike.
                 where = visit.name_of(name)
                 rounds = self.config.of(self.config.override_of(where)).bits is not None
-                rounded = self._nearest(visit, name) if rounds and name.startswith(mixtures) else {}
+                rounded = self._nearest(visit, name) if rounds and visit.is_expert(name) else {}
                 outcomes.update(rounded)
                 what = "rounded to nearest" if rounded else "left unquantized"
                 self.notes.append(f"{where}: not reached on the calibration inputs; {what}.")

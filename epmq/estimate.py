@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epmq.blocks import find_blocks
 from epmq.config import DistillSettings, QuantConfig
 from epmq.errors import ConfigError, OutputError
+from epmq.experts import shares
 from epmq.orientation import features_of, is_linear
 from epmq.reuse import DEFAULT_LIMIT_BYTES
 from epmq.rows import SAMPLE_ROWS
@@ -93,24 +94,25 @@ def estimate(
     whole, largest = _elements(skeleton), _elements(block)
     outer = whole - sum(_elements(one) for one in blocks)
     groups = _groups(block)
-    width = min((k for _, k in groups), default=1)
+    width = _width(groups)
     batches = [_positions(inputs, width) for stream in calibration.values() for inputs in stream]
     positions = math.ceil(sum(batches) / processes)
     fixed = outer + 2 * largest + _matrices(groups)
     fixed += merging * max((t.numel() for t in skeleton.state_dict().values()), default=0)
     # Each process keeps the samples of its share of the tasks until the group is rounded.
     sampled = sum(max(SAMPLE_ROWS, len(stream)) for stream in calibration.values())
-    fixed += math.ceil(sampled / processes) * max((n + k for n, k in groups), default=0)
+    fixed += math.ceil(sampled / processes) * max((group.outputs + group.columns for group in groups), default=0)
     fixed += _flows(groups, max(batches, default=0))
     if config.distill is not None:
         fixed += whole * 2 + round(3 * config.distill.last_blocks * (whole - outer))
     inside = 1 if config.needs_expert_features and experts else 0
     streams = (1 + inside) * positions * width
-    seen = inside * positions * (width + sum(k for _, k in groups))
+    seen = inside * positions * (width + sum(group.columns for group in groups if not group.of_mixture))
     bits = 16 if config.bits is None else config.bits + 32 / max(config.group_size, 16)
     written = round((whole - outer) * bits / 8 + outer * FLOAT)
-    forward = RUNS * 2.0 * largest * positions + sum((1 + 2 * inside) * k * k * positions for _, k in groups)
-    solving = sum((2 * experts + 6) * 2 * n * k * k / processes for n, k in groups)
+    moments = sum((1 + 2 * inside) * group.share * group.columns**2 for group in groups)
+    forward = positions * (RUNS * 2.0 * _read_elements(block, groups) + moments)
+    solving = sum((2 * experts + 6) * 2 * group.outputs * group.columns**2 / processes for group in groups)
     dtype: torch.dtype = getattr(torch, config.forward_dtype)
     states = FLOAT * streams + dtype.itemsize * seen
     disk = 2 * written + 2 * processes * FLOAT * streams
@@ -129,8 +131,9 @@ def work_bytes(block: nn.Module, batches: Sequence[Mapping[str, Any]]) -> int:
     """Memory that calibrating one block on these batches takes beyond the experts' streams: its weights twice, a
     group's matrices, what its linears read and give of one batch, and the hidden states of all."""
     groups = _groups(block)
-    positions = [_positions(inputs, min((k for _, k in groups), default=1)) for inputs in batches]
-    hidden = 2 * sum(positions) * min((k for _, k in groups), default=1)
+    width = _width(groups)
+    positions = [_positions(inputs, width) for inputs in batches]
+    hidden = 2 * sum(positions) * width
     return FLOAT * (2 * _elements(block) + hidden + _matrices(groups) + _flows(groups, max(positions, default=0)))
 
 
@@ -151,27 +154,50 @@ def tuning_operations(
     return targets + 2.0 * weights * (1 + 2 * settings.last_blocks) * each * settings.steps
 
 
-def _groups(block: nn.Module) -> list[tuple[int, int]]:
-    """Rows and columns of linears that probably read the same input: same parent, same width."""
-    rows: dict[tuple[str, int], int] = {}
+class _Group(NamedTuple):
+    """Linears that probably read the same input: their outputs together, and what they read. share: of the positions,
+    all but for experts of a mixture."""
+
+    outputs: int
+    columns: int
+    share: float
+    of_mixture: bool
+
+
+def _groups(block: nn.Module) -> list[_Group]:
+    """Groups as the module lists them: linears of the same parent and width."""
+    shared = {f"{name}.": share for name, share in shares(block).items()}
+    found: dict[tuple[str, int], _Group] = {}
     for name, module in block.named_modules():
         if is_linear(module):
             columns, outputs = features_of(module) or (0, 0)
+            share = next((share for mixture, share in shared.items() if name.startswith(mixture)), None)
             key = (name.rpartition(".")[0], columns)
-            rows[key] = rows.get(key, 0) + outputs
-    return [(n, k) for (_, k), n in rows.items()]
+            before = found[key].outputs if key in found else 0
+            found[key] = _Group(before + outputs, columns, 1.0 if share is None else share, share is not None)
+    return list(found.values())
 
 
-def _matrices(groups: list[tuple[int, int]]) -> int:
+def _width(groups: list[_Group]) -> int:
+    """Of hidden states: what the first linear reads."""
+    return groups[0].columns if groups else 1
+
+
+def _read_elements(block: nn.Module, groups: list[_Group]) -> float:
+    """Weights that a position is multiplied by."""
+    return _elements(block) - sum((1.0 - group.share) * group.outputs * group.columns for group in groups)
+
+
+def _matrices(groups: list[_Group]) -> int:
     """Entries of the matrices of the group that has most of them."""
-    rectangle = max((n * k for n, k in groups), default=0)
-    square = max((k * k for _, k in groups), default=0)
+    rectangle = max((group.outputs * group.columns for group in groups), default=0)
+    square = max((group.columns**2 for group in groups), default=0)
     return RECTANGLES * rectangle + SQUARES * square
 
 
-def _flows(groups: list[tuple[int, int]], positions: int) -> int:
+def _flows(groups: list[_Group], positions: int) -> int:
     """Entries of what linears read and give of so many positions, twice."""
-    return 2 * positions * sum(n + k for n, k in groups)
+    return math.ceil(2 * positions * sum(group.share * (group.outputs + group.columns) for group in groups))
 
 
 def _elements(module: nn.Module) -> int:

@@ -114,6 +114,18 @@ def separated(model: nn.Module) -> Iterator[str]:
     return (name for name, module in model.named_modules() if isinstance(module, SeparateExperts))
 
 
+def shares(model: nn.Module) -> dict[str, float]:
+    """By mixture, which share of the positions each expert reads on average: by the ``top_k`` of what is beside them,
+    all where nothing tells."""
+    found = {}
+    for name in separated(model):
+        experts: Any = model.get_submodule(name)
+        beside = model.get_submodule(name.rpartition(".")[0]).modules()
+        told = [number for module in beside if isinstance(number := getattr(module, "top_k", None), int)]
+        found[name] = min(1.0, max(told, default=experts.count) / experts.count)
+    return found
+
+
 def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in which transformers keeps the experts that are separate in a model."""
     shapes: dict[str, Shape] = {}

@@ -121,8 +121,9 @@ def _of_task(
             visit.notes.append(f"{where}: reads no row per position; all its rows count alike.")
         target = None
         if targets is not None:
-            target = visit.rows_inside(task, batch, group.linears if of_outputs else (group.first,))
-            if len(target) != len(rows) or visit.is_routed(task, batch, x):
+            names = group.linears if of_outputs else (group.first,)
+            target = None if visit.is_expert(group.first) else visit.rows_inside(task, batch, names)
+            if target is None or len(target) != len(rows) or visit.is_routed(task, batch, x):
                 # Rows inside the expert are others, so its weights are shown those of the deployed model.
                 target = rows.float() @ expert.weight.T if of_outputs else rows
                 visit.notes.append(ROUTED_NOTE.format(visit.address.name))

@@ -47,11 +47,12 @@ class Visit:
         self.steps = self._steps() if walk.streams else []
         self.notes: list[str] = []
         self._seen_at: list[str] = []
+        self._mixtures = tuple(f"{name}." for name in separated(self.block))
         if walk.inside:
             self._run_inside()
         changing = [name for step in self.steps for name in names_of(step)]
         room = walk.reuse_bytes(self.block)
-        ahead = room // 2 if next(separated(self.block), None) else 0
+        ahead = room // 2 if self._mixtures else 0
         self._store = OutputStore(self.block, changing, room - ahead)
         batches = sum(map(len, walk.streams.values()))
         copied = walk.runner.precision.copied
@@ -85,6 +86,11 @@ class Visit:
             self._ahead.keep(key, name, seen)
             x = seen.get(name)
         return None if x is None or x.numel() == 0 else self.walk.runner.precision.read(x)
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a linear is an expert's of a mixture: what it reads inside the fine-tuned model is not kept, because
+        other rows reach it there."""
+        return name.startswith(self._mixtures)
 
     def is_routed(self, task: str, batch: Batch, x: Tensor) -> bool:
         """Whether the rows ``x`` that a part of the block reads are picked out of the batch by what they hold: inside
@@ -182,6 +188,8 @@ class Visit:
         for step in self.steps:
             if isinstance(step, str):
                 given.append(step)
+            elif self.is_expert(step.first):
+                continue
             elif narrows(self.block, step):
                 given += step.linears
             else:

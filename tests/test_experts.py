@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import epmq
 from epmq.collected import collect
 from epmq.errors import FormatError
+from epmq.estimate import estimate, work_bytes
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.formats.statistics import StatisticsWriter
+from epmq.inside import run_inside
 from epmq.jobs import quantize_to_folder
 from epmq.names import NamedForModel
 from epmq.quantized import unpack
@@ -111,6 +113,39 @@ def test_experts_get_the_codes_that_they_get_as_linears_of_a_model(family: str) 
     assert len(parts) == 2 * 4 * 3
     assert not any("in no linear layer" in note for note in ours.report["notes"])
     assert "model.layers.0.mlp.experts.gate_up_proj" in model.state_dict()  # the caller's own stays as it was
+
+
+def test_what_experts_read_inside_the_fine_tuned_models_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+
+    def watched(block: nn.Module, call: Any, read: list[str], given: list[str]) -> Any:
+        kept.extend(read + given)
+        return run_inside(block, call, read, given)
+
+    monkeypatch.setattr("epmq.visit.run_inside", watched)
+    result = quantized(make("Qwen3Moe"))
+    assert set(kept) == {"self_attn.q_proj", "self_attn.o_proj"}
+    assert any("(alpha 0)" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_estimates_count_what_reaches_each_expert(told: bool) -> None:
+    """With as many experts chosen, more of them take more weights and solving but no more rows."""
+    batches = [{"input_ids": torch.zeros(8, 16 * times, dtype=torch.int64)} for times in (1, 2)]
+    found, rows = [], []
+    for count in (4, 16):
+        model = separate(meta_copy(make("Qwen3Moe", num_experts=count)))
+        for module in model.modules():
+            if not told and hasattr(module, "top_k"):
+                del module.top_k
+        found.append(estimate(model, {"a": batches}, epmq.QuantConfig(), 1, 1, torch.device("cpu"), 0))
+        block = model.get_submodule("model.layers.0")
+        rows.append(work_bytes(block, batches[1:]) - work_bytes(block, batches[:1]))
+    assert found[0].states == found[1].states and found[0].fixed < found[1].fixed
+    assert (rows[0] == rows[1]) == told
+    # What attention, whose linears all read as many columns, and two experts read and give, twice; hidden states.
+    positions, linears = 8 * 16, (32 + 16 + 16 + 32) + 32 + 2 * ((2 * 16 + 32) + (32 + 16))
+    assert not told or rows[0] == 4 * positions * (2 * linears + 2 * 32)
 
 
 def test_the_preset_with_distillation_knows_them_too() -> None:
