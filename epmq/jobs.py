@@ -86,7 +86,10 @@ def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
     models |= {f"expert {task!r}": path for task, path in recipe.experts.items()}
     for label, path in models.items():
         if path is not None and (method := quantized_by(path)) is not None:
-            raise SourceError(f"{label}: {path} is quantized already ({method}); give the model that it was made from.")
+            other = ", or in Python a module loaded with Mxfp4Config(dequantize=True)" if method == "mxfp4" else ""
+            raise SourceError(
+                f"{label}: {path} is quantized already ({method}); give the model that it was made from{other}."
+            )
 
     model = None if common is None else common.skeleton
 

@@ -256,6 +256,12 @@ def test_a_checkpoint_that_is_quantized_already(
     assert caplog.text == ""
 
 
+def test_mxfp4_is_told_the_way_to_16_bits(job: Job, run: Run) -> None:
+    path = job.folder / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
+    expect(run("quantize"), "quantized already (mxfp4); give the model that it was made from, or in Python a module")
+
+
 def test_a_configuration_with_a_byte_order_mark(job: Job, run: Run) -> None:
     path = job.folder / "base" / "config.json"
     path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
