@@ -20,7 +20,7 @@ from epmq.console import progress_bar
 from epmq.deviations import config_of, note_on
 from epmq.devices import compute_device, home_of
 from epmq.errors import CalibrationError, ConfigError, FormatError, SourceError
-from epmq.experts import separate
+from epmq.experts import join, separate
 from epmq.formats.kinds import open_reader, open_writer
 from epmq.formats.packed import write_model
 from epmq.formats.shards import DEFAULT_SHARD_BYTES
@@ -81,7 +81,7 @@ def quantize(
     with progress_bar("quantizing") as progress:
         found = run(skeleton, merged, base_source, expert_sources, streams, config, sink, progress, where)
     found["notes"] += notes
-    result = sink.assemble(skeleton, merged).train(model.training)
+    result = join(sink.assemble(skeleton, merged)).train(model.training)
     sizes = {"merged": total_bytes(merged), "quantized": state_bytes(result)}
     return QuantResult(result, build_report(found, config, time.perf_counter() - started, sizes))
 
@@ -176,5 +176,5 @@ def load(
             )
         from epmq.huggingface import skeleton_from_folder
 
-        model = skeleton_from_folder(folder, set(reader.names()), fused=True)
+        model = skeleton_from_folder(folder, set(reader.names()), apart=lambda linear: False)
     return place(reader.into(reader.separate(model)).eval(), device, dtype)

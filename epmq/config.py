@@ -213,7 +213,7 @@ class QuantConfig(Settings):
     def unmatched(self, linears: Collection[str], used: Collection[str | None]) -> list[str]:
         """Notes on patterns that choose nothing. linears: all of the blocks. used: patterns of ``overrides``."""
         notes = [
-            f"{key}: {pattern!r} matches no linear of a block, and no others are quantized."
+            f"{key}: {pattern!r} matches no linear of a block; only those of blocks are quantized."
             for key, given in (("include", self.include), ("exclude", self.exclude))
             for pattern in given
             if not any(patterns.search(pattern, linear) for linear in linears)

@@ -14,6 +14,7 @@ from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError
+from epmq.experts import linears_together
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup
@@ -70,11 +71,12 @@ class Engine:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks``, ``notes`` and ``calibration``."""
-        linears = linears_of({a.name: self.walk.runner.block(a) for a in self.walk.addresses})
+        blocks = {address.name: self.walk.runner.block(address) for address in self.walk.addresses}
+        linears = [*linears_of(blocks), *linears_together(blocks)]
         for address in self.walk.begin():
             self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.walk.addresses)
-        self.notes += unlinear_share({a.name: self.walk.runner.block(a) for a in self.walk.addresses})
+        self.notes += unlinear_share(blocks)
         start = self._take_up(total)
         for number, address in enumerate(self.walk.addresses[start:], start):
             self.progress(address.name, number, total)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq.fused import OUTPUT, Layout, Part, Shape, is_fused, layout_of
+from epmq.fused import INPUTS, OUTPUT, Layout, Part, Shape, is_fused, layout_of
 
 
 class ExpertMLP(nn.Module):
@@ -39,13 +39,12 @@ class ExpertMLP(nn.Module):
 
 
 class OwnGate(nn.Module):
-    """What a class of its own makes of gate and up, such as GPT-OSS, which cuts both off."""
+    """What a class of its own makes of gate and up, such as GPT-OSS, which cuts both off. fused: without weights."""
 
     def __init__(self, fused: nn.Module, interleaved: bool):
         super().__init__()
         self.interleaved = interleaved
-        self.of: Any = copy.copy(fused)
-        self.of._parameters = {}
+        self.of: Any = fused
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         both = torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
@@ -65,7 +64,9 @@ class SeparateExperts(nn.Module):
         self.keeps_rows, self.rows = False, (0, tuple[Tensor, ...]())
         self.layout = layout = layout_of(fused)
         output: Any = fused.get_parameter(OUTPUT)
-        act_fn: Any = OwnGate(fused, layout.interleaved) if has_own_gate(fused) else fused.act_fn
+        bare = _with_parameters(fused, {})
+        act_fn: Any = OwnGate(bare, layout.interleaved) if has_own_gate(fused) else fused.act_fn
+        self._bare = (bare,)  # no module of this one's
         self.count, *sides = output.shape
         self.width, self.inner = reversed(sides) if layout.transposed else sides
         for number in range(self.count):
@@ -75,6 +76,23 @@ class SeparateExperts(nn.Module):
     def fused_shapes(self) -> dict[str, Shape]:
         """Names and shapes of the tensors that transformers has in their place."""
         return self.layout.shapes(self.count, self.width, self.inner)
+
+    def are_plain(self) -> bool:
+        """Whether no expert has a linear of another kind, such as one that was quantized."""
+        each, found = len(INPUTS[self.layout.reads]) + 1, len(list(_linears(self)))
+        return found == int(self.count) * each
+
+    def fused(self) -> nn.Module:
+        """What transformers has in their place, with these weights."""
+        parameters = {}
+        for leaf, shape in self.fused_shapes().items():
+            parts = {name: self.get_parameter(name) for name in self.layout.parts(leaf, shape)}
+            like = next(iter(parts.values()))
+            whole = torch.empty(shape, dtype=like.dtype, device=like.device)
+            for name, part in self.layout.parts(leaf, shape).items():
+                part.put(whole, parts[name].detach())
+            parameters[leaf] = nn.Parameter(whole, requires_grad=like.requires_grad)
+        return _with_parameters(self._bare[0], parameters).train(self.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As of transformers: hidden_states ``[T, H]``, the experts of each and their weights ``[T, k]``."""
@@ -106,6 +124,17 @@ def separate(model: nn.Module, wanted: Callable[[str], bool] = lambda linear: Tr
         if experts is not None and any(wanted(f"{name}.{linear}") for linear in _linears(experts)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, experts.train(module.training))
+    return model
+
+
+def join(model: nn.Module, kept: Container[str] = ()) -> nn.Module:
+    """Put what transformers has back in place of separate experts that are all plain, and none of whose linears is
+    among ``kept``; in place."""
+    for name in list(separated(model)):
+        experts: Any = model.get_submodule(name)
+        if experts.are_plain() and not any(f"{name}.{linear}" in kept for linear in _linears(experts)):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, experts.fused())
     return model
 
 
@@ -150,6 +179,17 @@ def shapes_as_fused(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return whole | fused_shapes(model)
 
 
+def linears_together(blocks: Mapping[str, nn.Module]) -> list[str]:
+    """What the linears of experts that are together would be called, in blocks that are given by name."""
+    found = []
+    for block, module in blocks.items():
+        for name, inner in module.named_modules():
+            experts = _separate(inner)
+            if experts is not None:
+                found += [f"{block}.{name}.{linear}" for linear in _linears(experts)]
+    return found
+
+
 def keep_rows(block: nn.Module) -> nn.Module:
     """Let a block's mixtures note which rows go where, for :func:`weights_of_rows`."""
     for module in block.modules():
@@ -174,6 +214,13 @@ def has_own_gate(fused: nn.Module) -> bool:
     """Whether the class makes something else of gate and up than act(gate) * up; transformers gives others that."""
     found: Any = getattr(type(fused), "_apply_gate", None)
     return found is not None and found.__name__ != "_default_apply_gate" and bool(fused.has_gate)
+
+
+def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
+    """The module with others in place of its own."""
+    twin = copy.copy(module)
+    twin._parameters = {**parameters}
+    return twin
 
 
 def _linears(experts: nn.Module) -> Iterator[str]:
@@ -201,8 +248,8 @@ def _computes_the_same(module: nn.Module, layout: Layout) -> bool:
     count, width, inner, tokens = 3, 4, 5, 32
     make = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=make) for name, shape in layout.shapes(count, width, inner).items()}
-    probe: Any = copy.copy(module)
-    probe._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
+    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
+    probe: Any = _with_parameters(module, parameters)
     probe.config = SimpleNamespace(_experts_implementation="eager")
     for name, value in (
         ("num_experts", count), ("hidden_dim", width), ("intermediate_dim", inner), ("hidden_size", width),

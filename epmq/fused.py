@@ -35,6 +35,11 @@ class Part:
         """The part of a tensor."""
         return self.read(lambda number, rows: fused[number, rows])
 
+    def put(self, fused: Tensor, part: Tensor) -> None:
+        """Write the part of a tensor."""
+        one = fused[self.number]
+        (one[:, self.rows].T if self.transposed else one[self.rows]).copy_(part)
+
     def read(self, part_of: Callable[[int, slice], Tensor]) -> Tensor:
         """The part, from a function that gives some rows, which lie together, of an expert."""
         if self.transposed:

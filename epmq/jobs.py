@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,11 +26,13 @@ from epmq.data import calibration_batches
 from epmq.devices import compute_device
 from epmq.errors import ConfigError, SourceError
 from epmq.estimate import estimate
+from epmq.experts import join
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import open_writer, quantized_by
 from epmq.formats.packed import Writer, planned_linear
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, knows_other_tokens, tokenizer_from_folder
+from epmq.joining import JoiningSink
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -37,7 +40,7 @@ from epmq.names import NamedForModel
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
-from epmq.progress import Discard, Journal
+from epmq.progress import Discard, Journal, Sink
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
@@ -69,12 +72,13 @@ class Sources:
     class_name: str | None
 
 
-def model_of(recipe: Recipe, fused: bool = False) -> CommonModel:
-    """What is merged and quantized: the base's model, or its body where an expert has another head."""
+def model_of(recipe: Recipe, apart: Callable[[str], bool] | None = None) -> CommonModel:
+    """What is merged and quantized: the base's model, or its body where an expert has another head. apart: which
+    linears of mixtures are needed one by one, all that are quantized if None."""
     others = {f"expert {task!r}": path for task, path in recipe.experts.items()}
     if recipe.merged is not None:
         others["merged"] = recipe.merged
-    return common_model(recipe.base, others, fused)
+    return common_model(recipe.base, others, apart or recipe.quantization.selects)
 
 
 def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
@@ -141,7 +145,7 @@ def quantize_to_folder(
     if at.main:
         tell(lines)
     # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
-    writer = planned_writer(recipe, journal.result, job.skeleton, job.sources)
+    writer, sink = planned_writer(recipe, journal.result, job.skeleton, job.sources)
     with journal.kept(depends_on):
         whole = files.new_folder(out, journal.result) if at.main else nullcontext()
         with whole as working, progress_bar("quantizing") as progress:
@@ -152,7 +156,7 @@ def quantize_to_folder(
                 job.sources.experts,
                 job.calibration,
                 recipe.quantization,
-                writer if at.main else Discard(),
+                sink if at.main else Discard(),
                 progress if at.main else lambda *_: None,
                 job.device,
                 around,
@@ -167,14 +171,17 @@ def quantize_to_folder(
     return report
 
 
-def planned_writer(recipe: Recipe, folder: Path, skeleton: nn.Module, sources: Sources) -> Writer:
-    """The writer of the recipe's format into ``folder``, which need not be there yet.
+def planned_writer(recipe: Recipe, folder: Path, skeleton: nn.Module, sources: Sources) -> tuple[Writer, Sink]:
+    """The writer of the recipe's format into ``folder``, which need not be there yet, and what takes tensors for it.
 
-    Raises FormatError for a model or settings that the format cannot hold.
+    Experts of which none is packed are written as transformers keeps them. Raises FormatError for a model or settings
+    that the format cannot hold.
     """
-    writer = open_writer(recipe.format, folder, skeleton, main_dtype(sources.merged), recipe.shard_bytes)
-    writer.plan(planned_linears(skeleton, sources.merged, recipe.quantization))
-    return writer
+    planned = planned_linears(skeleton, sources.merged, recipe.quantization)
+    written = join(copy.deepcopy(skeleton), planned)
+    writer = open_writer(recipe.format, folder, written, main_dtype(sources.merged), recipe.shard_bytes)
+    writer.plan(planned)
+    return writer, JoiningSink(writer, skeleton, written)
 
 
 def finish(

@@ -78,7 +78,7 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
     job = _opened(recipe, folders, out)
     device = device_of(recipe)
     with files.new_folder(out) as working, progress_bar("quantizing") as progress:
-        writer = planned_writer(recipe, working, job.skeleton, job.sources)
+        writer, sink = planned_writer(recipe, working, job.skeleton, job.sources)
         found = quantize_collected(
             job.skeleton,
             job.sources.merged,
@@ -86,7 +86,7 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
             job.sources.experts,
             job.statistics,
             recipe.quantization,
-            writer,
+            sink,
             progress,
             device,
         )

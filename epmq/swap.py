@@ -11,6 +11,7 @@ from torch import nn
 
 from epmq import self_saving
 from epmq.config import ClipSearch, QuantConfig
+from epmq.experts import join
 from epmq.linear import QuantLinear, require_quantizable
 from epmq.orientation import is_linear, stored_as, weight_of
 
@@ -76,7 +77,8 @@ def pack_for_gpu(model: nn.Module, dtype: torch.dtype | None = None) -> list[str
 def restore_linear(model: nn.Module) -> list[str]:
     """Swap every QuantLinear back for a linear with the dequantized weight, in place; returns their names.
 
-    They are nn.Linear, or Conv1D where there was one: what save_pretrained then writes is of the model's own layout.
+    They are nn.Linear, or Conv1D where there was one, and experts of mixtures are as transformers keeps them: what
+    save_pretrained then writes is of the model's own layout.
     """
     linears: dict[nn.Module, nn.Module] = {}
     restored = []
@@ -87,4 +89,5 @@ def restore_linear(model: nn.Module) -> list[str]:
             set_submodule(model, name, linears[module])
             restored.append(name)
     self_saving.allow(model)
+    join(model)
     return restored

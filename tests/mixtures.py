@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GptOss": {**MOE, "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "AriaText": {**MOE, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 16},
     "DeepseekV4": {**MOE, "n_routed_experts": 4, "n_shared_experts": 1},
-    "HYV4": {**MOE, "num_experts": 4},
+    "HYV4": {**MOE, "n_routed_experts": 4},
 }
 VISION: dict[str, Any] = {
     "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import WORDS, write_tokenizer
 from families import VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from epmq.estimate import estimate, work_bytes
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.formats.statistics import StatisticsWriter
 from epmq.inside import run_inside
-from epmq.jobs import quantize_to_folder
+from epmq.jobs import calibration_of, quantize_to_folder
 from epmq.names import NamedForModel
 from epmq.quantized import unpack
 from epmq.recipe import Recipe
@@ -227,14 +229,69 @@ def test_experts_of_one_block_may_be_excluded(family: str, tmp_path: Path) -> No
     assert torch.equal(logits(of_files.model), logits(in_memory.model))
 
 
-def test_excluded_experts_of_files_are_told_not_to_load_in_transformers(tmp_path: Path) -> None:
-    make("Mixtral").save_pretrained(tmp_path / "base")
-    config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="rtn", exclude=["experts"])
-    quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config), tmp_path / "out")
-    assert "it joins no unquantized experts" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(RuntimeError, match="conversion"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert logits(epmq.load(tmp_path / "out")).isfinite().all()
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GptOss", "AriaText"])
+@pytest.mark.parametrize("settings", [{"exclude": ["experts"]}, {"overrides": {"experts": {"bits": None}}}], ids=str)
+def test_experts_that_are_not_packed_are_as_transformers_has_them(
+    settings: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    base = make(family)
+    base.save_pretrained(tmp_path / "base")
+    config = epmq.QuantConfig(bits=4, group_size=16, sym=True, method="rtn", **settings)
+    result = epmq.quantize(base, None, {}, config)
+    assert not list(separated(result.model)) and "matches no linear" not in "".join(result.report["notes"])
+    epmq.save(result, tmp_path / "of memory")
+    quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config), tmp_path / "of folders")
+    for folder in ("of memory", "of folders"):
+        assert torch.equal(logits(epmq.load(tmp_path / folder)), logits(result.model))
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, dtype=torch.float32, output_loading_info=True
+        )
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+        torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
+    kept = f"{next(name for name in base.state_dict() if name.endswith('experts.down_proj'))}"
+    assert torch.equal(result.model.state_dict()[kept], base.state_dict()[kept])
+
+
+def test_experts_with_weights_of_their_own_are_joined_as_they_are_written(tmp_path: Path) -> None:
+    """The closed form without rounding, from folders."""
+    base = make("GptOss")
+    models = {"base": base, **{task: varied(base) for task in TASKS}}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    write_tokenizer(tmp_path / "base")
+    lines = [json.dumps({"text": " ".join(WORDS[n : n + 5])}) + "\n" for n in range(5, len(WORDS) - 5)]
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    config = epmq.QuantConfig(bits=None)
+    recipe = Recipe(
+        base=tmp_path / "base",
+        experts={task: tmp_path / task for task in TASKS},
+        calibration={"tasks": dict.fromkeys(TASKS, tmp_path / "texts.jsonl"), "max_length": 8},
+        quantization=config,
+    )
+    quantize_to_folder(recipe, tmp_path / "out")
+    batches = calibration_of(recipe)
+    experts = {task: models[task] for task in TASKS}
+    wanted = epmq.quantize(epmq.merge(base, experts), experts, batches, config)
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert torch.equal(logits(model), logits(wanted.model))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "NemotronH", "GptOss", "GraniteMoe"])
+def test_restored_experts_are_saved_as_transformers_has_them(family: str, tmp_path: Path) -> None:
+    more = {"num_local_experts": 4} if family == "GraniteMoe" else {}
+    result = quantized(make(family, **more))
+    wanted, before = logits(result.model), len(list(separated(result.model)))
+    names = epmq.restore_linear(result.model)
+    assert before and not list(separated(result.model)) and any(".experts." in name for name in names)
+    result.model.save_pretrained(tmp_path / "out")  # type: ignore[operator]
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_no_text_reaches_are_rounded_to_nearest() -> None:

@@ -53,7 +53,7 @@ ORDER: list[tuple[str, ...]] = [
     ("features", "tuning_state"),
     ("solve", "distill", "recipe", "states", "card", "formats.statistics"),
     ("page.charts", "page.heat", "fingerprint", "progress"),
-    ("page.sections",),
+    ("page.sections", "joining"),
     ("page.document",),
     ("sweep",),
     ("group", "linear"),

@@ -108,7 +108,7 @@ def test_a_pattern_that_counts_nowhere_is_told(toy_job: ToyJob) -> None:
 
 def test_a_choice_that_counts_nowhere_is_told(toy_job: ToyJob) -> None:
     wanted = [
-        f"{key}: {pattern!r} matches no linear of a block, and no others are quantized."
+        f"{key}: {pattern!r} matches no linear of a block; only those of blocks are quantized."
         for key, pattern in (("exclude", "head"), ("include", "wq"))
     ]
     for settings in ({}, {"distill": {"steps": 2, "copies": 0}}):
