@@ -100,8 +100,17 @@ def _with_separate_experts(source: WeightSource, model: nn.Module, rule: Rule) -
         # A module has them already as transformers makes them of files.
         own = key in placed or (in_memory and not places.keys().isdisjoint(forms(key, prefix)))
         name = place_among([key] if own else [rule(key).name, key], prefix, places)
-        if name is not None and len(source.shape(key)) == len(places[name]):
-            fused[key] = name
+        if name is None:
+            continue
+        if source.shape(key) != places[name]:
+            raise SourceError(
+                f"{source.name}: tensor {key!r} has shape {list(source.shape(key))}, expected {list(places[name])}."
+            )
+        fused[key] = name
+    mixtures = {name.rpartition(".")[0] for name in fused.values()}
+    for name in sorted(places.keys() - set(fused.values())):
+        if name.rpartition(".")[0] in mixtures:
+            raise SourceError(f"{source.name}: tensor {name!r} is missing, though others of those experts are there.")
     if isinstance(source, ComputedSource):
         for key in fused:
             source.require_parts(key)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import epmq
 from epmq.collected import collect
-from epmq.errors import FormatError
+from epmq.errors import FormatError, SourceError
 from epmq.estimate import estimate, work_bytes
 from epmq.experts import SeparateExperts, separate, separated
 from epmq.formats.statistics import StatisticsWriter
@@ -370,6 +370,34 @@ def test_experts_that_files_hold_turned_are_refused_by_the_format_that_transform
         quantize_to_folder(recipe, tmp_path / "out")
     quantize_to_folder(recipe.model_copy(update={"format": "native"}), tmp_path / "out")
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("gate_up_proj", lambda t: t.mT.contiguous(), r"gate_up_proj' has shape \[4, 96, 32\], expected \[4, 32, 96\]"),
+        ("gate_up_proj", lambda t: t[0].clone(), r"gate_up_proj' has shape \[32, 96\], expected \[4, 32, 96\]"),
+        ("down_proj", lambda t: t[:3].clone(), r"down_proj' has shape \[3, 48, 32\], expected \[4, 48, 32\]"),
+        ("down_proj_bias", lambda t: None, "experts.down_proj_bias' is missing, though others of those experts are"),
+    ],
+)
+@pytest.mark.parametrize("place", ["base", "a"])
+def test_fused_tensors_that_do_not_fit_are_named(
+    leaf: str, change: Any, message: str, place: str, tmp_path: Path
+) -> None:
+    base: Any = make("GptOss")
+    for name in ("base", "a"):
+        base.save_pretrained(tmp_path / name)
+    file = tmp_path / place / "model.safetensors"
+    tensors = load_file(file)
+    key = f"model.layers.1.mlp.experts.{leaf}"
+    changed = change(tensors.pop(key))
+    save_file(tensors if changed is None else tensors | {key: changed}, file, metadata={"format": "pt"})
+    config = epmq.QuantConfig(bits=4, group_size=16, method="rtn")
+    recipe = Recipe(base=tmp_path / "base", experts={"a": tmp_path / "a"}, quantization=config, format="native")
+    with pytest.raises(SourceError, match=f"{tmp_path / place}.*{message}"):
+        quantize_to_folder(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", ["modules", "files", "fused files"])

@@ -150,8 +150,6 @@ class CompressedTensorsWriter:
             return ["An ordinary checkpoint: nothing is quantized."]
         if cuts_weights(self.model):
             told = ["transformers 5.23 refuses it: it may have to cut weights of this class, and cuts no packed ones."]
-        elif self._experts and self._schemes.keys().isdisjoint(self._experts):
-            told = ["transformers 5.23 refuses it: it joins no unquantized experts beside quantized linears."]
         elif not sym and self._experts:
             told = ["transformers 5.23 refuses it: it joins experts of symmetric grids only (`sym: true`)."]
         elif not sym and len(schemes) > 1:
@@ -177,8 +175,6 @@ class CompressedTensorsWriter:
     def _check_experts(self) -> None:
         """Raise FormatError for experts that transformers could not put together again, or would, wrongly."""
         planned = {self._planned.get(name) for name in self._experts}
-        if planned in (set(), {None}):
-            return
         for name in self._experts:
             if name not in self._stored:
                 raise FormatError(
