@@ -117,6 +117,7 @@ def notes_of(sources: Sources) -> list[str]:
     return [
         *sources.notes,
         *(f"{key}: in the base checkpoint but not in the model; left out." for key in sources.dropped),
+        *(sources.merged.notes if isinstance(sources.merged, MergedSource) else []),
     ]
 
 

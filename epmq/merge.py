@@ -71,6 +71,7 @@ class MergedSource:
         self._layout = self._inputs[0][1] if base is None else base
         require_same_layout(self._layout, self.experts)
         self._at = self.settings.over(self.keys())
+        self.notes = self.settings.unmatched(self.keys())
         if not self.settings.varies:
             self.settings.weight_of(self.experts)
         methods: dict[tuple[str, str | None], Callable[[str, MergeConfig], Tensor]] = {
@@ -310,9 +311,9 @@ def merge(
     module = unwrapped(base, "base") if isinstance(base, nn.Module) else None
     base_source = None if base is None else open_model(base, "base")
     sources = {str(label): open_model(e, f"expert {label!r}", base_source, module) for label, e in experts.items()}
-    for note in notes_on(sources):
-        log.warning(note)
     merged = MergedSource(base_source, sources, config)
+    for note in [*notes_on(sources), *merged.notes]:
+        log.warning(note)
     return merged if module is None else _as_module(module, merged)
 
 

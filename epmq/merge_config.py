@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -176,6 +176,21 @@ class MergeConfig(Settings):
             elif setting is not None:
                 changes[key] = _value(key, setting, name, place)
         return self.model_copy(update=changes)
+
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """Notes on filters that are part of none of these tensors' names."""
+        schedules = [(key, schedule) for key in VARYING for schedule in self._schedules(key)]
+        choices = {
+            (key, entry.filter): None
+            for key, schedule in schedules
+            for entry in (schedule if isinstance(schedule, tuple) else ())
+            if isinstance(entry, Choice) and entry.filter not in (None, "*")
+        }
+        return [
+            f"merge: {key}: filter {wanted!r} is part of no tensor's name."
+            for key, wanted in choices
+            if not any(str(wanted) in name for name in names)
+        ]
 
     def _schedules(self, key: str) -> list[Any]:
         setting = getattr(self, key)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from epmq.errors import ConfigError
+from epmq.merge import merge
 from epmq.merge_config import MergeConfig
 
 MK = {"method": "ties", "dialect": "mergekit"}
@@ -90,6 +92,19 @@ def test_settings_that_vary_over_the_model() -> None:
     assert not at("norm").varies
     with pytest.raises(ConfigError, match="found are 'decoder', 'encoder'"):
         config.over(["encoder.0.x", "decoder.0.x"])
+
+
+def test_filters_that_are_part_of_no_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    entries = [{"filter": "gate_up", "value": 0.0}, {"filter": "mlp", "value": 0.5}, {"filter": "*", "value": 1.0}]
+    config = MergeConfig.read({"method": "task_arithmetic", "scaling": entries})
+    assert config.unmatched(["h.0.mlp.gate", "h.0.attn"]) == [
+        "merge: scaling: filter 'gate_up' is part of no tensor's name."
+    ]
+    assert config.unmatched(["h.0.mlp.gate_up"]) == []
+    base, expert = {"h.0.mlp": torch.zeros(2)}, {"h.0.mlp": torch.ones(2)}
+    merged = merge(base, {"A": expert}, method="task_arithmetic", scaling=entries)
+    assert "filter 'gate_up' is part of no tensor's name" in caplog.text
+    assert torch.equal(merged.tensor("h.0.mlp"), torch.full((2,), 0.5))
 
 
 def test_an_average_of_weights_that_cancel_in_one_tensor() -> None:
