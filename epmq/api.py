@@ -65,7 +65,7 @@ def quantize(
     _check_kinds(model, experts, calibration, config)
     started = time.perf_counter()
     model = unwrapped(model, "merged model")
-    skeleton = separate(meta_copy(model), config.selects)
+    skeleton = separate(meta_copy(model))
     merged = open_model(model, "merged model", model=skeleton)
     base_source = None if base is None else open_model(base, "base", model=skeleton)
     expert_sources = {
@@ -176,5 +176,5 @@ def load(
             )
         from epmq.huggingface import skeleton_from_folder
 
-        model = skeleton_from_folder(folder, set(reader.names()), apart=lambda linear: False)
-    return place(reader.into(reader.separate(model)).eval(), device, dtype)
+        model = skeleton_from_folder(folder, set(reader.names()), fused=True)
+    return place(join(reader.into(reader.separate(model))).eval(), device, dtype)

@@ -22,7 +22,7 @@ from epmq.config import QuantConfig
 from epmq.devices import place_buffers
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import ConfigError, FormatError, NumericalError
-from epmq.experts import keep_rows, linears_together
+from epmq.experts import keep_rows
 from epmq.formats.statistics import StatisticsReader, StatisticsWriter
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup, input_groups, observe, with_new
@@ -177,7 +177,7 @@ def quantize_collected(
         give_back_free_memory()
     if not layers:
         raise ConfigError("include, exclude and the statistics leave no linear of any block to quantize.")
-    notes += config.unmatched([*linears_of(parts), *linears_together(parts)], matched)
+    notes += config.unmatched(linears_of(parts), matched)
     return {"layers": layers, "blocks": blocks, "notes": sorted(set(notes))}
 
 

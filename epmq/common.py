@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,16 @@ class CommonModel:
     notes: list[str] = field(default_factory=list)
 
 
-def common_model(
-    base: Path, others: Mapping[str, Path], apart: Callable[[str], bool] = lambda linear: True
-) -> CommonModel:
+def common_model(base: Path, others: Mapping[str, Path], fused: bool = False) -> CommonModel:
     """The base's model, or its body where one of the others (checkpoints and adapters by label) has another head.
 
     So do classifiers over a pretraining checkpoint (BertForSequenceClassification over BertForMaskedLM), classifiers of
     other classes than the base's, and adapters that bring a head. A pooler that some checkpoint lacks is left out too.
-    apart: as for :func:`epmq.huggingface.skeleton_from_folder`. Raises ModelError as that does, SourceError for files
+    fused: as for :func:`epmq.huggingface.skeleton_from_folder`. Raises ModelError as that does, SourceError for files
     that cannot be read.
     """
     stored = set(FileSource(base).keys())
-    skeleton = skeleton_from_folder(base, stored, apart=apart)
+    skeleton = skeleton_from_folder(base, stored, fused=fused)
     files = {label: _Tensors(path) for label, path in others.items()}
     own, notes = config_of(skeleton), []
     for label, file in files.items():
@@ -49,13 +47,13 @@ def common_model(
         used = {key for key in stored if "pooler." not in key}
     for label, file in files.items():
         if (tensor := file.other_head(skeleton, base)) is not None:
-            body = skeleton_from_folder(base, used, bare=True, apart=apart)
+            body = skeleton_from_folder(base, used, bare=True, fused=fused)
             name = type(body).__name__
             note = (
                 f"{label} has another head than the base ({tensor}): of {type(skeleton).__name__} only {name} is used."
             )
             return CommonModel(body, name, [note, *notes])
-    whole = skeleton if used == stored else skeleton_from_folder(base, used, apart=apart)
+    whole = skeleton if used == stored else skeleton_from_folder(base, used, fused=fused)
     return CommonModel(whole, notes=notes)
 
 

@@ -14,7 +14,6 @@ from epmq.calls import BlockAddress
 from epmq.config import QuantConfig
 from epmq.diagnose import joined, layer_rows, unlinear_share
 from epmq.errors import CalibrationError, ConfigError
-from epmq.experts import linears_together
 from epmq.gather import gather, gather_norm
 from epmq.group import COARSE_NOTE, GroupOutcome, anchor_strength, quantize_group
 from epmq.inputs import InputGroup
@@ -72,7 +71,7 @@ class Engine:
     def run(self) -> dict[str, Any]:
         """Quantize block after block; returns the report's ``layers``, ``blocks``, ``notes`` and ``calibration``."""
         blocks = {address.name: self.walk.runner.block(address) for address in self.walk.addresses}
-        linears = [*linears_of(blocks), *linears_together(blocks)]
+        linears = linears_of(blocks)
         for address in self.walk.begin():
             self.notes.append(f"{address.name}: not called on the calibration inputs; left unquantized.")
         total = len(self.walk.addresses)

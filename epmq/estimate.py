@@ -179,8 +179,8 @@ def _groups(block: nn.Module) -> list[_Group]:
 
 
 def _width(groups: list[_Group]) -> int:
-    """Of hidden states: what the first linear reads."""
-    return groups[0].columns if groups else 1
+    """Of hidden states: what the first linear reads that is not in a mixture."""
+    return next((group.columns for group in sorted(groups, key=lambda group: group.of_mixture)), 1)
 
 
 def _read_elements(block: nn.Module, groups: list[_Group]) -> float:

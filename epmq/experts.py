@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,17 +180,6 @@ def shapes_as_fused(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return whole | fused_shapes(model)
 
 
-def linears_together(blocks: Mapping[str, nn.Module]) -> list[str]:
-    """What the linears of experts that are together would be called, in blocks that are given by name."""
-    found = []
-    for block, module in blocks.items():
-        for name, inner in module.named_modules():
-            experts = _separate(inner)
-            if experts is not None:
-                found += [f"{block}.{name}.{linear}" for linear in _linears(experts)]
-    return found
-
-
 def keep_rows(block: nn.Module) -> nn.Module:
     """Let a block's mixtures note which rows go where, for :func:`weights_of_rows`."""
     for module in block.modules():
@@ -247,9 +237,11 @@ def _computes_the_same(module: nn.Module, layout: Layout) -> bool:
     """
     count, width, inner, tokens = 3, 4, 5, 32
     make = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=make) for name, shape in layout.shapes(count, width, inner).items()}
+    plain: dict[str, Any] = {"generator": make, "dtype": torch.float32, "device": "cpu"}
+    weights = {name: torch.randn(shape, **plain) for name, shape in layout.shapes(count, width, inner).items()}
     parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
     probe: Any = _with_parameters(module, parameters)
+    probe._forward_hooks, probe._forward_pre_hooks = OrderedDict(), OrderedDict()
     probe.config = SimpleNamespace(_experts_implementation="eager")
     for name, value in (
         ("num_experts", count), ("hidden_dim", width), ("intermediate_dim", inner), ("hidden_size", width),
@@ -264,9 +256,9 @@ def _computes_the_same(module: nn.Module, layout: Layout) -> bool:
         for name, part in layout.parts(leaf, tuple(tensor.shape)).items()
     }
     ours.load_state_dict(state)
-    x = 20 * torch.randn(tokens, width, generator=make)
-    chosen = torch.stack([torch.randperm(count, generator=make)[:2] for _ in range(tokens)])
-    shares = torch.rand(tokens, 2, generator=make)
+    x = 20 * torch.randn(tokens, width, **plain)
+    chosen = torch.stack([torch.randperm(count, generator=make, device="cpu")[:2] for _ in range(tokens)])
+    shares = torch.rand(tokens, 2, **plain)
     try:
         wanted, found = ours(x, chosen, shares), probe(x, chosen, shares)
     except Exception:  # whatever a class does that is called otherwise, or needs more: it is another one

@@ -43,15 +43,13 @@ MOST = ((re.compile("position|ctx|length"), 2**24), (re.compile(r"(^|_)n(um)?_|l
 SPARE_PARAMETERS, PARAMETERS_PER_TENSOR = 10_000, 1_000
 
 
-def skeleton_from_folder(
-    folder: str | Path, stored: set[str], bare: bool = False, apart: Callable[[str], bool] = lambda linear: True
-) -> nn.Module:
+def skeleton_from_folder(folder: str | Path, stored: set[str], bare: bool = False, fused: bool = False) -> nn.Module:
     """The model of ``folder/config.json`` with parameters on the meta device and its buffers made, in the dtype that is
     named there, as transformers makes them.
 
     stored: tensor names of the checkpoint. A pooler that the checkpoint has no weights for is left out, as sentence
-    encoders are published. bare: without the head. apart: which linears of mixtures are needed one by one, as
-    for :func:`epmq.experts.separate`. Raises ModelError when transformers is absent or does not know the model.
+    encoders are published. bare: without the head. fused: experts as transformers keeps them, not one by one
+    (:mod:`epmq.experts`). Raises ModelError when transformers is absent or does not know the model.
     """
     transformers, config = _transformers(), config_from_folder(folder)
     if hasattr(config, "quantization_config"):
@@ -73,7 +71,7 @@ def skeleton_from_folder(
     pooler: Any = getattr(model, "pooler", None)
     if pooler is not None and pooler.state_dict() and not any("pooler." in name for name in stored):
         model.pooler = None  # type: ignore[assignment]
-    return separate(model.eval(), apart)
+    return model.eval() if fused else separate(model.eval())
 
 
 def config_from_folder(folder: str | Path) -> Any:

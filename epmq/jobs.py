@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -29,10 +29,10 @@ from epmq.estimate import estimate
 from epmq.experts import join
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import open_writer, quantized_by
-from epmq.formats.packed import Writer, planned_linear
+from epmq.formats.packed import planned_linear
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, knows_other_tokens, tokenizer_from_folder
-from epmq.joining import JoiningSink
+from epmq.joining import JoiningWriter
 from epmq.memory import available_bytes
 from epmq.merge import MergedSource
 from epmq.merge_config import MergeConfig
@@ -40,7 +40,7 @@ from epmq.names import NamedForModel
 from epmq.orientation import features_of, is_linear
 from epmq.page.document import write_page
 from epmq.pipeline import run
-from epmq.progress import Discard, Journal, Sink
+from epmq.progress import Discard, Journal
 from epmq.quantized import QuantizedTensor
 from epmq.recipe import Recipe
 from epmq.report import build_report, told_errors, whole_report, write_report
@@ -72,13 +72,12 @@ class Sources:
     class_name: str | None
 
 
-def model_of(recipe: Recipe, apart: Callable[[str], bool] | None = None) -> CommonModel:
-    """What is merged and quantized: the base's model, or its body where an expert has another head. apart: which
-    linears of mixtures are needed one by one, all that are quantized if None."""
+def model_of(recipe: Recipe, fused: bool = False) -> CommonModel:
+    """What is merged and quantized: the base's model, or its body where an expert has another head."""
     others = {f"expert {task!r}": path for task, path in recipe.experts.items()}
     if recipe.merged is not None:
         others["merged"] = recipe.merged
-    return common_model(recipe.base, others, apart or recipe.quantization.selects)
+    return common_model(recipe.base, others, fused)
 
 
 def open_sources(recipe: Recipe, common: CommonModel | None = None) -> Sources:
@@ -146,7 +145,7 @@ def quantize_to_folder(
     if at.main:
         tell(lines)
     # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
-    writer, sink = planned_writer(recipe, journal.result, job.skeleton, job.sources)
+    sink = planned_writer(recipe, journal.result, job.skeleton, job.sources)
     with journal.kept(depends_on):
         whole = files.new_folder(out, journal.result) if at.main else nullcontext()
         with whole as working, progress_bar("quantizing") as progress:
@@ -167,28 +166,32 @@ def quantize_to_folder(
                 return {}
             found["notes"] += calibration_notes(recipe, job.skeleton, job.calibration)
             made = digest(depends_on())
-            report = finish(recipe, working, writer, job.skeleton, job.sources, found, started, made)
+            report = finish(recipe, working, sink, job.skeleton, job.sources, found, started, made)
             journal.mark_finished()
     return report
 
 
-def planned_writer(recipe: Recipe, folder: Path, skeleton: nn.Module, sources: Sources) -> tuple[Writer, Sink]:
-    """The writer of the recipe's format into ``folder``, which need not be there yet, and what takes tensors for it.
+def planned_writer(
+    recipe: Recipe, folder: Path, skeleton: nn.Module, sources: Sources, known: Container[str] | None = None
+) -> JoiningWriter:
+    """The writer of the recipe's format into ``folder``, which need not be there yet. known: the linears that can be
+    quantized, all if None.
 
     Experts of which none is packed are written as transformers keeps them. Raises FormatError for a model or settings
     that the format cannot hold.
     """
     planned = planned_linears(skeleton, sources.merged, recipe.quantization)
+    planned = {name: linear for name, linear in planned.items() if known is None or name in known}
     written = join(copy.deepcopy(skeleton), planned)
     writer = open_writer(recipe.format, folder, written, main_dtype(sources.merged), recipe.shard_bytes)
     writer.plan(planned)
-    return writer, JoiningSink(writer, skeleton, written)
+    return JoiningWriter(writer, skeleton, written)
 
 
 def finish(
     recipe: Recipe,
     working: Path,
-    writer: Writer,
+    writer: JoiningWriter,
     skeleton: nn.Module,
     sources: Sources,
     found: dict[str, Any],

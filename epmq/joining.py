@@ -1,4 +1,4 @@
-"""Experts that were taken apart and not packed, put together again as they are handed out."""
+"""A writer's tensors with experts that were taken apart, and not packed, put together again."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ import torch
 from torch import Tensor, nn
 
 from epmq.experts import fused_shapes, parts_of
+from epmq.formats.packed import Writer
 from epmq.fused import Part
-from epmq.progress import Sink
 from epmq.quantized import QuantizedTensor
 
 
-class JoiningSink:
-    """Hands on what it is given, to ``sink``, with one tensor in place of the parts of experts.
+class JoiningWriter:
+    """Hands on what it is given, to ``writer``, with one tensor in place of the parts of experts.
 
     apart: the model whose tensors are given. whole: the same with some of its mixtures joined
-    (:func:`epmq.experts.join`); both may be meta. A fused tensor is held until its last part is there.
+    (:func:`epmq.experts.join`), as ``writer`` knows it; both may be meta. A fused tensor is held until its last part is
+    there.
     """
 
-    def __init__(self, sink: Sink, apart: nn.Module, whole: nn.Module):
-        self._sink = sink
-        self._shapes = fused_shapes(apart)
-        for name in fused_shapes(whole):
-            del self._shapes[name]
+    def __init__(self, writer: Writer, apart: nn.Module, whole: nn.Module):
+        self._writer, self.shards, self.limits = writer, writer.shards, writer.limits
+        there = fused_shapes(whole)
+        self._shapes = {name: shape for name, shape in fused_shapes(apart).items() if name not in there}
         self._part: dict[str, tuple[str, Part]] = {}
+        self._missing: dict[str, int] = {}
         for name, shape in self._shapes.items():
-            self._part |= {key: (name, part) for key, part in parts_of(apart, name, shape).items()}
+            parts = parts_of(apart, name, shape)
+            self._part |= {key: (name, part) for key, part in parts.items()}
+            self._missing[name] = len(parts)
         self._made: dict[str, Tensor] = {}
-        self._missing = {name: sum(1 for to, _ in self._part.values() if to == name) for name in self._shapes}
 
     def linear(self, name: str, tensor: QuantizedTensor, bias: Tensor | None) -> None:
-        """As of a Sink."""
-        self._sink.linear(name, tensor, bias)
+        """Store linear ``name``."""
+        self._writer.linear(name, tensor, bias)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
-        """As of a Sink."""
+        """Store a tensor as it is, or with the other parts of its whole when these are there."""
         if name not in self._part:
-            self._sink.tensor(name, tensor)
+            self._writer.tensor(name, tensor)
             return
         whole, part = self._part[name]
         if whole not in self._made:
@@ -44,4 +46,9 @@ class JoiningSink:
         part.put(self._made[whole], tensor)
         self._missing[whole] -= 1
         if not self._missing[whole]:
-            self._sink.tensor(whole, self._made.pop(whole))
+            self._writer.tensor(whole, self._made.pop(whole))
+
+    def finish(self) -> None:
+        """As of the writer."""
+        assert not self._made, f"parts of {', '.join(self._made)} were not given"
+        self._writer.finish()

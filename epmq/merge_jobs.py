@@ -59,7 +59,7 @@ def _model_for_names(recipe: Recipe) -> CommonModel | None:
     if not trust.is_file(base / "config.json") or quantized_by(base) is not None:
         return None
     try:
-        common = model_of(recipe, apart=lambda linear: False)  # as the base's files have them
+        common = model_of(recipe, fused=True)  # as the base's files have them
         reason = _misfit(recipe, common.skeleton)
     except ModelError as error:
         reason = f"{error} Tensors are merged under the names in the files."

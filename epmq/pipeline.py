@@ -57,6 +57,8 @@ class ModuleSink:
         place_buffers(model, self.home)
         for name, layer in self.linears.items():
             set_submodule(model, name, layer)
+        self.linears.clear()
+        self.tensors.clear()
         self_saving.refuse(model, QuantLinear)
         return model
 

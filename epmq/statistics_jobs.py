@@ -78,7 +78,7 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
     job = _opened(recipe, folders, out)
     device = device_of(recipe)
     with files.new_folder(out) as working, progress_bar("quantizing") as progress:
-        writer, sink = planned_writer(recipe, working, job.skeleton, job.sources)
+        writer = planned_writer(recipe, working, job.skeleton, job.sources, job.known)
         found = quantize_collected(
             job.skeleton,
             job.sources.merged,
@@ -86,7 +86,7 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
             job.sources.experts,
             job.statistics,
             recipe.quantization,
-            sink,
+            writer,
             progress,
             device,
         )
@@ -96,7 +96,7 @@ def quantize_statistics_to_folder(recipe: Recipe, folders: Sequence[str | Path],
 def estimate_statistics_job(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> str:
     """What :func:`quantize_statistics_to_folder` would take, in words; raises what it would refuse before it starts."""
     job = _opened(recipe, folders, out)
-    planned_writer(recipe, Path(out), job.skeleton, job.sources)
+    planned_writer(recipe, Path(out), job.skeleton, job.sources, job.known)
     found = estimate(
         job.skeleton,
         {},
@@ -116,6 +116,12 @@ class _Job:
     skeleton: nn.Module
     sources: Sources
     statistics: dict[str, StatisticsReader]
+
+    @property
+    def known(self) -> set[str]:
+        """The linears that the statistics tell of."""
+        groups = (facts for reader in self.statistics.values() for facts in reader.groups.values())
+        return {linear for facts in groups for linear in facts.linears}
 
 
 def _opened(recipe: Recipe, folders: Sequence[str | Path], out: str | Path) -> _Job:

@@ -71,7 +71,7 @@ def save(model: Any, folder: Path) -> None:
 def named(folder: Path, fused: bool = False) -> tuple[NamedForModel, nn.Module]:
     """A folder's tensors as a job reads them, and the model that they are of. fused: its experts kept together."""
     source = FileSource(folder)
-    skeleton = skeleton_from_folder(folder, set(source.keys()), apart=lambda linear: not fused)
+    skeleton = skeleton_from_folder(folder, set(source.keys()), fused=fused)
     return NamedForModel(source, skeleton, aliases=True), skeleton
 
 
@@ -158,7 +158,7 @@ def test_experts_that_are_shared_out_to_two_mixtures_are_refused_when_opened(tmp
         named(tmp_path)
     # Where they stay together nothing keeps them from being read.
     source = FileSource(tmp_path)
-    skeleton = skeleton_from_folder(tmp_path, set(source.keys()), apart=lambda linear: False)
+    skeleton = skeleton_from_folder(tmp_path, set(source.keys()), fused=True)
     whole = NamedForModel(source, skeleton, aliases=True)
     assert all(torch.equal(whole.tensor(key), tensor) for key, tensor in model.state_dict().items())
 

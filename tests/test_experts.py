@@ -27,6 +27,7 @@ from epmq.recipe import Recipe
 from epmq.scoring import load_any
 from epmq.skeleton import fill, meta_copy
 from epmq.sources import DictSource
+from epmq.statistics_jobs import collect_to_folder, quantize_statistics_to_folder
 from epmq.streams import make_streams
 
 transformers = pytest.importorskip("transformers")
@@ -187,6 +188,7 @@ def test_asymmetric_experts_are_told_not_to_load_in_transformers(tmp_path: Path)
         ("Qwen3Moe", {"exclude": [r"experts\.0\."]}, "compressed-tensors", "experts, .* of one scheme only"),
         ("GptOss", {}, "compressed-tensors", "transformers reads no single experts of GptOssForCausalLM"),
         ("Qwen3Moe", {}, "gptq", "experts: loaders of gptq may keep experts in other modules"),
+        ("Qwen3Moe", {"exclude": ["experts"]}, "gptq", "experts: loaders of gptq may keep experts in other modules"),
     ],
 )
 def test_files_that_loaders_would_misread_are_refused(
@@ -252,31 +254,64 @@ def test_experts_that_are_not_packed_are_as_transformers_has_them(
     assert torch.equal(result.model.state_dict()[kept], base.state_dict()[kept])
 
 
-def test_experts_with_weights_of_their_own_are_joined_as_they_are_written(tmp_path: Path) -> None:
-    """The closed form without rounding, from folders."""
+@pytest.fixture
+def job(tmp_path: Path) -> Recipe:
+    """A base, its experts and texts in folders; the closed form without rounding."""
     base = make("GptOss")
-    models = {"base": base, **{task: varied(base) for task in TASKS}}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
+    base.save_pretrained(tmp_path / "base")
+    for task in TASKS:
+        varied(base).save_pretrained(tmp_path / task)  # type: ignore[operator]
     write_tokenizer(tmp_path / "base")
     lines = [json.dumps({"text": " ".join(WORDS[n : n + 5])}) + "\n" for n in range(5, len(WORDS) - 5)]
     (tmp_path / "texts.jsonl").write_text("".join(lines))
-    config = epmq.QuantConfig(bits=None)
-    recipe = Recipe(
-        base=tmp_path / "base",
-        experts={task: tmp_path / task for task in TASKS},
-        calibration={"tasks": dict.fromkeys(TASKS, tmp_path / "texts.jsonl"), "max_length": 8},
-        quantization=config,
+    return Recipe.model_validate(
+        {
+            "base": tmp_path / "base",
+            "experts": {task: tmp_path / task for task in TASKS},
+            "calibration": {"tasks": dict.fromkeys(TASKS, tmp_path / "texts.jsonl"), "max_length": 8},
+            "quantization": {"bits": None},
+        }
     )
-    quantize_to_folder(recipe, tmp_path / "out")
-    batches = calibration_of(recipe)
-    experts = {task: models[task] for task in TASKS}
-    wanted = epmq.quantize(epmq.merge(base, experts), experts, batches, config)
+
+
+def loaded_by_transformers(folder: Path) -> Any:
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True
     )
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert torch.equal(logits(model), logits(wanted.model))
+    return model
+
+
+def test_experts_with_weights_of_their_own_are_joined_as_they_are_written(job: Recipe, tmp_path: Path) -> None:
+    """The closed form without rounding, from folders."""
+    quantize_to_folder(job, tmp_path / "out")
+    base, *experts = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", *TASKS))
+    given = dict(zip(TASKS, experts, strict=True))
+    wanted = epmq.quantize(epmq.merge(base, given), given, calibration_of(job), job.quantization)
+    assert torch.equal(logits(loaded_by_transformers(tmp_path / "out")), logits(wanted.model))
+
+
+def test_statistics_of_experts_that_are_not_quantized_are_left_alone(job: Recipe, tmp_path: Path) -> None:
+    for task in TASKS:
+        collect_to_folder(job, task, tmp_path / f"of {task}")
+    less = epmq.QuantConfig(bits=4, group_size=16, sym=True, exclude=["experts"])
+    folders = [tmp_path / f"of {task}" for task in TASKS]
+    quantize_statistics_to_folder(job.model_copy(update={"quantization": less}), folders, tmp_path / "out")
+    ours = epmq.load(tmp_path / "out")
+    assert sum(isinstance(module, epmq.QuantLinear) for module in ours.modules()) == 2 * 4
+    theirs = logits(loaded_by_transformers(tmp_path / "out"))
+    torch.testing.assert_close(theirs, logits(ours), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_experts_are_taken_apart_whatever_the_default_dtype_is(family: str) -> None:
+    model = make(family)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        twin = separate(meta_copy(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(list(separated(twin))) == 2
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "NemotronH", "GptOss", "GraniteMoe"])

@@ -181,7 +181,7 @@ class CompressedTensorsWriter:
                     f"{name}: transformers reads no single experts of {type(self.model).__name__}, and would leave"
                     " random weights there; use format native, or exclude the experts."
                 )
-        if len(planned) > 1:
+        if len(planned) > 1 or (None in planned and self._planned):
             raise FormatError(
                 f"{METHOD}: transformers joins experts, such as {self._experts[0]}, of one scheme only; give all of"
                 " them the same bits and a group_size that divides their columns, or use format native."

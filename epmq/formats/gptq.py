@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from epmq import trust
 from epmq.errors import FormatError, SourceError
-from epmq.experts import separated
+from epmq.experts import SeparateExperts
 from epmq.formats.packed import (
     CONFIG_NAME,
     SCALE_DTYPES,
@@ -34,6 +34,7 @@ from epmq.formats.packed import (
     require_config,
 )
 from epmq.formats.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from epmq.fused import is_fused
 from epmq.quantized import (
     SUPPORTED_BITS,
     WORD_BITS,
@@ -79,9 +80,11 @@ class GPTQWriter:
 
     def plan(self, linears: Mapping[str, QuantizedTensor]) -> None:
         """Raise FormatError for a linear that cannot be stored or would stay unquantized, and where there is none."""
-        for experts in separated(self.model):
+        for name, module in self.model.named_modules():
+            if not isinstance(module, SeparateExperts) and not is_fused(module):
+                continue
             raise FormatError(
-                f"{experts}: loaders of {METHOD} may keep experts in other modules; use format compressed-tensors with"
+                f"{name}: loaders of {METHOD} may keep experts in other modules; use format compressed-tensors with"
                 " sym: true, or native."
             )
         for name, tensor in linears.items():
