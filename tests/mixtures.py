@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from families import DECODER
+from families import DECODER, VOCABULARY
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+
+import epmq
 
 MOE = {**DECODER, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
 UNGATED = {
@@ -37,6 +39,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VISION: dict[str, Any] = {
     "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4,
 }  # fmt: skip
+
+
+BATCH = {"input_ids": torch.arange(3, 3 + 8 * 16).remainder(VOCABULARY - 3).add(3).view(8, 16)}
+TASKS = ("a", "b")
 
 
 def make(family: str, **more: Any) -> Any:
@@ -86,3 +92,21 @@ def turn_experts(folder: Path) -> None:
     turned = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
     assert turned
     save_file(tensors | turned, file, metadata={"format": "pt"})
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**BATCH).logits
+    return found
+
+
+def quantized(model: nn.Module, **settings: Any) -> epmq.QuantResult:
+    experts = {task: varied(model) for task in TASKS}
+    config = epmq.QuantConfig(**{"bits": 4, "group_size": 16, "sym": True, **settings})
+    return epmq.quantize(model, experts, {task: [BATCH] for task in TASKS}, config)
+
+
+def fuse(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """As a checkpoint that keeps experts as the model has them."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    return kept | {name: tensor.clone() for name, tensor in model.state_dict().items() if ".experts." in name}
