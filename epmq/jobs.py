@@ -145,7 +145,7 @@ def quantize_to_folder(
     if at.main:
         tell(lines)
     # Planned by every process before anything is begun: what the format cannot hold is refused by all alike.
-    sink = planned_writer(recipe, journal.result, job.skeleton, job.sources)
+    writer = planned_writer(recipe, journal.result, job.skeleton, job.sources)
     with journal.kept(depends_on):
         whole = files.new_folder(out, journal.result) if at.main else nullcontext()
         with whole as working, progress_bar("quantizing") as progress:
@@ -156,7 +156,7 @@ def quantize_to_folder(
                 job.sources.experts,
                 job.calibration,
                 recipe.quantization,
-                sink if at.main else Discard(),
+                writer if at.main else Discard(),
                 progress if at.main else lambda *_: None,
                 job.device,
                 around,
@@ -166,7 +166,7 @@ def quantize_to_folder(
                 return {}
             found["notes"] += calibration_notes(recipe, job.skeleton, job.calibration)
             made = digest(depends_on())
-            report = finish(recipe, working, sink, job.skeleton, job.sources, found, started, made)
+            report = finish(recipe, working, writer, job.skeleton, job.sources, found, started, made)
             journal.mark_finished()
     return report
 
