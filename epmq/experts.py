@@ -87,11 +87,11 @@ class SeparateExperts(nn.Module):
         """What transformers has in their place, with these weights."""
         parameters = {}
         for leaf, shape in self.fused_shapes().items():
-            parts = {name: self.get_parameter(name) for name in self.layout.parts(leaf, shape)}
-            like = next(iter(parts.values()))
+            parts = self.layout.parts(leaf, shape)
+            like = self.get_parameter(next(iter(parts)))
             whole = torch.empty(shape, dtype=like.dtype, device=like.device)
-            for name, part in self.layout.parts(leaf, shape).items():
-                part.put(whole, parts[name].detach())
+            for name, part in parts.items():
+                part.put(whole, self.get_parameter(name).detach())
             parameters[leaf] = nn.Parameter(whole, requires_grad=like.requires_grad)
         return _with_parameters(self._bare[0], parameters).train(self.training)
 
@@ -165,12 +165,12 @@ def fused_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parts_of(model: nn.Module, name: str, shape: Shape) -> dict[str, Part]:
-    """The parts of a tensor of that shape which transformers has for experts that are separate in a model, by the
-    model's names for them."""
+def parts_of(model: nn.Module, name: str) -> dict[str, Part]:
+    """The parts of one of :func:`fused_shapes`, by the model's names for them."""
     parent, _, leaf = name.rpartition(".")
     experts: Any = model.get_submodule(parent)
-    return {f"{parent}.{part}": where for part, where in experts.layout.parts(leaf, shape).items()}
+    parts = experts.layout.parts(leaf, experts.fused_shapes()[leaf])
+    return {f"{parent}.{part}": where for part, where in parts.items()}
 
 
 def shapes_as_fused(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -25,8 +25,8 @@ class JoiningWriter:
         self._shapes = {name: shape for name, shape in fused_shapes(apart).items() if name not in there}
         self._part: dict[str, tuple[str, Part]] = {}
         self._missing: dict[str, int] = {}
-        for name, shape in self._shapes.items():
-            parts = parts_of(apart, name, shape)
+        for name in self._shapes:
+            parts = parts_of(apart, name)
             self._part |= {key: (name, part) for key, part in parts.items()}
             self._missing[name] = len(parts)
         self._made: dict[str, Tensor] = {}

@@ -62,7 +62,7 @@ class _Separated:
         self._whole = [key for key in source.keys() if key not in fused]
         self._parts: dict[str, tuple[str, Part]] = {}
         for key, called in fused.items():
-            self._parts |= {name: (key, part) for name, part in parts_of(model, called, source.shape(key)).items()}
+            self._parts |= {name: (key, part) for name, part in parts_of(model, called).items()}
         self.placed = {*_placed(source).difference(fused), *self._parts}
 
     def keys(self) -> list[str]:

@@ -57,6 +57,7 @@ class ModuleSink:
         place_buffers(model, self.home)
         for name, layer in self.linears.items():
             set_submodule(model, name, layer)
+        # Whoever replaces tensors in the model shall not hold the old ones as well.
         self.linears.clear()
         self.tensors.clear()
         self_saving.refuse(model, QuantLinear)

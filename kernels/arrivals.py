@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -25,19 +26,12 @@ class Counters:
     """Those of one device."""
 
     def __init__(self, device: torch.device):
-        self.zeros = torch.empty(0)
         # A thread's allocations may be directed into the pool of a graph that is to be captured: another thread's.
-        maker = threading.Thread(target=self._make, args=(device,))
-        maker.start()
-        maker.join()
+        with ThreadPoolExecutor(1) as other:
+            self.zeros = other.submit(_zeros, device).result()
         self.taken = 0
         self.of_stream: dict[int, Tensor] = {}
         self.lock = threading.Lock()
-
-    def _make(self, device: torch.device) -> None:
-        self.zeros = torch.zeros(TOTAL, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # other streams do not wait for the one that zeroes
 
     def take(self, count: int) -> Tensor | None:
         """``count`` that nobody else gets; None when not as many are left."""
@@ -56,6 +50,13 @@ class Counters:
             if found is not None:
                 self.of_stream[stream] = found
         return found
+
+
+def _zeros(device: torch.device) -> Tensor:
+    zeros = torch.zeros(TOTAL, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # other streams do not wait for the one that zeroes
+    return zeros
 
 
 _of_device: dict[torch.device, Counters] = {}

@@ -77,9 +77,9 @@ def named(folder: Path, fused: bool = False) -> tuple[NamedForModel, nn.Module]:
 
 def one_by_one(state: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
     """A module's state with experts apart where the skeleton has them so."""
-    for name, shape in fused_shapes(skeleton).items():
+    for name in fused_shapes(skeleton):
         fused = state.pop(name)
-        for part, where in parts_of(skeleton, name, shape).items():
+        for part, where in parts_of(skeleton, name).items():
             state[part] = where.of(fused)
     return state
 

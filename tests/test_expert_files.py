@@ -27,15 +27,20 @@ if transformers.__version__.startswith("4."):
 from mixtures import BATCH, TASKS, fuse, logits, make, quantized, qwen_vl, turn_experts, varied  # noqa: E402
 
 
+def loaded_by_transformers(folder: Path) -> Any:
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    return model
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "NemotronH", "DeepseekV4"])
 def test_transformers_puts_symmetric_experts_together_again(family: str, tmp_path: Path) -> None:
     result = quantized(make(family))
     epmq.save(result, tmp_path / "out")
     assert torch.equal(logits(epmq.load(tmp_path / "out")), logits(result.model))
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True
-    )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    model = loaded_by_transformers(tmp_path / "out")
     torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
     own = type(model)(model.config)
     assert torch.equal(logits(epmq.load(tmp_path / "out", model=own)), logits(result.model))
@@ -115,10 +120,7 @@ def test_experts_that_are_not_packed_are_as_transformers_has_them(
     quantize_to_folder(Recipe(base=tmp_path / "base", quantization=config), tmp_path / "of folders")
     for folder in ("of memory", "of folders"):
         assert torch.equal(logits(epmq.load(tmp_path / folder)), logits(result.model))
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / folder, dtype=torch.float32, output_loading_info=True
-        )
-        assert not told["missing_keys"] and not told["unexpected_keys"]
+        model = loaded_by_transformers(tmp_path / folder)
         torch.testing.assert_close(logits(model), logits(result.model), rtol=1e-4, atol=1e-4)
     kept = f"{next(name for name in base.state_dict() if name.endswith('experts.down_proj'))}"
     assert torch.equal(result.model.state_dict()[kept], base.state_dict()[kept])
@@ -142,14 +144,6 @@ def job(tmp_path: Path) -> Recipe:
             "quantization": {"bits": None},
         }
     )
-
-
-def loaded_by_transformers(folder: Path) -> Any:
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
-    return model
 
 
 def test_experts_with_weights_of_their_own_are_joined_as_they_are_written(job: Recipe, tmp_path: Path) -> None:
@@ -181,10 +175,7 @@ def test_restored_experts_are_saved_as_transformers_has_them(family: str, tmp_pa
     names = epmq.restore_linear(result.model)
     assert before and not list(separated(result.model)) and any(".experts." in name for name in names)
     result.model.save_pretrained(tmp_path / "out")  # type: ignore[operator]
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True
-    )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    model = loaded_by_transformers(tmp_path / "out")
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -80,7 +80,8 @@ def tiles(setting: Setting, layer: str, rows: int, columns: int, tokens: int) ->
 
         def checked(key: Key, config: Config) -> float:
             found = run_tiles(x, packed.words, packed.scale_words, None, rows, GROUP, config)
-            expect(row, relative(found, wanted) < 2e-3, f"{told(config)}: relative error {relative(found, wanted):.2g}")
+            error = relative(found, wanted)
+            expect(row, error < 2e-3, f"{told(config)}: relative error {error:.2g}")
             return 0.0
 
         row["others"] = len(timed(key, checked)) - 1
@@ -111,7 +112,7 @@ def tiles(setting: Setting, layer: str, rows: int, columns: int, tokens: int) ->
 
 def one_launch_is_right(setting: Setting, key: Key, config: Config) -> bool:
     """Whether parts summed in one launch have the bits of two, where the memory for parts held NaN before; thrice."""
-    weight = pack_weight(random_weight(key.out_features, key.in_features, setting.device, 0), torch.float16)
+    weight = packed_weight(key.out_features, key.in_features, setting.device)
     two = replace(config, one_launch=False)
     for _ in range(3):
         x = torch.randn(key.tokens, key.in_features, device=setting.device, dtype=torch.float16)
@@ -131,6 +132,12 @@ def told(config: Config) -> str:
     tile += f", {config.registers} registers" if config.registers else ""
     tile += f", {config.split_k} parts{' in one launch' if config.one_launch else ''}"
     return f"{tile}{', joined' if config.joined else ''}"
+
+
+@functools.lru_cache(maxsize=1)
+def packed_weight(rows: int, columns: int, device: torch.device) -> PackedWeight:
+    packed: PackedWeight = pack_weight(random_weight(rows, columns, device, 0), torch.float16)
+    return packed
 
 
 @functools.lru_cache(maxsize=1)
