@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +64,9 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False, **most}
 
 
+TWO_STAGES = Config(0, 0, 1, 0, 0, False, two_stages=True)
+
+
 @dataclass(frozen=True)
 class Key:
     """What a configuration was tuned for. tokens is the bucket's upper end."""
@@ -81,10 +84,24 @@ class Key:
         return ",".join(str(value) for value in asdict(self).values())
 
 
-# Timed on named GPUs, by compute capability and multiprocessors, output and input features, and bucket of tokens:
-# tokens and rows of the fastest tile, and parts. Groups of 128 in fp16; bf16 takes as many instructions. Those with 132
-# are an H200's, with Triton 3.6 (benchmarks/results/nvidia-h200/int4.json).
-SHIPPED: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[int, int, int]]]] = {
+class Cut(NamedTuple):
+    """A configuration as ``SHIPPED`` has it: what :func:`shapes` and :func:`trials` know of a tile is not repeated.
+
+    A tile of no tokens stands for dequantizing, then cuBLAS.
+    """
+
+    block_m: int
+    block_n: int
+    split_k: int
+    trial: bool = False  # one of :func:`trials`
+    one_launch: bool = False
+
+
+# Timed on named GPUs, by compute capability and multiprocessors, output and input features, and bucket of tokens: the
+# fastest way, as arguments of :class:`Cut`. Groups of 128 in fp16; bf16 takes as many instructions. Those with 132 are
+# an H200's, with Triton 3.6 (benchmarks/results/nvidia-h200/int4.json). ``benchmarks/gpu/shipped.py`` prints lines for
+# this table from what ``make gpu`` measured.
+SHIPPED: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[Any, ...]]]] = {
     (90, 132): {
         (8192, 8192): {
             8: (8, 128, 4), 16: (16, 128, 7), 32: (32, 128, 4), 64: (64, 128, 4), 128: (128, 64, 2),
@@ -123,9 +140,19 @@ def shipped(key: Key) -> Config | None:
     layer = SHIPPED.get((key.arch, key.processors), {}).get((key.out_features, key.in_features), {})
     if key.group_size != 128 or key.tokens not in layer:
         return None
-    block_m, block_n, parts = layer[key.tokens]
-    tiles = {(shape.block_m, shape.block_n): shape for shape in shapes(key.arch)}
-    return replace(tiles[block_m, block_n], split_k=parts)
+    cut = Cut(*layer[key.tokens])
+    if cut.block_m == 0:
+        return TWO_STAGES
+    known = trials(key.arch, key.group_size, key.dtype) if cut.trial else shapes(key.arch)
+    tiles = {(shape.block_m, shape.block_n): shape for shape in known}
+    tile = tiles.get((cut.block_m, cut.block_n))  # bf16 lacks one of the trials
+    return tile and replace(tile, split_k=cut.split_k, one_launch=bool(cut.one_launch))
+
+
+def as_cut(config: Config, key: Key) -> Cut:
+    """What ``SHIPPED`` says of a configuration in whose place :func:`shipped` gives it back."""
+    trial = replace(config, split_k=1, one_launch=False) in trials(key.arch, key.group_size, key.dtype)
+    return Cut(config.block_m, config.block_n, config.split_k, trial, config.one_launch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,7 +164,7 @@ def fixed(key: Key) -> Config:
 def default(key: Key) -> Config:
     """The configuration that should take least, from the shape alone (docs/kernels.md says how that is reckoned)."""
     if key.tokens >= TWO_STAGES_FROM:
-        return Config(0, 0, 1, 0, 0, False, two_stages=True)
+        return TWO_STAGES
     return min((with_parts(shape, key) for shape in fitting(key)), key=lambda config: estimate(config, key))
 
 
@@ -191,7 +218,7 @@ def joins(arch: int, block_m: int) -> bool:
 
 def candidates(key: Key) -> list[Config]:
     """Configurations worth timing for a key, the default first."""
-    found = [default(key), Config(0, 0, 1, 0, 0, False, two_stages=True)]
+    found = [default(key), TWO_STAGES]
     blocks = padded(key.in_features, TILE_COLUMNS) // TILE_COLUMNS
     tried = trials(key.arch, key.group_size, key.dtype)
     for shape in shapes(key.arch, key.group_size) + tried:

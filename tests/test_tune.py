@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from epmq.cli import app
 from epmq.errors import ConfigError
 from epmq.kernels import tune
-from epmq.kernels.tune import Key
+from epmq.kernels.tune import Config, Key
 
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
@@ -175,6 +176,28 @@ def test_shipped_values_come_before_the_default(cache: Path, monkeypatch: pytest
         assert tune.choose(other) == tune.default(other)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_table_can_say_every_way_that_is_timed(
+    arch: int, dtype: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tokens in tune.BUCKETS:
+        wanted = replace(key(tokens, arch), dtype=dtype)
+        for config in tune.candidates(wanted):
+            for way in {config, replace(config, one_launch=config.split_k > 1)}:
+                entry = {(4096, 4096): {tokens: tuple(tune.as_cut(way, wanted))}}
+                monkeypatch.setattr(tune, "SHIPPED", {(arch, 132): entry})
+                assert tune.shipped(wanted) == way
+
+
+def test_a_trial_that_bf16_has_not_is_not_chosen_for_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "SHIPPED", {(90, 132): {(4096, 4096): {64: (64, 128, 5, True)}}})
+    assert tune.choose(key(64)).registers == 168
+    narrow = replace(key(64), dtype="bf16")
+    tune.choose.cache_clear()
+    assert tune.choose(narrow) == tune.default(narrow)
+
+
 def test_shipped_values_are_the_fastest_of_those_that_were_timed() -> None:
     """benchmarks/results holds the times; a tile there is told as 16x128 w4 s3 p7j."""
     timed = json.loads((ROOT / "benchmarks/results/nvidia-h200/int4.json").read_text())["products"]
@@ -190,6 +213,30 @@ def test_shipped_values_are_the_fastest_of_those_that_were_timed() -> None:
         best = next(name for name, _ in product["times"] if name.removesuffix("j") in every_tile(stages))
         assert best.removesuffix("j") == tile
     assert len(seen) == sum(map(len, tune.SHIPPED[90, 132].values()))
+
+
+def test_lines_of_the_shipped_table_are_the_fastest_ways() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gpu import shipped
+    from gpu.int4_products import told
+
+    def row(tokens: int, fastest: Config) -> dict[str, Any]:
+        wanted = key(tokens, layer=(8192, 8192))
+        times: dict[str, float | None] = {told(config): 9.0 for config in tune.candidates(wanted)}
+        times[told(tune.candidates(wanted)[-1])] = None  # failed
+        return {"N": 8192, "K": 8192, "M": tokens, "all µs": {**times, told(fastest): 8.0}}
+
+    first, thirds = tune.default(key(8, layer=(8192, 8192))), tune.trials(90, 128, "fp16")[2]
+    rows = [
+        row(8, replace(first, one_launch=True)),
+        row(64, replace(thirds, split_k=1)),
+        row(128, tune.default(key(128, layer=(8192, 8192)))),
+        row(1024, tune.TWO_STAGES),
+    ]
+    items = {f"tiles llama-3-70b o M={found['M']}": {"rows": [found]} for found in rows}
+    assert shipped.lines({"items": {**items, "int4 llama-3-70b o M=8": {"rows": [{"N": 1}]}}}, 90, 132) == [
+        "(8192, 8192): {8: (8, 128, 3, False, True), 64: (64, 128, 1, True), 1024: (0, 0, 1)},"
+    ]
 
 
 def every_tile(stages: dict[tuple[int, int], int]) -> set[str]:
