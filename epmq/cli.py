@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -217,6 +217,22 @@ def evaluate(
     _say("\n".join(told))
     if json_file is not None:
         write_text(json_file, json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("wide", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="New GGUF file.")
+@click.option("--embeddings", type=click.Choice(["Q8_0"]), help="Round embeddings and head to it too.")
+def gguf(folder: Path, wide: Path, out: Path, embeddings: Literal["Q8_0"] | None) -> None:
+    """Put the codes of FOLDER, a quantized checkpoint, into WIDE, the 16- or 32-bit GGUF file that llama.cpp's
+    convert_hf_to_gguf.py makes of it. The result holds the very weights, where llama.cpp would round anew."""
+    from epmq.gguf_jobs import gguf_file
+
+    if _stands_by():
+        return
+    _say("\n".join(gguf_file(folder, wide, out, embeddings).lines()))
+    _say(f"GGUF file in {out}")
 
 
 @app.command(help="Train a small vision transformer and experts on digits, merge, quantize, print the table.")

@@ -1,0 +1,69 @@
+"""GGUF's block types that hold codes on our grids: 32 codes of a row with a scale of their own, as ggml defines them.
+
+    Q4_0  fp16 d, 16 bytes     w = d * (q - 8)     4.5 bits a weight
+    Q4_1  fp16 d, fp16 m, 16 bytes     w = d * q + m       5 bits
+    Q8_0  fp16 d, 32 bytes     w = d * q           8.5 bits, q signed
+
+In the 16 bytes, byte ``i`` has code ``i`` in its low half and code ``i + 16`` in its high one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from epmq.formats.packed import LinearFacts
+from epmq.quantized import QuantizedTensor, column_groups, dequantize
+
+BLOCK = 32
+BlockType = Literal["Q4_0", "Q4_1", "Q8_0"]
+BLOCK_BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
+
+def block_type(linears: Iterable[LinearFacts]) -> BlockType | str:
+    """The smallest type that holds rows of all these linears; where there is none, a clause that says why."""
+    low, high, bits = 0, 0, 0
+    for facts in linears:
+        if facts.permuted:
+            return "its groups are of columns that are not neighbours"
+        if facts.in_features % BLOCK:
+            return f"its rows of {facts.in_features} are no multiple of {BLOCK}"
+        if facts.group_size != -1 and facts.group_size < facts.in_features and facts.group_size % BLOCK:
+            return f"its groups of {facts.group_size} are no multiple of {BLOCK}"
+        most = 2**facts.bits - 1
+        low = min(low, -(2 ** (facts.bits - 1)) if facts.sym else -most)
+        high = max(high, 2 ** (facts.bits - 1) - 1 if facts.sym else most)
+        bits = max(bits, facts.bits)
+    if low >= -8 and high <= 7:
+        return "Q4_0"
+    if bits <= 4:
+        return "Q4_1"
+    return "Q8_0" if low >= -128 and high <= 127 else "8 bits fit no type with zero points; set sym: true"
+
+
+def blocks(tensor: QuantizedTensor, kind: BlockType) -> tuple[Tensor, float]:
+    """uint8 ``[N, K / 32 * bytes]``: a weight in blocks of ``kind``, which :func:`block_type` found for it; and how far
+    that moves a weight at most, scales and minima being rounded to float16, in steps of the widest grid among them."""
+    rows, columns = tensor.shape
+    group_of = column_groups(columns, tensor.group_size)[::BLOCK].long()
+    scales = tensor.scales.float()[:, group_of]
+    zeros = torch.full_like(scales, 2 ** (tensor.bits - 1)) if tensor.zeros is None else tensor.zeros[:, group_of]
+    steps = scales.half()
+    fields = [steps]
+    stored = tensor.codes.view(rows, -1, BLOCK).to(torch.int16)
+    if kind == "Q4_1":
+        least = (-scales * zeros).half()
+        fields.append(least)
+    else:
+        least = torch.zeros_like(steps)
+        stored -= zeros.to(torch.int16).unsqueeze(-1)
+    found = stored * steps.float().unsqueeze(-1) + least.float().unsqueeze(-1)
+    wanted = dequantize(tensor.codes, tensor.scales, tensor.zeros, tensor.bits, tensor.group_size)
+    widest = float(scales.max())
+    moved = float((found.view(rows, columns) - wanted).abs().max()) / widest if widest > 0 else 0.0
+    codes = (stored + 8 if kind == "Q4_0" else stored).to(torch.uint8)  # of a negative one its two's complement
+    halves = codes if kind == "Q8_0" else codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+    return torch.cat([*(part.unsqueeze(-1).view(torch.uint8) for part in fields), halves], -1).view(rows, -1), moved

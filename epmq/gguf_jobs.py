@@ -1,0 +1,297 @@
+"""A quantized folder's codes put into the GGUF file that llama.cpp's converter makes of it in 16 or 32 bits.
+
+The converter knows names, order of rows and metadata of each architecture, and unpacks the codes; llama.cpp's own
+rounding of its file would lose what GPTQ chose. Here each row of the file is looked up among the rows of the folder by
+its very bits, wherever the converter has put it, and rows that are found become the codes they were made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy
+import torch
+from torch import Tensor
+
+from epmq import __version__, files, trust
+from epmq.errors import ConfigError, FormatError, OutputError, first_line
+from epmq.formats.gguf import BLOCK, BLOCK_BYTES, BlockType, block_type, blocks
+from epmq.formats.kinds import open_reader
+from epmq.formats.packed import PackedReader
+from epmq.quantized import QuantizedTensor, unpack
+
+WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+CHUNK = 2**24  # weights that are worked on at once
+# As far as float16's rounding moves any weight of a grid: half a unit in the last place of 128 steps of Q8_0.
+FARTHEST = 128 * 2.0**-11
+
+
+@dataclass
+class Summary:
+    """What became of the file: tensors of it by block type, those that stay wide with the reason, linears of the folder
+    that are not in it, bytes before and after, and how far rounding scales moved a weight, in steps."""
+
+    packed: dict[str, BlockType] = field(default_factory=dict)
+    wide: dict[str, str] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    moved: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        kinds = ", ".join(f"{count} as {kind}" for kind, count in Counter(self.packed.values()).items())
+        told = [
+            f"tensors: {kinds}; {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB",
+            f"rounding scales to float16 moves a weight by at most {self.moved:.2g} of a step",
+        ]
+        told += [f"{name} stays as it is: {reason}" for name, reason in self.wide.items()]
+        if self.absent:
+            told.append(f"{len(self.absent)} of the folder's quantized linears are not in it, as {self.absent[0]}")
+        return told
+
+
+def gguf_file(folder: Path, wide: Path, out: Path, embeddings: BlockType | None = None) -> Summary:
+    """Write ``wide``, which llama.cpp's converter made of ``folder``, to ``out`` with the folder's codes in it.
+
+    embeddings: the type, such as ``Q8_0``, that embeddings and head are rounded to by ggml's own rule where they have
+    no codes. Raises ConfigError where the package gguf is missing, FormatError for files that cannot be read or do not
+    belong together, OutputError for ``out``.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: there is a file of that name; choose another or remove it.")
+    files.check_file(out)
+    reader, file = open_reader(folder), _opened(wide)
+    summary = Summary(bytes_before=wide.stat().st_size)
+    rows, places = _placed(reader, file, summary)
+    if not places:
+        raise FormatError(f"{wide}: {_reason(folder, summary)}")
+    if embeddings:
+        summary.packed |= {tensor.name: embeddings for tensor in _embeddings(file) if tensor.name not in places}
+    with files.written_whole(out, _size(file, summary)) as working:
+        _write(file, working, summary, rows, places)
+        summary.bytes_after = working.stat().st_size
+    return summary
+
+
+def _opened(path: Path) -> Any:
+    """A GGUFReader, of the package gguf, on a file of the usual byte order that is whole."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ConfigError("GGUF files need the package gguf, which is absent: pip install 'epmq[gguf]'.") from error
+    trust.require_file(path, FormatError)
+    try:
+        file = GGUFReader(path)
+        parts = file.fields["split.count"].contents() if "split.count" in file.fields else 1
+        architecture = file.fields["general.architecture"].contents()
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise FormatError(f"{path}: no GGUF file that is whole ({first_line(error)}).") from error
+    if parts > 1 or file.byte_order != "I" or not isinstance(architecture, str):
+        raise FormatError(f"{path}: a part of a file, which llama-gguf-split --merge joins, or in another byte order.")
+    return file
+
+
+# -- which tensor is made of which rows --------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Where each row of a folder's quantized linears is found again by what it is in a wide type.
+
+    kinds: names of the wide types. Rows are told apart by 64 bits of BLAKE2, so that one is taken for another with
+    a chance of a millionth among ten million rows.
+    """
+
+    def __init__(self, reader: PackedReader, kinds: Iterable[str]):
+        self.reader, self.names = reader, list(reader.linears)
+        self.first = numpy.cumsum([0, *(reader.linears[name].out_features for name in self.names)])
+        found: dict[str, list[Any]] = {kind: [] for kind in kinds}
+        for name in self.names:
+            for part in self.sections(name, torch.arange(reader.linears[name].out_features)):
+                weight = part.dequantize()
+                for kind, digests in found.items():
+                    digests.append(_digests(weight.to(WIDE[kind]).view(torch.uint8).numpy()))
+        self._sorted: dict[str, tuple[Any, Any]] = {}
+        for kind, digests in found.items():
+            whole = numpy.concatenate(digests)
+            order = numpy.argsort(whole, kind="stable")
+            self._sorted[kind] = whole[order], order
+
+    def sections(self, name: str, rows: Tensor) -> Iterator[QuantizedTensor]:
+        """The rows of a linear, some at a time."""
+        facts, parts = self.reader.linears[name], self.reader.parts(name)
+        for some in rows.split(max(1, CHUNK // facts.in_features)):
+            zeros = parts["zeros"][some] if "zeros" in parts else None
+            codes = unpack(parts["packed"][some], facts.bits, facts.in_features)
+            yield QuantizedTensor(
+                codes, parts["scales"][some], zeros, facts.bits, facts.group_size, parts.get("columns")
+            )
+
+    def find(self, kind: str, digests: Any) -> Any:
+        """int64 ``[R]``: numbers of rows that are the same in ``kind``, the first of several, and -1 for none."""
+        ordered, order = self._sorted[kind]
+        places = numpy.minimum(numpy.searchsorted(ordered, digests), len(ordered) - 1)
+        return numpy.where(ordered[places] == digests, order[places], -1)
+
+    def owners(self, found: Any) -> Any:
+        """Of rows by number the linear each is of, as a number."""
+        return numpy.searchsorted(self.first, found, side="right") - 1
+
+    def unused(self, used: dict[str, list[Any]]) -> list[str]:
+        """Linears with a row that is not among those used, by wide type, and not the same as one of them."""
+        there = numpy.zeros(self.first[-1], dtype=bool)
+        for kind, numbers in used.items():
+            ordered, order = self._sorted[kind]
+            taken = numpy.isin(order, numpy.concatenate(numbers))
+            there[order[numpy.isin(ordered, ordered[taken])]] = True
+        pairs = zip(self.names, self.first, self.first[1:], strict=False)
+        return [name for name, first, end in pairs if not there[first:end].all()]
+
+
+def _digests(rows: Any) -> Any:
+    """uint64 ``[R]`` of uint8 ``[R, B]``."""
+    return numpy.frombuffer(b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows), numpy.uint64)
+
+
+def _placed(reader: PackedReader, file: Any, summary: Summary) -> tuple[_Rows, dict[str, Any]]:
+    """For each tensor that can be packed the numbers of its rows; ``summary`` is told of it and of the others."""
+    widths = {facts.in_features for facts in reader.linears.values()}
+    sought = [tensor for tensor in file.tensors if tensor.tensor_type.name in WIDE and int(tensor.shape[0]) in widths]
+    rows = _Rows(reader, dict.fromkeys(tensor.tensor_type.name for tensor in sought))
+    places: dict[str, Any] = {}
+    used: dict[str, list[Any]] = {}
+    for tensor in sought:
+        kind, width = tensor.tensor_type.name, int(tensor.shape[0])
+        whole = tensor.data.view(numpy.uint8).reshape(tensor.n_elements // width, -1)
+        parts = range(0, len(whole), max(1, CHUNK // width))
+        digests = [_digests(whole[start : start + max(1, CHUNK // width)]) for start in parts]
+        found = rows.find(kind, numpy.concatenate(digests))
+        some = found[found >= 0]
+        if not len(some):
+            continue
+        used.setdefault(kind, []).append(some)
+        told = block_type(reader.linears[rows.names[owner]] for owner in numpy.unique(rows.owners(some)))
+        if len(some) < len(found):
+            summary.wide[tensor.name] = f"{len(found) - len(some)} of its {len(found)} rows are not the folder's."
+        elif told in get_args(BlockType):
+            summary.packed[tensor.name], places[tensor.name] = cast(BlockType, told), found
+        else:
+            summary.wide[tensor.name] = told
+    summary.absent = rows.unused(used)
+    return rows, places
+
+
+def _reason(folder: Path, summary: Summary) -> str:
+    """Why nothing of the file can be packed."""
+    for name, reason in summary.wide.items():
+        return f"{name}, as all others, cannot be packed: {reason}"
+    return (
+        f"it has no row of a quantized linear of {folder}; convert this very folder with --outtype f16, bf16 or f32, or"
+        " what epmq.restore_linear makes of it with the type in which that was saved."
+    )
+
+
+def _embeddings(file: Any) -> list[Any]:
+    return [
+        tensor
+        for tensor in file.tensors
+        if tensor.name in EMBEDDINGS and tensor.tensor_type.name in WIDE and int(tensor.shape[0]) % BLOCK == 0
+    ]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _byte_shape(tensor: Any, kind: BlockType) -> tuple[int, ...]:
+    """uint8 shape of a tensor in blocks; ggml tells the sizes of a tensor from the last to the first."""
+    columns, *others = (int(size) for size in tensor.shape)
+    return (*reversed(others), columns // BLOCK * BLOCK_BYTES[kind])
+
+
+def _size(file: Any, summary: Summary) -> int:
+    """About how many bytes the new file takes."""
+    size = int(file.data_offset)
+    for tensor in file.tensors:
+        kind = summary.packed.get(tensor.name)
+        size += int(numpy.prod(_byte_shape(tensor, kind)) if kind else tensor.n_bytes)
+    return size
+
+
+def _write(file: Any, path: Path, summary: Summary, rows: _Rows, places: dict[str, Any]) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, file.fields["general.architecture"].contents())
+    _copy_metadata(file, writer, summary)
+    for tensor in file.tensors:
+        kind, shape = summary.packed.get(tensor.name), tensor.data.shape
+        if kind is None:
+            writer.add_tensor_info(tensor.name, shape, tensor.data.dtype, tensor.n_bytes, tensor.tensor_type)
+        else:
+            shape = _byte_shape(tensor, kind)
+            size = int(numpy.prod(shape))
+            writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), size, GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in file.tensors:
+        if tensor.name in places:
+            packed, moved = _packed(rows, places[tensor.name], summary.packed[tensor.name])
+            summary.moved = max(summary.moved, moved)
+            writer.write_tensor_data(packed)
+        elif tensor.name in summary.packed:
+            writer.write_tensor_data(_rounded(tensor, summary.packed[tensor.name]))
+        else:
+            writer.write_tensor_data(tensor.data)
+    writer.close()
+
+
+def _copy_metadata(file: Any, writer: Any, summary: Summary) -> None:
+    from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, LlamaFileType
+
+    most = Counter(summary.packed.values()).most_common(1)[0][0]
+    own = {Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys.General.QUANTIZED_BY}
+    for name, found in file.fields.items():
+        if name in own or name.startswith("GGUF.") or name == Keys.General.ARCHITECTURE:
+            continue  # the writer's
+        value, kind = found.contents(), found.types[0]
+        if kind == GGUFValueType.ARRAY and not value:
+            continue  # which the package writes in no file
+        writer.add_key_value(name, value, kind, sub_type=found.types[-1] if kind == GGUFValueType.ARRAY else None)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{most}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_quantized_by(f"epmq {__version__}")
+
+
+def _packed(rows: _Rows, found: Any, kind: BlockType) -> tuple[Any, float]:
+    """uint8 ``[R, bytes]`` of rows by number, and how far the type moves a weight of them."""
+    owners, farthest, packed = rows.owners(found), 0.0, []
+    places = []
+    for owner in numpy.unique(owners):
+        name, at = rows.names[owner], numpy.flatnonzero(owners == owner)
+        places.append(at)
+        for part in rows.sections(name, torch.from_numpy(found[at] - rows.first[owner])):
+            data, moved = blocks(part, kind)
+            if not moved <= FARTHEST:
+                raise FormatError(f"linear {name!r}: its scales are beyond float16, in which GGUF's {kind} has them.")
+            farthest = max(farthest, moved)
+            packed.append(data.numpy())
+    whole = numpy.empty((len(found), packed[0].shape[1]), numpy.uint8)
+    whole[numpy.concatenate(places)] = numpy.concatenate(packed)
+    return whole, farthest
+
+
+def _rounded(tensor: Any, kind: BlockType) -> Any:
+    """uint8 ``[R, bytes]``: a wide tensor, rounded as ggml does."""
+    from gguf import GGMLQuantizationType, quants
+
+    width = int(tensor.shape[0])
+    some = tensor.data.reshape(tensor.n_elements // width, -1)
+    parts = numpy.array_split(some, max(1, tensor.n_elements // CHUNK))
+    wide = (quants.dequantize(part, tensor.tensor_type) for part in parts)
+    return numpy.concatenate([quants.quantize(part, GGMLQuantizationType[kind]) for part in wide])
