@@ -17,7 +17,7 @@ from epmq.huggingface import carry_files
 from epmq.jobs import model_of, notes_of, open_sources
 from epmq.names import NamedForModel
 from epmq.recipe import Recipe
-from epmq.renames import name_to_store
+from epmq.renames import keeps_name
 from epmq.sources import FileSource, iterate, main_dtype, total_bytes
 
 log = logging.getLogger("epmq")
@@ -74,9 +74,8 @@ def _misfit(recipe: Recipe, model: nn.Module) -> str | None:
     base, source = recipe.base, FileSource(recipe.base)
     named = NamedForModel(source, model, aliases=True)
     if named.made:
-        makes, stored = f"{base}: transformers makes other tensors of these as it loads them", name_to_store(model)
-        reads_its_own = all(stored(name) == name for name in named.made)
-        if not reads_its_own or _call_tensors_alike(recipe):
+        makes = f"{base}: transformers makes other tensors of these as it loads them"
+        if not all(map(keeps_name(model), named.made)) or _call_tensors_alike(recipe):
             return f"{makes}; they are merged as in the files."
         log.warning("%s, and an expert has not all of them; they are merged and stored as it makes them.", makes)
     if missing := sorted(set(model.state_dict()).difference(named.keys())):

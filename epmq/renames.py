@@ -129,7 +129,8 @@ def stored_experts(model: nn.Module) -> dict[str, str]:
     steps = _conversions(model) if modules and hasattr(model, "base_model_prefix") else None
     if steps is None:
         return found
-    rule = rule_of(model)
+    rule, older_of = rule_of(model), _older_names(model)
+    assert older_of is not None
     for step in steps[1]:
         parent = step.target_patterns[0].rpartition(".")[0]
         for pattern, part in _joined_by(step).items():
@@ -138,44 +139,72 @@ def stored_experts(model: nn.Module) -> dict[str, str]:
                 if not f".{module}".endswith(f".{parent.removeprefix('.')}"):
                     continue
                 for number, _ in model.get_submodule(module).named_children():
-                    name, key = f"{module}.{number}.{part}", f"{module}.{number}.{stored}"
-                    if rule(f"{key}.weight") == Renamed(f"{name}.weight"):
-                        found.setdefault(name, key)
+                    name, key = f"{module}.{number}.{part}", f"{module}.{number}.{stored}.weight"
+                    for kept in (older_of(key), key):
+                        if rule(kept) == Renamed(f"{name}.weight"):
+                            found.setdefault(name, kept.removesuffix(".weight"))
     return found
 
 
 def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
-    """From the name of a tensor of a model, or of a part of a packed linear, to the one under which transformers reads
-    it as that.
+    """From the name of a tensor of a model, or of a part of a packed linear, to the one under which transformers stores
+    it, which is what its published files and other programs call it.
 
-    That is nearly always its own. Where a rule for older files takes this name too, it is what transformers stores the
-    tensor under, and None where it would not read that either.
+    Where transformers would not read that as the tensor, it is the tensor's own name; None where that is not read
+    either.
     """
-    steps = _conversions(model, legacy=False) if hasattr(model, "base_model_prefix") else None
-    if steps is None:
+    older_of = _older_names(model)
+    if older_of is None:
         return lambda name: name
-    rule, prefix, present = rule_of(model), prefix_of(model), set(model.state_dict())
-    # A prefix that transformers takes off it does not add again: whether there was one it cannot know.
-    renamings = [step for step in steps[0] if type(step).__name__ != "PrefixChange"]
-    backward = [step.reverse_transform() for step in reversed(renamings)]
+    is_read, goes_by_its_own = _reads(model), keeps_name(model)
+
+    def stored(name: str) -> str | None:
+        if is_read(older := older_of(name), name):
+            return older
+        return name if goes_by_its_own(name) else None
+
+    return stored
+
+
+def keeps_name(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers reads a tensor of a file that has the name of one of the model, or of a part of a packed
+    linear, as that."""
+    is_read, rule, prefix, present = _reads(model), rule_of(model), prefix_of(model), set(model.state_dict())
+
+    def keeps(name: str) -> bool:
+        # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
+        return is_read(name, name) or (name in present and present.isdisjoint(forms(rule(name).name, prefix)))
+
+    return keeps
+
+
+def _reads(model: nn.Module) -> Callable[[str, str], bool]:
+    """Whether transformers reads a tensor stored under the one name as that of the other in the model."""
+    rule, prefix = rule_of(model), prefix_of(model)
 
     def is_read(stored: str, name: str) -> bool:
         renamed = rule(stored)
         return renamed.step is None and name in forms(renamed.name, prefix)
 
-    def stored(name: str) -> str | None:
-        if is_read(name, name):
-            return name
-        older = name
-        for step in backward:
-            older, _ = step.rename_source_key(older)
-        if is_read(older, name):
-            return older
-        # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
-        stands = name in present and present.isdisjoint(forms(rule(name).name, prefix))
-        return name if stands else None
+    return is_read
 
-    return stored
+
+def _older_names(model: Any) -> Callable[[str], str] | None:
+    """From a model's names to those under which transformers stores them, which other programs know; None where it has
+    no rules, which is before 5."""
+    steps = _conversions(model, legacy=False) if hasattr(model, "base_model_prefix") else None
+    if steps is None:
+        return None
+    # A prefix that transformers takes off it does not add again: whether there was one it cannot know.
+    renamings = [step for step in steps[0] if type(step).__name__ != "PrefixChange"]
+    backward = [step.reverse_transform() for step in reversed(renamings)]
+
+    def older_of(name: str) -> str:
+        for step in backward:
+            name, _ = step.rename_source_key(name)
+        return name
+
+    return older_of
 
 
 def cuts_weights(model: nn.Module) -> bool:

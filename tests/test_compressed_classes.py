@@ -121,7 +121,7 @@ def test_a_class_of_which_transformers_loads_other_modules_is_refused(tmp_path: 
     assert torch.equal(first_output(epmq.load(tmp_path / "out")), first_output(model))
 
 
-def test_a_name_that_a_rule_for_older_files_takes_is_stored_as_they_have_it(tmp_path: Path) -> None:
+def test_tensors_are_stored_under_the_names_of_published_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.DINOv3ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
@@ -132,7 +132,7 @@ def test_a_name_that_a_rule_for_older_files_takes_is_stored_as_they_have_it(tmp_
     replace_linear(model, 4, 16, True)
     epmq.save(model, tmp_path / "out")
     stored = tensors_of(tmp_path / "out")
-    assert "layer.0.layer_scale1.lambda1" in stored and "model.layer.0.attention.q_proj.weight_packed" in stored
+    assert "layer.0.layer_scale1.lambda1" in stored and "layer.0.attention.q_proj.weight_packed" in stored
     theirs: Any = of_the_same_class(tmp_path / "out", headless=False)
     assert torch.equal(theirs.model.layer[0].layer_scale1.lambda1, scale)
     batch = {"pixel_values": torch.randn(2, 3, 16, 16)}

@@ -172,6 +172,11 @@ class CompressedTensorsWriter:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
         return [*told, "`epmq.load` runs it packed."]
 
+    def _targets(self, names: Sequence[str]) -> list[str]:
+        """Linears as loaders may call them: by their names in the model, and by those in the file."""
+        stored = (self._key(f"{name}.weight").removesuffix(".weight") for name in names)
+        return _targets(list(dict.fromkeys([*names, *stored])), self.model)
+
     def _check_experts(self) -> None:
         """Raise FormatError for experts that transformers could not put together again, or would, wrongly."""
         planned = {self._planned.get(name) for name in self._experts}
@@ -247,7 +252,7 @@ class CompressedTensorsWriter:
         if not names_of:
             return {}
         groups = {
-            f"group_{number}": _group(scheme, _targets(names, self.model) if len(names_of) > 1 else ["Linear"])
+            f"group_{number}": _group(scheme, self._targets(names) if len(names_of) > 1 else ["Linear"])
             for number, (scheme, names) in enumerate(names_of.items())
         }
         configuration: dict[str, Any] = {
@@ -257,7 +262,7 @@ class CompressedTensorsWriter:
             "quantization_status": "compressed",
             "version": LAYOUT_VERSION,
             "config_groups": groups,
-            "ignore": _targets([name for name in self._linears if name not in self._schemes], self.model),
+            "ignore": self._targets([name for name in self._linears if name not in self._schemes]),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "sparsity_config": {},
