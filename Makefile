@@ -118,7 +118,7 @@ statistics: $(READY) $(UNFOLDED)/base  ## accuracy of statistics in place of dat
 	$(BIN)/python benchmarks/statistics_files.py --data $(UNFOLDED) --processes 2 3 --json benchmarks/results/statistics.json
 
 peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, each in its own environment
-	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4; do \
+	for peer in mergekit peft fusion_bench llmcompressor gptqmodel transformers4 llama_cpp; do \
 	  test -x $(PEERS)/$$peer/bin/python || bash benchmarks/peers/setup.sh $$peer $(PEERS) || exit 1; done
 	for peer in mergekit peft fusion_bench; do \
 	  PYTHONPATH=. $(PEERS)/$$peer/bin/python benchmarks/peers/merge.py || exit 1; done
@@ -129,6 +129,8 @@ peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, e
 	for peer in llmcompressor transformers4 gptqmodel; do \
 	  PYTHONPATH=.:tests $(PEERS)/$$peer/bin/python benchmarks/peers/loaders.py read $(LOADERS) || exit 1; done
 	PYTHONPATH=.:tests $(BIN)/python benchmarks/peers/loaders.py table $(LOADERS) docs/formats.md
+	rm -rf build/gguf
+	PYTHONPATH=. $(PEERS)/llama_cpp/bin/python benchmarks/peers/llama_cpp_files.py $(PEERS)/llama_cpp/llama.cpp build/gguf
 
 bench: $(READY)  ## tables of every operation against its rivals; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/run.py

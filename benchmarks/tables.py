@@ -150,6 +150,25 @@ def loaded() -> str:
     return table(["folder: who loads it", "average accuracy"], ([r["method"], f"{r['average']:.2f}"] for r in rows))
 
 
+def gguf() -> str:
+    """Tiny models in llama.cpp: their logits beside those of the file in 32 bits."""
+    found = read("gguf.json")
+    rows = ([r["model"], r["type"], f"{r['ours']:.2g}", f"{r['theirs']:.2g}"] for r in found["rows"])
+    return f"{engine(found)}\n\n{table(['model', 'type', 'our codes', 'rounded by llama.cpp'], rows)}"
+
+
+def gguf_minilm8() -> str:
+    """minilm8 in llama.cpp."""
+    found = read("gguf-minilm8.json")
+    rows = ([r["method"], f"{r['average']:.2f}"] for r in found["rows"])
+    return f"{engine(found)}\n\n{table(['folder: who runs it', 'average accuracy'], rows)}"
+
+
+def engine(found: dict[str, Any]) -> str:
+    """Versions of llama.cpp's results."""
+    return f"llama-cpp-python {found['llama-cpp-python']}, transformers {found['transformers']}, {found['date']}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "averages": averages,
     "by-task": by_task,
@@ -163,6 +182,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "processes": processes,
     "statistics": statistics,
     "loaded": loaded,
+    "gguf": gguf,
+    "gguf-minilm8": gguf_minilm8,
 }
 
 
