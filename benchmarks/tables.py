@@ -18,7 +18,7 @@ from epmq.evaluate import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ["README.md", "docs/formats.md", "docs/minilm8.md", "docs/running.md"]
+PAGES = ["README.md", "docs/benchmarks.md", "docs/formats.md", "docs/minilm8.md", "docs/running.md"]
 REGION = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MERGES = {"task_arithmetic": "Task Arithmetic 0.3", "ties": "TIES 0.3 / 20 %"}
 SEEDS = (1, 2)
@@ -52,13 +52,6 @@ def averages() -> str:
             cells = [cell(rows, merge, method, bits) for method in methods]
             lines.append([told, cell(rows, merge, "merged", None), str(bits), *cells[:-1], f"**{cells[-1]}**"])
     return table(["merge", "merged, 32 bits", "bits", *methods], lines)
-
-
-def by_task() -> str:
-    """The telling rows of minilm8 at 4 bits, task by task."""
-    rows = read("minilm8.json")["rows"]
-    shown = [row for row in rows if row["merge"] in (None, "task_arithmetic") and row["bits"] in (None, 4)]
-    return markdown_table(shown)
 
 
 def every_row() -> str:
@@ -171,7 +164,6 @@ def engine(found: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "averages": averages,
-    "by-task": by_task,
     "every-row": every_row,
     "samples": samples,
     "operations-amx": partial(operations, "amx"),

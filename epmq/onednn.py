@@ -33,8 +33,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input · weightᵀ + bias`` by oneDNN: fp32 ``[..., K]``, ``[N, K]`` and ``[N]`` on the CPU, none empty."""
     # The operator reads a bias as if it had no gaps.
     dense = None if bias is None else bias.contiguous()
+    rows = enough = len(input)
+    if input.dim() == 2 and (enough := _rows_compiled_for(rows)) != rows:
+        padded = input.new_empty(enough, input.shape[1])
+        padded[:rows] = input
+        padded[rows:] = 0.0
+        input = padded
     y: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense, "none", [], "")
-    return y
+    return y if enough == rows else y[:rows]
+
+
+def _rows_compiled_for(rows: int) -> int:
+    """So many rows or up to an eighth more: oneDNN compiles and keeps a program of half a MiB for each number of rows,
+    and where they are gathered, as for the experts of a mixture, each call has another."""
+    step: int = max(1, (1 << (rows - 1).bit_length()) // 16)
+    return -(-rows // step) * step
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -71,6 +71,28 @@ def test_products_are_those_of_torch_for_every_layout() -> None:
         )
 
 
+def test_gathered_rows_are_filled_up_to_few_numbers() -> None:
+    seen: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is OPERATOR:
+                seen.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(3, 4)
+    for rows in range(1, 600):
+        x = torch.randn(rows, 4)
+        with torch.no_grad(), Sizes(), onednn.Linears():
+            y, whole = functional.linear(x, weight), functional.linear(x.unsqueeze(0), weight)
+        assert y.shape == (rows, 3) and y.is_contiguous()
+        bound = product_bound(x.abs().double() @ weight.abs().double().T, 4)
+        assert_close(y, x.double() @ weight.double().T, bound, f"{rows} rows")
+        assert whole.shape == (1, rows, 3) and seen[-1] == 1  # a batch of whole texts is as it is
+        assert rows <= seen[-2] <= rows * 9 / 8
+    assert len(set(seen[::2])) == 16 + 8 * 5 + 2  # as many as there are up to 16, eight for each doubling to 512, two
+
+
 def test_numbers_that_are_not_finite_stay_so() -> None:
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [1.0, 1.0]])
     y, _ = by_onednn(x, torch.ones(3, 2), torch.ones(3))
