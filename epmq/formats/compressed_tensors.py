@@ -174,7 +174,8 @@ class CompressedTensorsWriter:
 
     def _targets(self, names: Sequence[str]) -> list[str]:
         """Linears as loaders may call them: by their names in the model, and by those in the file."""
-        stored = (self._key(f"{name}.weight").removesuffix(".weight") for name in names)
+        leaves = ("weight_packed" if name in self._schemes else "weight" for name in names)
+        stored = (self._key(f"{name}.{leaf}").rpartition(".")[0] for name, leaf in zip(names, leaves, strict=True))
         return _targets(list(dict.fromkeys([*names, *stored])), self.model)
 
     def _check_experts(self) -> None:
