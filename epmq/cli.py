@@ -223,7 +223,9 @@ def evaluate(
 @click.argument("folder", type=FOLDER)
 @click.argument("wide", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="New GGUF file.")
-@click.option("--embeddings", type=click.Choice(["Q8_0"]), help="Round embeddings and head to it too.")
+@click.option(
+    "--embeddings", type=click.Choice(["Q8_0"], case_sensitive=False), help="Round embeddings and head to it too."
+)
 def gguf(folder: Path, wide: Path, out: Path, embeddings: Literal["Q8_0"] | None) -> None:
     """Put the codes of FOLDER, a quantized checkpoint, into WIDE, the 16- or 32-bit GGUF file that llama.cpp's
     convert_hf_to_gguf.py makes of it. The result holds the very weights, where llama.cpp would round anew."""

@@ -134,10 +134,17 @@ class _Rows:
             )
 
     def find(self, kind: str, digests: Any) -> Any:
-        """int64 ``[R]``: numbers of rows that are the same in ``kind``, the first of several, and -1 for none."""
+        """int64 ``[R]``: numbers of rows that are the same in ``kind`` as those of a tensor, and -1 for none. Of several
+        that are alike, as rows of zeros are, it is one of the linear that has most of the tensor's."""
         ordered, order = self._sorted[kind]
         places = numpy.minimum(numpy.searchsorted(ordered, digests), len(ordered) - 1)
-        return numpy.where(ordered[places] == digests, order[places], -1)
+        ends = numpy.searchsorted(ordered, digests, side="right")
+        found = numpy.where(ordered[places] == digests, order[places], -1)
+        counts = numpy.bincount(self.owners(found[found >= 0]), minlength=len(self.names))
+        for place in numpy.unique(places[ends > places + 1]):
+            same = order[place : numpy.searchsorted(ordered, ordered[place], side="right")]
+            found[places == place] = same[numpy.argmax(counts[self.owners(same)])]
+        return found
 
     def owners(self, found: Any) -> Any:
         """Of rows by number the linear each is of, as a number."""
@@ -162,7 +169,8 @@ def _digests(rows: Any) -> Any:
 def _placed(reader: PackedReader, file: Any, summary: Summary) -> tuple[_Rows, dict[str, Any]]:
     """For each tensor that can be packed the numbers of its rows; ``summary`` is told of it and of the others."""
     widths = {facts.in_features for facts in reader.linears.values()}
-    sought = [tensor for tensor in file.tensors if tensor.tensor_type.name in WIDE and int(tensor.shape[0]) in widths]
+    matrices = (tensor for tensor in file.tensors if tensor.tensor_type.name in WIDE and len(tensor.shape) > 1)
+    sought = [tensor for tensor in matrices if int(tensor.shape[0]) in widths]
     rows = _Rows(reader, dict.fromkeys(tensor.tensor_type.name for tensor in sought))
     places: dict[str, Any] = {}
     used: dict[str, list[Any]] = {}

@@ -266,6 +266,22 @@ def test_rows_of_several_linears_make_one_tensor(tmp_path: Path) -> None:
     assert summary.wide == {"blk.9.half.weight": "8 of its 104 rows are not the folder's."}
 
 
+def test_rows_that_are_alike_are_of_the_linear_that_has_the_others(tmp_path: Path) -> None:
+    """Rows of zeros, which pruned models have in many linears."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight[::4] = 0.0
+    first = "layers.0.self_attn.q_proj"
+    replace_linear(model, 8, 32, True, include=first)
+    replace_linear(model, 4, 32, True, exclude=(*KEPT, first))
+    epmq.save(model, tmp_path / "folder")
+    _, summary = made(tmp_path / "folder", tmp_path, "F32")
+    kinds = {name: kind for name, kind in summary.packed.items() if kind != "Q4_0"}
+    assert kinds == {"blk.0.attn_q.weight": "Q8_0"} and len(summary.packed) == 14 and not summary.absent
+
+
 def test_linears_that_the_file_lacks_are_told(tmp_path: Path) -> None:
     folder = llama(tmp_path / "folder")
     model = plain(folder)
@@ -278,7 +294,7 @@ def test_linears_that_the_file_lacks_are_told(tmp_path: Path) -> None:
 def test_embeddings_and_head_are_rounded_as_ggml_does(tmp_path: Path) -> None:
     folder = llama(tmp_path / "folder")
     wide = convert(plain(folder), tmp_path / "wide.gguf")
-    arguments = ["gguf", str(folder), str(wide), "--out", str(tmp_path / "q4.gguf"), "--embeddings", "Q8_0"]
+    arguments = ["gguf", str(folder), str(wide), "--out", str(tmp_path / "q4.gguf"), "--embeddings", "q8_0"]
     told = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert told.exit_code == 0 and "tensors: 14 as Q4_0, 2 as Q8_0; " in told.output
     before, after = contents(wide), contents(tmp_path / "q4.gguf")
