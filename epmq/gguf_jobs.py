@@ -134,16 +134,18 @@ class _Rows:
             )
 
     def find(self, kind: str, digests: Any) -> Any:
-        """int64 ``[R]``: numbers of rows that are the same in ``kind`` as those of a tensor, and -1 for none. Of several
-        that are alike, as rows of zeros are, it is one of the linear that has most of the tensor's."""
+        """int64 ``[R]``: numbers of rows that are in ``kind`` the same as a tensor's; -1 for none. Of several that are
+        alike, as rows of zeros are, it is one of the linear that has most of the tensor's."""
         ordered, order = self._sorted[kind]
         places = numpy.minimum(numpy.searchsorted(ordered, digests), len(ordered) - 1)
-        ends = numpy.searchsorted(ordered, digests, side="right")
-        found = numpy.where(ordered[places] == digests, order[places], -1)
+        places = numpy.where(ordered[places] == digests, places, -1)
+        found = numpy.where(places >= 0, order[places], -1)
         counts = numpy.bincount(self.owners(found[found >= 0]), minlength=len(self.names))
-        for place in numpy.unique(places[ends > places + 1]):
-            same = order[place : numpy.searchsorted(ordered, ordered[place], side="right")]
-            found[places == place] = same[numpy.argmax(counts[self.owners(same)])]
+        firsts = numpy.unique(places[places >= 0])
+        ends = numpy.searchsorted(ordered, ordered[firsts], side="right")
+        for first, end in zip(firsts[ends > firsts + 1], ends[ends > firsts + 1], strict=True):
+            same = order[first:end]
+            found[places == first] = same[numpy.argmax(counts[self.owners(same)])]
         return found
 
     def owners(self, found: Any) -> Any:

@@ -277,9 +277,12 @@ def test_rows_that_are_alike_are_of_the_linear_that_has_the_others(tmp_path: Pat
     replace_linear(model, 8, 32, True, include=first)
     replace_linear(model, 4, 32, True, exclude=(*KEPT, first))
     epmq.save(model, tmp_path / "folder")
-    _, summary = made(tmp_path / "folder", tmp_path, "F32")
+    strange = torch.randn(6000, 64, generator=torch.Generator().manual_seed(0))
+    more = {"blk.9.half.weight": torch.cat([torch.zeros(6000, 64), strange])}
+    _, summary = made(tmp_path / "folder", tmp_path, "F32", **more)
     kinds = {name: kind for name, kind in summary.packed.items() if kind != "Q4_0"}
     assert kinds == {"blk.0.attn_q.weight": "Q8_0"} and len(summary.packed) == 14 and not summary.absent
+    assert summary.wide == {"blk.9.half.weight": "6000 of its 12000 rows are not the folder's."}
 
 
 def test_linears_that_the_file_lacks_are_told(tmp_path: Path) -> None:
