@@ -74,9 +74,12 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     rows = packed.shape[0]
     if WORD_BITS % bits == 0:
-        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed.device)
-        codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return codes.flatten(1)[:, :in_features]
+        # Four fields at once: one of each byte of the words.
+        mask = int.from_bytes(4 * bytes([2**bits - 1]), "little", signed=True)
+        words = packed.contiguous()
+        planes = [((words >> place) & mask).view(torch.uint8) for place in range(0, 8, bits)]
+        codes: Tensor = torch.stack(planes, -1).flatten(1)
+        return codes[:, :in_features]
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : in_features * bits]
     places = torch.arange(bits, dtype=torch.int32, device=packed.device)

@@ -81,7 +81,8 @@ def test_four_bits_with_zero_points_round_the_minimum_alone(dtype: torch.dtype) 
     # The minimum is at most 15 steps, and so is what the rounded step is taken times.
     rounded = 15 * HALF_ULP * (1 if dtype == torch.float16 else 2)
     assert 0 < moved <= rounded
-    assert moved == float(error.max()) / float(tensor.scales.max())
+    # All of this is computed in fp32, whose errors are below a millionth of the largest weight, of 15 steps.
+    assert moved == pytest.approx(float(error.max()) / float(tensor.scales.max()), abs=15e-6)
 
 
 def test_the_order_of_codes_in_a_block_is_that_of_ggml() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epmq.formats.packed import LinearFacts
-from epmq.quantized import QuantizedTensor, column_groups, dequantize
+from epmq.quantized import QuantizedTensor, column_groups
 
 BLOCK = 32
 BlockType = Literal["Q4_0", "Q4_1", "Q8_0"]
@@ -51,19 +51,17 @@ def blocks(tensor: QuantizedTensor, kind: BlockType) -> tuple[Tensor, float]:
     group_of = column_groups(columns, tensor.group_size)[::BLOCK].long()
     scales = tensor.scales.float()[:, group_of]
     zeros = torch.full_like(scales, 2 ** (tensor.bits - 1)) if tensor.zeros is None else tensor.zeros[:, group_of]
-    steps = scales.half()
-    fields = [steps]
-    stored = tensor.codes.view(rows, -1, BLOCK).to(torch.int16)
-    if kind == "Q4_1":
-        least = (-scales * zeros).half()
-        fields.append(least)
-    else:
-        least = torch.zeros_like(steps)
-        stored -= zeros.to(torch.int16).unsqueeze(-1)
-    found = stored * steps.float().unsqueeze(-1) + least.float().unsqueeze(-1)
-    wanted = dequantize(tensor.codes, tensor.scales, tensor.zeros, tensor.bits, tensor.group_size)
+    codes, steps = tensor.codes.view(rows, -1, BLOCK), scales.half()
+    least = (-scales * zeros).half() if kind == "Q4_1" else torch.zeros_like(steps)
+    # How far a code is moved is a linear function of it.
+    ends = torch.stack([codes.amin(-1), codes.amax(-1)]).float()
+    stored = ends if kind == "Q4_1" else ends - zeros
+    moved = (stored * steps.float() + least.float() - (ends - zeros) * scales).abs()
     widest = float(scales.max())
-    moved = float((found.view(rows, columns) - wanted).abs().max()) / widest if widest > 0 else 0.0
-    codes = (stored + 8 if kind == "Q4_0" else stored).to(torch.uint8)  # of a negative one its two's complement
+    fields = [steps, least] if kind == "Q4_1" else [steps]
+    if kind != "Q4_1":
+        # In bytes, where a negative number is its two's complement.
+        codes = codes - zeros.to(torch.uint8).unsqueeze(-1) + (8 if kind == "Q4_0" else 0)
     halves = codes if kind == "Q8_0" else codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    return torch.cat([*(part.unsqueeze(-1).view(torch.uint8) for part in fields), halves], -1).view(rows, -1), moved
+    data = torch.cat([*(part.unsqueeze(-1).view(torch.uint8) for part in fields), halves], -1)
+    return data.view(rows, -1), float(moved.max()) / widest if widest > 0 else 0.0
