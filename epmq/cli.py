@@ -228,7 +228,7 @@ def evaluate(
 )
 def gguf(folder: Path, wide: Path, out: Path, embeddings: Literal["Q8_0"] | None) -> None:
     """Put the codes of FOLDER, a quantized checkpoint, into WIDE, the 16- or 32-bit GGUF file that llama.cpp's
-    convert_hf_to_gguf.py makes of it. The result holds the very weights, where llama.cpp would round anew."""
+    convert_hf_to_gguf.py makes of it. llama-quantize would round the weights anew; here they keep their codes."""
     from epmq.gguf_jobs import gguf_file
 
     if _stands_by():

@@ -35,7 +35,8 @@ FARTHEST = 128 * 2.0**-11
 @dataclass
 class Summary:
     """What became of the file: tensors of it by block type, those that stay wide with the reason, linears of the folder
-    that are not in it, bytes before and after, and how far rounding scales moved a weight, in steps."""
+    that are not in it, bytes before and after, and how far rounding scales moved a weight, in steps of the tensor's
+    widest grid."""
 
     packed: dict[str, BlockType] = field(default_factory=dict)
     wide: dict[str, str] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Summary:
         kinds = ", ".join(f"{count} as {kind}" for kind, count in Counter(self.packed.values()).items())
         told = [
             f"tensors: {kinds}; {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB",
-            f"rounding scales to float16 moves a weight by at most {self.moved:.2g} of a step",
+            f"rounding scales to float16 moves a weight by at most {self.moved:.2g} of its tensor's widest step",
         ]
         told += [f"{name} stays as it is: {reason}" for name, reason in self.wide.items()]
         if self.absent:
@@ -67,35 +68,52 @@ def gguf_file(folder: Path, wide: Path, out: Path, embeddings: BlockType | None 
     if out.exists():
         raise OutputError(f"{out}: there is a file of that name; choose another or remove it.")
     files.check_file(out)
-    reader, file = open_reader(folder), _opened(wide)
+    reader, file = open_reader(folder), _Wide(wide)
     summary = Summary(bytes_before=wide.stat().st_size)
     rows, places = _placed(reader, file, summary)
     if not places:
-        raise FormatError(f"{wide}: {_reason(folder, summary)}")
+        raise FormatError(f"{wide}: {_reason(folder, file, summary)}")
     if embeddings:
-        summary.packed |= {tensor.name: embeddings for tensor in _embeddings(file) if tensor.name not in places}
-    with files.written_whole(out, _size(file, summary)) as working:
+        _choose_embeddings(file, summary, embeddings)
+    size = _size(file, summary)
+    files.check_space(out, size)
+    with files.naming_space(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with files.written_whole(out, size) as working:
         _write(file, working, summary, rows, places)
         summary.bytes_after = working.stat().st_size
     return summary
 
 
-def _opened(path: Path) -> Any:
-    """A GGUFReader, of the package gguf, on a file of the usual byte order that is whole."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConfigError("GGUF files need the package gguf, which is absent: pip install 'epmq[gguf]'.") from error
-    trust.require_file(path, FormatError)
-    try:
-        file = GGUFReader(path)
-        parts = file.fields["split.count"].contents() if "split.count" in file.fields else 1
-        architecture = file.fields["general.architecture"].contents()
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise FormatError(f"{path}: no GGUF file that is whole ({first_line(error)}).") from error
-    if parts > 1 or file.byte_order != "I" or not isinstance(architecture, str):
-        raise FormatError(f"{path}: a part of a file, which llama-gguf-split --merge joins, or in another byte order.")
-    return file
+class _Wide:
+    """A GGUF file of the usual byte order that is whole, as the package gguf reads it.
+
+    tensors: its ReaderTensors. metadata: by key its value and types. Raises FormatError for others, ConfigError without
+    the package.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ConfigError("GGUF files need the package gguf, which is absent: pip install 'epmq[gguf]'.") from error
+        trust.require_file(path, FormatError)
+        try:
+            file = GGUFReader(path)
+            self.metadata = {name: (field.contents(), field.types) for name, field in file.fields.items()}
+            self.architecture = str(self.metadata["general.architecture"][0])
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise FormatError(f"{path}: no GGUF file that is whole ({first_line(error)}).") from error
+        if self.metadata.get("split.count", (1, []))[0] > 1 or file.byte_order != "I":
+            raise FormatError(
+                f"{path}: a part of a file, which llama-gguf-split --merge joins, or in another byte order."
+            )
+        self.tensors: list[Any] = file.tensors
+        self.data_offset, self.alignment = int(file.data_offset), int(file.alignment)
+
+    def matrices(self) -> list[Any]:
+        """Its tensors with rows of numbers."""
+        return [t for t in self.tensors if t.tensor_type.name in WIDE and len(t.shape) > 1 and t.n_elements > 0]
 
 
 # -- which tensor is made of which rows --------------------------------------------------------------------------------
@@ -104,19 +122,22 @@ def _opened(path: Path) -> Any:
 class _Rows:
     """Where each row of a folder's quantized linears is found again by what it is in a wide type.
 
-    kinds: names of the wide types. Rows are told apart by 64 bits of BLAKE2, so that one is taken for another with
-    a chance of a millionth among ten million rows.
+    kinds: names of the wide types. empty: which rows are zeros, and tell nothing of where they are from. Rows are told
+    apart by 64 bits of BLAKE2: among ten million, one is taken for another with a chance of some millionths.
     """
 
     def __init__(self, reader: PackedReader, kinds: Iterable[str]):
         self.reader, self.names = reader, list(reader.linears)
         self.first = numpy.cumsum([0, *(reader.linears[name].out_features for name in self.names)])
         found: dict[str, list[Any]] = {kind: [] for kind in kinds}
+        empty = []
         for name in self.names:
             for part in self.sections(name, torch.arange(reader.linears[name].out_features)):
                 weight = part.dequantize()
+                empty.append(~weight.any(1).numpy())
                 for kind, digests in found.items():
                     digests.append(_digests(weight.to(WIDE[kind]).view(torch.uint8).numpy()))
+        self.empty = numpy.concatenate(empty)
         self._sorted: dict[str, tuple[Any, Any]] = {}
         for kind, digests in found.items():
             whole = numpy.concatenate(digests)
@@ -135,15 +156,16 @@ class _Rows:
 
     def find(self, kind: str, digests: Any) -> Any:
         """int64 ``[R]``: numbers of rows that are in ``kind`` the same as a tensor's; -1 for none. Of several that are
-        alike, as rows of zeros are, it is one of the linear that has most of the tensor's."""
+        alike, as rows of zeros are, it is one of the linear that has most of the tensor's other rows."""
         ordered, order = self._sorted[kind]
         places = numpy.minimum(numpy.searchsorted(ordered, digests), len(ordered) - 1)
         places = numpy.where(ordered[places] == digests, places, -1)
         found = numpy.where(places >= 0, order[places], -1)
-        counts = numpy.bincount(self.owners(found[found >= 0]), minlength=len(self.names))
-        firsts = numpy.unique(places[places >= 0])
+        firsts, times = numpy.unique(places[places >= 0], return_counts=True)
         ends = numpy.searchsorted(ordered, ordered[firsts], side="right")
-        for first, end in zip(firsts[ends > firsts + 1], ends[ends > firsts + 1], strict=True):
+        alone = ends == firsts + 1
+        counts = numpy.bincount(self.owners(order[firsts[alone]]), times[alone], len(self.names))
+        for first, end in zip(firsts[~alone], ends[~alone], strict=True):
             same = order[first:end]
             found[places == first] = same[numpy.argmax(counts[self.owners(same)])]
         return found
@@ -153,8 +175,8 @@ class _Rows:
         return numpy.searchsorted(self.first, found, side="right") - 1
 
     def unused(self, used: dict[str, list[Any]]) -> list[str]:
-        """Linears with a row that is not among those used, by wide type, and not the same as one of them."""
-        there = numpy.zeros(self.first[-1], dtype=bool)
+        """Linears with a row, not of zeros, that is not among those used, by wide type, nor the same as one of them."""
+        there = self.empty.copy()
         for kind, numbers in used.items():
             ordered, order = self._sorted[kind]
             taken = numpy.isin(order, numpy.concatenate(numbers))
@@ -168,27 +190,28 @@ def _digests(rows: Any) -> Any:
     return numpy.frombuffer(b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows), numpy.uint64)
 
 
-def _placed(reader: PackedReader, file: Any, summary: Summary) -> tuple[_Rows, dict[str, Any]]:
+def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows, dict[str, Any]]:
     """For each tensor that can be packed the numbers of its rows; ``summary`` is told of it and of the others."""
     widths = {facts.in_features for facts in reader.linears.values()}
-    matrices = (tensor for tensor in file.tensors if tensor.tensor_type.name in WIDE and len(tensor.shape) > 1)
-    sought = [tensor for tensor in matrices if int(tensor.shape[0]) in widths]
+    sought = [tensor for tensor in file.matrices() if int(tensor.shape[0]) in widths]
     rows = _Rows(reader, dict.fromkeys(tensor.tensor_type.name for tensor in sought))
     places: dict[str, Any] = {}
     used: dict[str, list[Any]] = {}
     for tensor in sought:
         kind, width = tensor.tensor_type.name, int(tensor.shape[0])
         whole = tensor.data.view(numpy.uint8).reshape(tensor.n_elements // width, -1)
-        parts = range(0, len(whole), max(1, CHUNK // width))
-        digests = [_digests(whole[start : start + max(1, CHUNK // width)]) for start in parts]
-        found = rows.find(kind, numpy.concatenate(digests))
-        some = found[found >= 0]
-        if 2 * len(some) < len(found):  # few rows are alike by chance where weights were rounded on their way
+        step = max(1, CHUNK // width)
+        digests = numpy.concatenate([_digests(whole[start : start + step]) for start in range(0, len(whole), step)])
+        found = rows.find(kind, digests)
+        there, telling = found >= 0, digests != _digests(numpy.zeros((1, whole.shape[1]), numpy.uint8))
+        # Few rows are alike by chance where weights were rounded on their way.
+        if 2 * (there & telling).sum() < max(1, telling.sum()):
             continue
+        some = found[there]
         used.setdefault(kind, []).append(some)
         told = block_type(reader.linears[rows.names[owner]] for owner in numpy.unique(rows.owners(some)))
-        if len(some) < len(found):
-            summary.wide[tensor.name] = f"{len(found) - len(some)} of its {len(found)} rows are not the folder's."
+        if not there.all():
+            summary.wide[tensor.name] = f"{(~there).sum()} of its {len(there)} rows are not the folder's."
         elif told in get_args(BlockType):
             summary.packed[tensor.name], places[tensor.name] = cast(BlockType, told), found
         else:
@@ -197,22 +220,29 @@ def _placed(reader: PackedReader, file: Any, summary: Summary) -> tuple[_Rows, d
     return rows, places
 
 
-def _reason(folder: Path, summary: Summary) -> str:
+def _reason(folder: Path, file: _Wide, summary: Summary) -> str:
     """Why nothing of the file can be packed."""
     for name, reason in summary.wide.items():
         return f"{name}, as all others, cannot be packed: {reason}"
+    kinds = {tensor.tensor_type.name for tensor in file.tensors if len(tensor.shape) > 1}
+    if kinds.isdisjoint(WIDE):
+        return f"its matrices are {', '.join(sorted(kinds))} already; give the file that the converter made."
     return (
         f"it has no row of a quantized linear of {folder}; convert this very folder with --outtype f16, bf16 or f32, or"
         " what epmq.restore_linear makes of it with the type in which that was saved."
     )
 
 
-def _embeddings(file: Any) -> list[Any]:
-    return [
-        tensor
-        for tensor in file.tensors
-        if tensor.name in EMBEDDINGS and tensor.tensor_type.name in WIDE and int(tensor.shape[0]) % BLOCK == 0
-    ]
+def _choose_embeddings(file: _Wide, summary: Summary, kind: BlockType) -> None:
+    """Have embeddings and head rounded to ``kind`` where they have no codes that can be stored."""
+    for tensor in file.matrices():
+        if tensor.name not in EMBEDDINGS or tensor.name in summary.packed:
+            continue
+        if int(tensor.shape[0]) % BLOCK:
+            summary.wide[tensor.name] = f"its rows of {tensor.shape[0]} are no multiple of {BLOCK}"
+        else:
+            summary.packed[tensor.name] = kind
+            summary.wide.pop(tensor.name, None)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -224,19 +254,20 @@ def _byte_shape(tensor: Any, kind: BlockType) -> tuple[int, ...]:
     return (*reversed(others), columns // BLOCK * BLOCK_BYTES[kind])
 
 
-def _size(file: Any, summary: Summary) -> int:
+def _size(file: _Wide, summary: Summary) -> int:
     """About how many bytes the new file takes."""
-    size = int(file.data_offset)
+    size = file.data_offset
     for tensor in file.tensors:
         kind = summary.packed.get(tensor.name)
         size += int(numpy.prod(_byte_shape(tensor, kind)) if kind else tensor.n_bytes)
     return size
 
 
-def _write(file: Any, path: Path, summary: Summary, rows: _Rows, places: dict[str, Any]) -> None:
+def _write(file: _Wide, path: Path, summary: Summary, rows: _Rows, places: dict[str, Any]) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(path, file.fields["general.architecture"].contents())
+    writer = GGUFWriter(path, file.architecture)
+    writer.data_alignment = file.alignment
     _copy_metadata(file, writer, summary)
     for tensor in file.tensors:
         kind, shape = summary.packed.get(tensor.name), tensor.data.shape
@@ -249,30 +280,34 @@ def _write(file: Any, path: Path, summary: Summary, rows: _Rows, places: dict[st
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    out = writer.fout[0]
     for tensor in file.tensors:
+        data: Any = tensor.data
         if tensor.name in places:
-            packed, moved = _packed(rows, places[tensor.name], summary.packed[tensor.name])
+            data, moved = _packed(rows, places[tensor.name], summary.packed[tensor.name])
             summary.moved = max(summary.moved, moved)
-            writer.write_tensor_data(packed)
         elif tensor.name in summary.packed:
-            writer.write_tensor_data(_rounded(tensor, summary.packed[tensor.name]))
-        else:
-            writer.write_tensor_data(tensor.data)
+            data = _rounded(tensor, summary.packed[tensor.name])
+        # The package's own way, numpy.tofile, tells neither why a disk took no more nor that it took not all.
+        writer.write_padding(out, out.tell())
+        out.write(memoryview(numpy.ascontiguousarray(data)).cast("B"))  # type: ignore[arg-type]
+    writer.write_padding(out, out.tell())
     writer.close()
 
 
-def _copy_metadata(file: Any, writer: Any, summary: Summary) -> None:
+def _copy_metadata(file: _Wide, writer: Any, summary: Summary) -> None:
     from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, LlamaFileType
 
     most = Counter(summary.packed.values()).most_common(1)[0][0]
     own = {Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys.General.QUANTIZED_BY}
-    for name, found in file.fields.items():
+    for name, (value, types) in file.metadata.items():
         if name in own or name.startswith("GGUF.") or name == Keys.General.ARCHITECTURE:
             continue  # the writer's
-        value, kind = found.contents(), found.types[0]
-        if kind == GGUFValueType.ARRAY and not value:
+        is_array = types[0] == GGUFValueType.ARRAY
+        if is_array and not value:
             continue  # which the package writes in no file
-        writer.add_key_value(name, value, kind, sub_type=found.types[-1] if kind == GGUFValueType.ARRAY else None)
+        writer.add_key_value(name, value, types[0], sub_type=types[-1] if is_array else None)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{most}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_quantized_by(f"epmq {__version__}")
@@ -280,19 +315,19 @@ def _copy_metadata(file: Any, writer: Any, summary: Summary) -> None:
 
 def _packed(rows: _Rows, found: Any, kind: BlockType) -> tuple[Any, float]:
     """uint8 ``[R, bytes]`` of rows by number, and how far the type moves a weight of them."""
-    owners, farthest, packed = rows.owners(found), 0.0, []
-    places = []
+    owners, farthest = rows.owners(found), 0.0
+    width = rows.reader.linears[rows.names[owners[0]]].in_features
+    whole = numpy.empty((len(found), width // BLOCK * BLOCK_BYTES[kind]), numpy.uint8)
     for owner in numpy.unique(owners):
-        name, at = rows.names[owner], numpy.flatnonzero(owners == owner)
-        places.append(at)
-        for part in rows.sections(name, torch.from_numpy(found[at] - rows.first[owner])):
+        name, places = rows.names[owner], numpy.flatnonzero(owners == owner)
+        done = 0
+        for part in rows.sections(name, torch.from_numpy(found[places] - rows.first[owner])):
             data, moved = blocks(part, kind)
             if not moved <= FARTHEST:
                 raise FormatError(f"linear {name!r}: its scales are beyond float16, in which GGUF's {kind} has them.")
             farthest = max(farthest, moved)
-            packed.append(data.numpy())
-    whole = numpy.empty((len(found), packed[0].shape[1]), numpy.uint8)
-    whole[numpy.concatenate(places)] = numpy.concatenate(packed)
+            whole[places[done : done + len(data)]] = data.numpy()
+            done += len(data)
     return whole, farthest
 
 

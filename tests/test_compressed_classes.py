@@ -141,6 +141,30 @@ def test_tensors_are_stored_under_the_names_of_published_files(tmp_path: Path) -
     assert torch.equal(found, wanted)
 
 
+def test_a_bias_may_be_stored_apart_from_its_codes(tmp_path: Path) -> None:
+    """VideoMAE's files have q_bias beside query.weight."""
+    torch.manual_seed(0)
+    config = transformers.VideoMAEConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
+        num_frames=4,
+    )  # fmt: skip
+    model = transformers.VideoMAEModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    replace_linear(model, 4, 16, True)
+    epmq.save(model, tmp_path / "out")
+    names = tensors_of(tmp_path / "out")
+    assert "encoder.layer.1.attention.attention.q_bias" in names
+    assert "encoder.layer.1.attention.attention.query.weight_packed" in names
+    wanted, found = model.state_dict(), epmq.load(tmp_path / "out").state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    theirs = of_the_same_class(tmp_path / "out", headless=False).state_dict()
+    dense = dequantized(model).state_dict()
+    assert all(torch.equal(theirs[name], dense[name]) for name in dense)
+
+
 def test_a_linear_that_transformers_would_read_under_no_name_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = transformers.MaskFormerModel(transformers.MaskFormerConfig())

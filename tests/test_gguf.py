@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, get_tensor_name_map, quants
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, get_tensor_name_map, quants
 from tiny import KEPT, copy_of, edit_tensors, tensors_of, tiny
 from torch import Tensor, nn
 
@@ -98,6 +100,8 @@ def test_the_order_of_codes_in_a_block_is_that_of_ggml() -> None:
 def test_scales_beyond_float16_are_told_by_how_far_they_move() -> None:
     tensor = QuantizedTensor(torch.full((1, 32), 3, dtype=torch.uint8), torch.tensor([[1e6]]), None, 4, 32)
     assert not blocks(tensor, "Q4_0")[1] <= 1
+    below = QuantizedTensor(torch.full((1, 32), 3, dtype=torch.uint8), torch.tensor([[-1e6]]), None, 4, 32)
+    assert not blocks(below, "Q4_0")[1] <= 1
     nothing = QuantizedTensor(torch.full((1, 32), 8, dtype=torch.uint8), torch.tensor([[1e-12]]), None, 4, 32)
     assert blocks(nothing, "Q4_0")[1] == 0
 
@@ -267,23 +271,74 @@ def test_rows_of_several_linears_make_one_tensor(tmp_path: Path) -> None:
     assert summary.wide == {"blk.9.half.weight": "8 of its 104 rows are not the folder's."}
 
 
-def test_rows_that_are_alike_are_of_the_linear_that_has_the_others(tmp_path: Path) -> None:
-    """Rows of zeros, which pruned models have in many linears."""
+def with_rows_of_zeros(folder: Path, share: float) -> None:
+    """As pruned models have; the first linear in 8 bits, the others in 4."""
     model = tiny("llama")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.weight[::4] = 0.0
+                module.weight[: round(share * len(module.weight))] = 0.0
     first = "layers.0.self_attn.q_proj"
     replace_linear(model, 8, 32, True, include=first)
     replace_linear(model, 4, 32, True, exclude=(*KEPT, first))
-    epmq.save(model, tmp_path / "folder")
-    strange = torch.randn(6000, 64, generator=torch.Generator().manual_seed(0))
-    more = {"blk.9.half.weight": torch.cat([torch.zeros(6000, 64), strange])}
+    epmq.save(model, folder)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_rows_that_are_alike_are_of_the_linear_that_has_the_others(share: float, tmp_path: Path) -> None:
+    with_rows_of_zeros(tmp_path / "folder", share)
+    own = plain(tmp_path / "folder").state_dict()["model.layers.1.mlp.up_proj.weight"]
+    own = own[own.any(1)].repeat(200, 1)[:6000]
+    strange = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    more = {"blk.9.mixed.weight": torch.cat([torch.zeros(3000, 64), own, strange])}
     _, summary = made(tmp_path / "folder", tmp_path, "F32", **more)
     kinds = {name: kind for name, kind in summary.packed.items() if kind != "Q4_0"}
     assert kinds == {"blk.0.attn_q.weight": "Q8_0"} and len(summary.packed) == 14 and not summary.absent
-    assert summary.wide == {"blk.9.half.weight": "6000 of its 12000 rows are not the folder's."}
+    assert summary.wide == {"blk.9.mixed.weight": "4000 of its 13000 rows are not the folder's."}
+
+
+def test_zeros_alone_are_nobodys(tmp_path: Path) -> None:
+    """llama.cpp adds biases and token types, and adds no blocks."""
+    with_rows_of_zeros(tmp_path / "folder", 0.25)
+    more = {"token_types.weight": torch.zeros(2, 64), "blk.0.attn_q.bias": torch.zeros(64)}
+    out, summary = made(tmp_path / "folder", tmp_path, "F16", **more)
+    after = contents(out)
+    assert after["token_types.weight"][0] == "F16" and after["blk.0.attn_q.bias"][0] == "F32"
+    assert len(summary.packed) == 14 and not summary.wide
+
+
+def test_all_that_a_file_may_hold_is_kept(tmp_path: Path) -> None:
+    folder, wide = llama(tmp_path / "folder"), tmp_path / "wide.gguf"
+    convert(plain(folder), wide)
+    whole = GGUFReader(wide)
+    writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.data_alignment = 256
+    writer.add_custom_alignment(256)
+    writer.add_array("a.bools", [True, False])
+    writer.add_key_value("a.bytes", [1, 2], GGUFValueType.ARRAY, GGUFValueType.UINT8)
+    writer.add_string("a.text", "")
+    writer.add_int16("split.count", 1)
+    for tensor in whole.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    narrow = quants.quantize(numpy.ones((2, 64), numpy.float32), GGMLQuantizationType.BF16)
+    writer.add_tensor("narrow", narrow, raw_dtype=GGMLQuantizationType.BF16)
+    writer.add_tensor("numbers", numpy.arange(7, dtype=numpy.int32))
+    writer.add_tensor("last", numpy.ones(1, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    summary = gguf_file(folder, tmp_path / "odd.gguf", tmp_path / "out.gguf")
+    assert len(summary.packed) == 14
+    before, after = GGUFReader(tmp_path / "odd.gguf"), GGUFReader(tmp_path / "out.gguf")
+    for name, field in before.fields.items():
+        if not name.startswith("GGUF."):
+            assert (after.fields[name].contents(), after.fields[name].types) == (field.contents(), field.types)
+    kept = [tensor for tensor in before.tensors if tensor.name not in summary.packed]
+    found = {tensor.name: tensor for tensor in after.tensors}
+    for tensor in kept:
+        assert found[tensor.name].tensor_type == tensor.tensor_type
+        assert numpy.array_equal(found[tensor.name].data, tensor.data)
 
 
 def test_linears_that_the_file_lacks_are_told(tmp_path: Path) -> None:
@@ -329,6 +384,9 @@ def test_files_that_do_not_belong_together_are_refused(job: tuple[Path, Path, Pa
     other = convert(tiny("llama"), tmp_path / "other.gguf")
     refused(FormatError, r"other\.gguf: it has no row of a quantized linear of .*folder", (folder, other, out))
     refused(FormatError, "no quantized checkpoint epmq knows", (tmp_path / "out", wide, out))
+    packed = tmp_path / "packed.gguf"
+    gguf_file(folder, wide, packed, "Q8_0")
+    refused(FormatError, "its matrices are Q4_0, Q8_0 already", (folder, packed, out))
     grouped = llama(tmp_path / "grouped", group_size=16)
     wide = convert(plain(grouped), tmp_path / "grouped.gguf")
     refused(FormatError, "cannot be packed: its groups of 16", (grouped, wide, out))
@@ -346,7 +404,7 @@ def test_what_is_no_whole_gguf_file_is_refused(spoil: str, job: tuple[Path, Path
     refused(FormatError, r"wide\.gguf", (folder, wide, out))
 
 
-def test_a_part_of_a_split_file_is_refused(job: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_split_file_is_refused(job: tuple[Path, Path, Path]) -> None:
     folder, wide, out = job
     writer = GGUFWriter(wide, "llama")
     writer.add_uint16("split.count", 2)
@@ -364,6 +422,23 @@ def test_scales_beyond_float16_are_refused_and_leave_nothing(job: tuple[Path, Pa
     edit_tensors(folder, {name: tensors_of(folder)[name] * 1e9})
     wide = convert(plain(folder), tmp_path / "large.gguf", "F32")
     refused(FormatError, "up_proj': its scales are beyond float16", (folder, wide, job[2]))
+
+
+@pytest.mark.parametrize("missing", [1, 200, 5000])
+def test_a_disk_that_takes_not_all_is_told(missing: int, job: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    size = gguf_file(*job[:2], tmp_path / "whole.gguf").bytes_after
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size - missing},) * 2)"
+    command = f"{limit}; from epmq.cli import main; main()"
+    arguments = ["gguf", str(job[0]), str(job[1]), "--out", str(job[2])]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(r"q4\.gguf: the file would pass the size limit: [\d,]+ bytes are needed", done.stderr)
+
+
+def test_a_folder_for_the_file_is_made(tmp_path: Path) -> None:
+    folder = llama(tmp_path / "folder")
+    gguf_file(folder, convert(plain(folder), tmp_path / "wide.gguf"), tmp_path / "a" / "b" / "q4.gguf")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["q4.gguf"]
 
 
 def test_no_file_is_overwritten(job: tuple[Path, Path, Path], tmp_path: Path) -> None:

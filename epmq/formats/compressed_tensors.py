@@ -47,7 +47,7 @@ KEPT_PACKED = frozenset(
     f"{family}ForCausalLM"
     for family in ("Gemma", "Gemma2", "Gemma3", "Llama", "Mistral", "Phi", "Phi3", "Qwen2", "Qwen3")
 )
-READ_WHEN_MADE = "T5, Whisper, SigLIP, ModernBERT, Falcon, Mamba, RWKV, RecurrentGemma"
+READ_WHEN_MADE = "T5, Whisper, SigLIP, I-JEPA, ModernBERT, Falcon, Mamba, RWKV, RecurrentGemma"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 

@@ -57,7 +57,7 @@ def blocks(tensor: QuantizedTensor, kind: BlockType) -> tuple[Tensor, float]:
     ends = torch.stack([codes.amin(-1), codes.amax(-1)]).float()
     stored = ends if kind == "Q4_1" else ends - zeros
     moved = (stored * steps.float() + least.float() - (ends - zeros) * scales).abs()
-    widest = float(scales.max())
+    widest = float(scales.abs().max())
     fields = [steps, least] if kind == "Q4_1" else [steps]
     if kind != "Q4_1":
         # In bytes, where a negative number is its two's complement.

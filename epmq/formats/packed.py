@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,8 +118,11 @@ class PackedReader:
         Names in the file may be those that transformers renames as it loads. Raises FormatError for what does not fit.
         """
         named = self._names_in(model)
+        given = set(named.values())
         for name, facts in self.linears.items():
-            self._place(model, name, named[name], facts)
+            # Files may call it as no other part of the linear (VideoMAE's).
+            bias = f"{named[name]}.bias" in given
+            self._place(model, name, named[name], replace(facts, bias=bias))
         self._check_shapes(model, named)
         aliases: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -147,7 +150,7 @@ class PackedReader:
         """What linears and plain tensors are called in the model; those that it does not know keep their names."""
         modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
         if modules.issuperset(self.linears) and set(model.state_dict()).issuperset(self.plain):
-            # As epmq writes them. A rename may be of a name that the model has as well.
+            # A rename may be of a name that the model has as well.
             return {name: name for name in (*self.plain, *self.linears)}
         weights = {f"{name}.weight": name for name in self.linears}
         found = names_in_model([*weights, *self.plain], model).of
