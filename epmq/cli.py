@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -224,16 +224,16 @@ def evaluate(
 @click.argument("wide", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="New GGUF file.")
 @click.option(
-    "--embeddings", type=click.Choice(["Q8_0"], case_sensitive=False), help="Round embeddings and head to it too."
+    "--embeddings", type=click.Choice(["q8_0"], case_sensitive=False), help="Round embeddings and head to it too."
 )
-def gguf(folder: Path, wide: Path, out: Path, embeddings: Literal["Q8_0"] | None) -> None:
+def gguf(folder: Path, wide: Path, out: Path, embeddings: str | None) -> None:
     """Put the codes of FOLDER, a quantized checkpoint, into WIDE, the 16- or 32-bit GGUF file that llama.cpp's
     convert_hf_to_gguf.py makes of it. llama-quantize would round the weights anew; here they keep their codes."""
     from epmq.gguf_jobs import gguf_file
 
     if _stands_by():
         return
-    _say("\n".join(gguf_file(folder, wide, out, embeddings).lines()))
+    _say("\n".join(gguf_file(folder, wide, out, "Q8_0" if embeddings else None).lines()))
     _say(f"GGUF file in {out}")
 
 

@@ -128,12 +128,13 @@ def _refused(error: OSError, path: Path, sentence: str, size: int = 0, what: str
     if error.errno not in NO_SPACE:
         return OutputError(f"{sentence} ({error.strerror or error}).")
     needed = f"{size:,} bytes are needed for {what}" if size else "it does not fit"
-    limit = "the file would pass the size limit" if error.errno == errno.EFBIG else "the disk is full"
+    if error.errno == errno.EFBIG:
+        return OutputError(f"{path}: the file would pass the size limit: {needed}; raise the limit (ulimit -f).")
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} are free"
     except OSError:
         free = "and how much is free cannot be told"
-    return OutputError(f"{path}: {limit}: {needed}, {free}; make room there.")
+    return OutputError(f"{path}: the disk is full: {needed}, {free}; make room there.")
 
 
 def check_free(target: str | Path) -> None:

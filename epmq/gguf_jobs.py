@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from epmq import __version__, files, trust
-from epmq.errors import ConfigError, FormatError, OutputError, first_line
+from epmq.errors import ConfigError, FormatError, OutputError
 from epmq.formats.gguf import BLOCK, BLOCK_BYTES, BlockType, block_type, blocks
 from epmq.formats.kinds import open_reader
 from epmq.formats.packed import PackedReader
@@ -27,6 +27,7 @@ from epmq.quantized import QuantizedTensor, unpack
 
 WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDINGS = ("token_embd.weight", "output.weight")
+NAMED = 4  # of the matrices that stay wide
 CHUNK = 2**24  # weights that are worked on at once
 # As far as float16's rounding moves any weight of a grid: half a unit in the last place of 128 steps of Q8_0.
 FARTHEST = 128 * 2.0**-11
@@ -34,12 +35,13 @@ FARTHEST = 128 * 2.0**-11
 
 @dataclass
 class Summary:
-    """What became of the file: tensors of it by block type, those that stay wide with the reason, linears of the folder
-    that are not in it, bytes before and after, and how far rounding scales moved a weight, in steps of the tensor's
-    widest grid."""
+    """What became of the file: its tensors by block type, those that stay wide with the reason, the bytes of matrices
+    that are of no quantized linear, such linears of the folder that are not in it, bytes before and after, and how far
+    rounding scales moved a weight, in steps of the tensor's widest grid."""
 
     packed: dict[str, BlockType] = field(default_factory=dict)
     wide: dict[str, str] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -52,10 +54,20 @@ class Summary:
             f"tensors: {kinds}; {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB",
             f"rounding scales to float16 moves a weight by at most {self.moved:.2g} of its tensor's widest step",
         ]
-        told += [f"{name} stays as it is: {reason}" for name, reason in self.wide.items()]
+        for reason in dict.fromkeys(self.wide.values()):
+            names = [name for name, why in self.wide.items() if why == reason]
+            told.append(f"not packed, {reason}: {_listed(names)}")
+        if self.others:
+            names = sorted(self.others, key=lambda name: -self.others[name])
+            size = sum(self.others.values()) / 2**20
+            told.append(f"other matrices stay as they are, {size:.1f} MiB: {_listed(names)}")
         if self.absent:
             told.append(f"{len(self.absent)} of the folder's quantized linears are not in it, as {self.absent[0]}")
         return told
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def gguf_file(folder: Path, wide: Path, out: Path, embeddings: BlockType | None = None) -> Summary:
@@ -75,6 +87,8 @@ def gguf_file(folder: Path, wide: Path, out: Path, embeddings: BlockType | None 
         raise FormatError(f"{wide}: {_reason(folder, file, summary)}")
     if embeddings:
         _choose_embeddings(file, summary, embeddings)
+    told = {*summary.packed, *summary.wide}
+    summary.others = {tensor.name: int(tensor.n_bytes) for tensor in file.matrices() if tensor.name not in told}
     size = _size(file, summary)
     files.check_space(out, size)
     with files.naming_space(out):
@@ -103,7 +117,7 @@ class _Wide:
             self.metadata = {name: (field.contents(), field.types) for name, field in file.fields.items()}
             self.architecture = str(self.metadata["general.architecture"][0])
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise FormatError(f"{path}: no GGUF file that is whole ({first_line(error)}).") from error
+            raise FormatError(f"{path}: no GGUF file, or not all of one; convert the folder again.") from error
         if self.metadata.get("split.count", (1, []))[0] > 1 or file.byte_order != "I":
             raise FormatError(
                 f"{path}: a part of a file, which llama-gguf-split --merge joins, or in another byte order."
@@ -211,7 +225,7 @@ def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows,
         used.setdefault(kind, []).append(some)
         told = block_type(reader.linears[rows.names[owner]] for owner in numpy.unique(rows.owners(some)))
         if not there.all():
-            summary.wide[tensor.name] = f"{(~there).sum()} of its {len(there)} rows are not the folder's."
+            summary.wide[tensor.name] = f"{(~there).sum()} of its {len(there)} rows are not the folder's"
         elif told in get_args(BlockType):
             summary.packed[tensor.name], places[tensor.name] = cast(BlockType, told), found
         else:
@@ -224,12 +238,15 @@ def _reason(folder: Path, file: _Wide, summary: Summary) -> str:
     """Why nothing of the file can be packed."""
     for name, reason in summary.wide.items():
         return f"{name}, as all others, cannot be packed: {reason}"
-    kinds = {tensor.tensor_type.name for tensor in file.tensors if len(tensor.shape) > 1}
-    if kinds.isdisjoint(WIDE):
-        return f"its matrices are {', '.join(sorted(kinds))} already; give the file that the converter made."
+    kinds = {tensor.tensor_type.name for tensor in file.tensors if len(tensor.shape) > 1} - {*WIDE, "F64", "I32"}
+    if kinds:
+        return (
+            f"it has matrices that are {', '.join(sorted(kinds))} already; give the file that the converter makes with"
+            " --outtype f16, bf16 or f32."
+        )
     return (
         f"it has no row of a quantized linear of {folder}; convert this very folder with --outtype f16, bf16 or f32, or"
-        " what epmq.restore_linear makes of it with the type in which that was saved."
+        " what epmq.restore_linear makes of it in float32."
     )
 
 

@@ -29,7 +29,7 @@ from epmq.estimate import estimate
 from epmq.experts import join
 from epmq.fingerprint import digest, fingerprint
 from epmq.formats.kinds import open_writer, quantized_by
-from epmq.formats.packed import planned_linear
+from epmq.formats.packed import REFUSED, planned_linear
 from epmq.hub import name_of
 from epmq.huggingface import carry_files, knows_other_tokens, tokenizer_from_folder
 from epmq.joining import JoiningWriter
@@ -208,6 +208,7 @@ def finish(
     found["notes"] += notes_of(sources)
     carry_files(recipe.base, working, main_dtype(sources.merged), sources.class_name)
     writer.finish()
+    found["notes"] += [limit for limit in writer.limits() if REFUSED in limit]
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
     report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
     write_report(working, {**report, "processes": world().size, **({"fingerprint": made} if made else {})})

@@ -132,6 +132,18 @@ def test_presets_and_distillation_from_a_recipe(job: Job, tmp_path: Path, capsys
     assert "| task | merged | closed form |" in card and "| task | distilled | gptq | epmq |" in card
 
 
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_file_that_transformers_refuses_is_told(
+    sym: bool, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = {"bits": 4, "group_size": 16, "sym": sym, "overrides": {"query": {"bits": 8}}}
+    job.recipe["quantization"] = mixture
+    done = in_process(capsys, "quantize", job.write(), "--out", tmp_path / "out")
+    told = "transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric (`sym: true`)."
+    assert (told in done.out.splitlines()) is not sym
+    assert (told in json.loads((tmp_path / "out" / "report.json").read_text())["notes"]) is not sym
+
+
 def test_errors_of_a_distilled_model_that_is_not_rounded(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

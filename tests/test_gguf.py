@@ -230,7 +230,7 @@ def test_a_model_that_was_unpacked_and_saved_is_found_too(tmp_path: Path) -> Non
     assert model.dtype == torch.bfloat16
     summary = gguf_file(folder, convert(model, tmp_path / "wide.gguf", "BF16"), tmp_path / "q4.gguf")
     assert len(summary.packed) == 14
-    with pytest.raises(FormatError, match="the type in which that was saved"):
+    with pytest.raises(FormatError, match="restore_linear makes of it in float32"):
         gguf_file(folder, convert(model, tmp_path / "f16.gguf", "F16"), tmp_path / "other.gguf")
 
 
@@ -268,7 +268,7 @@ def test_rows_of_several_linears_make_one_tensor(tmp_path: Path) -> None:
     for name in ("blk.9.ffn_up_exps.weight", "blk.9.attn_qkv.weight"):
         assert after[name][0] == "Q4_0" and torch.equal(after[name][1], more[name])
     assert after["blk.9.half.weight"][0] == "F16"
-    assert summary.wide == {"blk.9.half.weight": "8 of its 104 rows are not the folder's."}
+    assert summary.wide == {"blk.9.half.weight": "8 of its 104 rows are not the folder's"}
 
 
 def with_rows_of_zeros(folder: Path, share: float) -> None:
@@ -294,7 +294,7 @@ def test_rows_that_are_alike_are_of_the_linear_that_has_the_others(share: float,
     _, summary = made(tmp_path / "folder", tmp_path, "F32", **more)
     kinds = {name: kind for name, kind in summary.packed.items() if kind != "Q4_0"}
     assert kinds == {"blk.0.attn_q.weight": "Q8_0"} and len(summary.packed) == 14 and not summary.absent
-    assert summary.wide == {"blk.9.mixed.weight": "4000 of its 13000 rows are not the folder's."}
+    assert summary.wide == {"blk.9.mixed.weight": "4000 of its 13000 rows are not the folder's"}
 
 
 def test_zeros_alone_are_nobodys(tmp_path: Path) -> None:
@@ -347,6 +347,7 @@ def test_linears_that_the_file_lacks_are_told(tmp_path: Path) -> None:
     del model.get_submodule("model.layers.1.mlp").down_proj
     summary = gguf_file(folder, convert(model, tmp_path / "wide.gguf"), tmp_path / "q4.gguf")
     assert summary.absent == ["model.layers.1.mlp.down_proj"] and len(summary.packed) == 13
+    assert "other matrices stay as they are, 0.0 MiB: token_embd.weight, output.weight" in summary.lines()
     assert summary.lines()[-1].startswith("1 of the folder's quantized linears are not in it")
 
 
@@ -355,7 +356,7 @@ def test_embeddings_and_head_are_rounded_as_ggml_does(tmp_path: Path) -> None:
     wide = convert(plain(folder), tmp_path / "wide.gguf")
     arguments = ["gguf", str(folder), str(wide), "--out", str(tmp_path / "q4.gguf"), "--embeddings", "q8_0"]
     told = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert told.exit_code == 0 and "tensors: 14 as Q4_0, 2 as Q8_0; " in told.output
+    assert told.exit_code == 0 and "tensors: 14 as Q4_0, 2 as Q8_0; " in told.output and "stay" not in told.output
     before, after = contents(wide), contents(tmp_path / "q4.gguf")
     for name in ("token_embd.weight", "output.weight"):
         wanted = quants.dequantize(
@@ -384,9 +385,10 @@ def test_files_that_do_not_belong_together_are_refused(job: tuple[Path, Path, Pa
     other = convert(tiny("llama"), tmp_path / "other.gguf")
     refused(FormatError, r"other\.gguf: it has no row of a quantized linear of .*folder", (folder, other, out))
     refused(FormatError, "no quantized checkpoint epmq knows", (tmp_path / "out", wide, out))
+    refused(FormatError, r"wide\.gguf: it is a file, and a folder is wanted", (wide, folder, out))
     packed = tmp_path / "packed.gguf"
     gguf_file(folder, wide, packed, "Q8_0")
-    refused(FormatError, "its matrices are Q4_0, Q8_0 already", (folder, packed, out))
+    refused(FormatError, "matrices that are Q4_0, Q8_0 already", (folder, packed, out))
     grouped = llama(tmp_path / "grouped", group_size=16)
     wide = convert(plain(grouped), tmp_path / "grouped.gguf")
     refused(FormatError, "cannot be packed: its groups of 16", (grouped, wide, out))

@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up(size: int, verb: str, job: Job) -> None:
         done = job.run(verb)
     assert f"{job.folder}/.out.partial" in done.err
     assert "the file would pass the size limit" in done.err
-    assert "are free; make room there" in done.err
+    assert "; raise the limit (ulimit -f)" in done.err
 
 
 def test_a_failed_write_names_the_tensor(job: Job) -> None:

@@ -40,6 +40,14 @@ def words_of(number: int, count: int) -> list[int]:
     return [int.from_bytes(stream[4 * i : 4 * i + 4], "little", signed=True) for i in range(count)]
 
 
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_words_may_lie_anywhere_in_memory(bits: int) -> None:
+    codes = random_codes(5, 70, bits, 0)
+    packed = pack(codes, bits)
+    for words in (packed.T.contiguous().T, torch.stack([packed, packed], -1)[..., 1], packed.expand(5, -1)):
+        assert torch.equal(unpack(words, bits, 70), codes)
+
+
 @settings(max_examples=150, deadline=None)
 @given(bits=BITS, rows=st.integers(1, 4), columns=st.integers(1, 140), seed=st.integers(0, 2**31))
 def test_packing_is_one_bit_stream_per_row(bits: int, rows: int, columns: int, seed: int) -> None:

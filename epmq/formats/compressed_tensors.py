@@ -21,6 +21,7 @@ from epmq.errors import FormatError
 from epmq.experts import separated
 from epmq.formats.packed import (
     CONFIG_NAME,
+    REFUSED,
     SCALE_DTYPES,
     LinearFacts,
     PackedReader,
@@ -149,11 +150,11 @@ class CompressedTensorsWriter:
         if not schemes:
             return ["An ordinary checkpoint: nothing is quantized."]
         if cuts_weights(self.model):
-            told = ["transformers 5.23 refuses it: it may have to cut weights of this class, and cuts no packed ones."]
+            told = [f"{REFUSED}: it may have to cut weights of this class, and cuts no packed ones."]
         elif not sym and self._experts:
-            told = ["transformers 5.23 refuses it: it joins experts of symmetric grids only (`sym: true`)."]
+            told = [f"{REFUSED}: it joins experts of symmetric grids only (`sym: true`)."]
         elif not sym and len(schemes) > 1:
-            told = ["transformers 5.23 refuses it: a mixture loads there only when all of it is symmetric."]
+            told = [f"{REFUSED}: a mixture loads there only when all of it is symmetric (`sym: true`)."]
         elif not self._wants_dequantize(schemes):
             told = ["transformers 5 keeps it packed until the first forward, which dequantizes the whole model."]
         elif len(schemes) == 1:
@@ -170,7 +171,19 @@ class CompressedTensorsWriter:
             told.append("3 bits need compressed-tensors 0.18 or newer; before, their layout was another.")
         if "T5" in type(self.model).__name__:
             told.append("transformers 5.17 with compressed-tensors 0.19 cannot load T5 models from this format.")
+        told.append(self._for_llama_cpp(schemes))
         return [*told, "`epmq.load` runs it packed."]
+
+    @staticmethod
+    def _for_llama_cpp(schemes: set[Scheme]) -> str:
+        """What its converter, and the blocks of its files, make of this one (docs/formats.md)."""
+        if any(scheme.group_size % 32 and scheme.group_size != -1 for scheme in schemes):
+            return "llama.cpp has no blocks for it: groups there are multiples of 32."
+        if any(scheme.bits == 8 and not scheme.sym for scheme in schemes):
+            return "llama.cpp has no blocks for 8 bits with zero points."
+        if len(schemes) > 1 or any(scheme.bits == 3 or scheme.group_size == -1 for scheme in schemes):
+            return "llama.cpp's converter does not read it: unpack it first, as epmq's docs/formats.md says."
+        return "llama.cpp's converter reads it where it knows the class, and `epmq gguf` keeps the codes there."
 
     def _targets(self, names: Sequence[str]) -> list[str]:
         """Linears as loaders may call them: by their names in the model, and by those in the file."""

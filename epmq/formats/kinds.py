@@ -54,7 +54,8 @@ def open_reader(folder: str | Path) -> PackedReader:
     """A reader of the format that ``folder`` is in; raises FormatError when it is in none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder.")
+        told = "it is a file, and a folder is wanted" if trust.exists(folder) else "there is no such folder"
+        raise FormatError(f"{folder}: {told}.")
     found = format_of(folder)
     if found is None:
         method = _method(folder)
