@@ -130,7 +130,8 @@ peers: $(READY)  ## compare merging, GPTQ and checkpoints with other packages, e
 	  PYTHONPATH=.:tests $(PEERS)/$$peer/bin/python benchmarks/peers/loaders.py read $(LOADERS) || exit 1; done
 	PYTHONPATH=.:tests $(BIN)/python benchmarks/peers/loaders.py table $(LOADERS) docs/formats.md
 	rm -rf build/gguf
-	PYTHONPATH=. $(PEERS)/llama_cpp/bin/python benchmarks/peers/llama_cpp_files.py $(PEERS)/llama_cpp/llama.cpp build/gguf
+	PYTHONPATH=. $(PEERS)/llama_cpp/bin/python benchmarks/peers/llama_cpp_files.py $(PEERS)/llama_cpp/llama.cpp build/gguf \
+	  --json benchmarks/results/gguf.json
 
 bench: $(READY)  ## tables of every operation against its rivals; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/run.py

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from epmq import __version__, files, trust
 from epmq.errors import ConfigError, FormatError, OutputError
-from epmq.formats.gguf import BLOCK, BLOCK_BYTES, BlockType, block_type, blocks
+from epmq.formats.gguf import BLOCK, BLOCK_BYTES, BlockType, block_type, blocks, has_scales
 from epmq.formats.kinds import open_reader
 from epmq.formats.packed import PackedReader
 from epmq.quantized import QuantizedTensor, unpack
@@ -29,8 +29,6 @@ WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 NAMED = 4  # of the matrices that stay wide
 CHUNK = 2**24  # weights that are worked on at once
-# As far as float16's rounding moves any weight of a grid: half a unit in the last place of 128 steps of Q8_0.
-FARTHEST = 128 * 2.0**-11
 
 
 @dataclass
@@ -77,10 +75,12 @@ def gguf_file(folder: Path, wide: Path, out: Path, embeddings: BlockType | None 
     no codes. Raises ConfigError where the package gguf is missing, FormatError for files that cannot be read or do not
     belong together, OutputError for ``out``.
     """
+    files.check_file(out)
     if out.exists():
         raise OutputError(f"{out}: there is a file of that name; choose another or remove it.")
-    files.check_file(out)
     reader, file = open_reader(folder), _Wide(wide)
+    if not reader.linears:
+        raise FormatError(f"{folder}: nothing in it is quantized; llama.cpp's converter makes all of its file.")
     summary = Summary(bytes_before=wide.stat().st_size)
     rows, places = _placed(reader, file, summary)
     if not places:
@@ -115,10 +115,13 @@ class _Wide:
         try:
             file = GGUFReader(path)
             self.metadata = {name: (field.contents(), field.types) for name, field in file.fields.items()}
+            if any(len(types) > 2 for _, types in self.metadata.values()):
+                raise ValueError("arrays of arrays, which the package flattens")
             self.architecture = str(self.metadata["general.architecture"][0])
+            parts = int(self.metadata.get("split.count", (1, []))[0])
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise FormatError(f"{path}: no GGUF file, or not all of one; convert the folder again.") from error
-        if self.metadata.get("split.count", (1, []))[0] > 1 or file.byte_order != "I":
+        if parts > 1 or file.byte_order != "I":
             raise FormatError(
                 f"{path}: a part of a file, which llama-gguf-split --merge joins, or in another byte order."
             )
@@ -138,6 +141,7 @@ class _Rows:
 
     kinds: names of the wide types. empty: which rows are zeros, and tell nothing of where they are from. Rows are told
     apart by 64 bits of BLAKE2: among ten million, one is taken for another with a chance of some millionths.
+    widest, rounding: of each linear the largest scale, and the most that float16 changes one.
     """
 
     def __init__(self, reader: PackedReader, kinds: Iterable[str]):
@@ -145,10 +149,14 @@ class _Rows:
         self.first = numpy.cumsum([0, *(reader.linears[name].out_features for name in self.names)])
         found: dict[str, list[Any]] = {kind: [] for kind in kinds}
         empty = []
-        for name in self.names:
+        self.widest, self.rounding = numpy.zeros(len(self.names)), numpy.zeros(len(self.names))
+        for number, name in enumerate(self.names):
             for part in self.sections(name, torch.arange(reader.linears[name].out_features)):
                 weight = part.dequantize()
                 empty.append(~weight.any(1).numpy())
+                scales = part.scales.float()
+                self.widest[number] = max(self.widest[number], scales.abs().max())
+                self.rounding[number] = max(self.rounding[number], (scales.half().float() - scales).abs().max())
                 for kind, digests in found.items():
                     digests.append(_digests(weight.to(WIDE[kind]).view(torch.uint8).numpy()))
         self.empty = numpy.concatenate(empty)
@@ -188,6 +196,10 @@ class _Rows:
         """Of rows by number the linear each is of, as a number."""
         return numpy.searchsorted(self.first, found, side="right") - 1
 
+    def have_scales(self, owners: Any, kind: BlockType) -> bool:
+        """Whether ``kind`` has the scales of all these linears."""
+        return all(has_scales(self.widest[owner], self.rounding[owner], kind) for owner in owners)
+
     def unused(self, used: dict[str, list[Any]]) -> list[str]:
         """Linears with a row, not of zeros, that is not among those used, by wide type, nor the same as one of them."""
         there = self.empty.copy()
@@ -223,7 +235,10 @@ def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows,
             continue
         some = found[there]
         used.setdefault(kind, []).append(some)
-        told = block_type(reader.linears[rows.names[owner]] for owner in numpy.unique(rows.owners(some)))
+        owners = numpy.unique(rows.owners(some))
+        told = block_type(reader.linears[rows.names[owner]] for owner in owners)
+        if told in get_args(BlockType) and not rows.have_scales(owners, cast(BlockType, told)):
+            told = "its scales are too large or too small for float16"
         if not there.all():
             summary.wide[tensor.name] = f"{(~there).sum()} of its {len(there)} rows are not the folder's"
         elif told in get_args(BlockType):
@@ -237,7 +252,7 @@ def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows,
 def _reason(folder: Path, file: _Wide, summary: Summary) -> str:
     """Why nothing of the file can be packed."""
     for name, reason in summary.wide.items():
-        return f"{name}, as all others, cannot be packed: {reason}"
+        return f"none of its matrices can be packed, {name} because {reason}."
     kinds = {tensor.tensor_type.name for tensor in file.tensors if len(tensor.shape) > 1} - {*WIDE, "F64", "I32"}
     if kinds:
         return (
@@ -294,23 +309,25 @@ def _write(file: _Wide, path: Path, summary: Summary, rows: _Rows, places: dict[
             shape = _byte_shape(tensor, kind)
             size = int(numpy.prod(shape))
             writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), size, GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    out = writer.fout[0]
-    for tensor in file.tensors:
-        data: Any = tensor.data
-        if tensor.name in places:
-            data, moved = _packed(rows, places[tensor.name], summary.packed[tensor.name])
-            summary.moved = max(summary.moved, moved)
-        elif tensor.name in summary.packed:
-            data = _rounded(tensor, summary.packed[tensor.name])
-        # The package's own way, numpy.tofile, tells neither why a disk took no more nor that it took not all.
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        out = writer.fout[0]
+        for tensor in file.tensors:
+            data: Any = tensor.data
+            if tensor.name in places:
+                data, moved = _packed(rows, places[tensor.name], summary.packed[tensor.name])
+                summary.moved = max(summary.moved, moved)
+            elif tensor.name in summary.packed:
+                data = _rounded(tensor, summary.packed[tensor.name])
+            # The package's own way, numpy.tofile, tells neither why a disk took no more nor that it took not all.
+            writer.write_padding(out, out.tell())
+            out.write(memoryview(numpy.ascontiguousarray(data)).cast("B"))  # type: ignore[arg-type]
         writer.write_padding(out, out.tell())
-        out.write(memoryview(numpy.ascontiguousarray(data)).cast("B"))  # type: ignore[arg-type]
-    writer.write_padding(out, out.tell())
-    writer.close()
+    finally:
+        writer.close()
 
 
 def _copy_metadata(file: _Wide, writer: Any, summary: Summary) -> None:
@@ -340,8 +357,6 @@ def _packed(rows: _Rows, found: Any, kind: BlockType) -> tuple[Any, float]:
         done = 0
         for part in rows.sections(name, torch.from_numpy(found[places] - rows.first[owner])):
             data, moved = blocks(part, kind)
-            if not moved <= FARTHEST:
-                raise FormatError(f"linear {name!r}: its scales are beyond float16, in which GGUF's {kind} has them.")
             farthest = max(farthest, moved)
             whole[places[done : done + len(data)]] = data.numpy()
             done += len(data)

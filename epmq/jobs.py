@@ -208,7 +208,7 @@ def finish(
     found["notes"] += notes_of(sources)
     carry_files(recipe.base, working, main_dtype(sources.merged), sources.class_name)
     writer.finish()
-    found["notes"] += [limit for limit in writer.limits() if REFUSED in limit]
+    found["notes"] += [limit for limit in writer.limits() if limit.startswith(REFUSED)]
     sizes = {"merged": total_bytes(sources.merged), "quantized": writer.shards.total_bytes}
     report = build_report(found, recipe.quantization, time.perf_counter() - started, sizes)
     write_report(working, {**report, "processes": world().size, **({"fingerprint": made} if made else {})})

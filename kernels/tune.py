@@ -146,11 +146,11 @@ def shipped(key: Key) -> Config | None:
     known = trials(key.arch, key.group_size, key.dtype) if cut.trial else shapes(key.arch)
     tiles = {(shape.block_m, shape.block_n): shape for shape in known}
     tile = tiles.get((cut.block_m, cut.block_n))  # bf16 lacks one of the trials
-    return tile and replace(tile, split_k=cut.split_k, one_launch=bool(cut.one_launch))
+    return tile and replace(tile, split_k=cut.split_k, one_launch=cut.one_launch)
 
 
 def as_cut(config: Config, key: Key) -> Cut:
-    """What ``SHIPPED`` says of a configuration in whose place :func:`shipped` gives it back."""
+    """The entry of ``SHIPPED`` from which :func:`shipped` makes this configuration again."""
     trial = replace(config, split_k=1, one_launch=False) in trials(key.arch, key.group_size, key.dtype)
     return Cut(config.block_m, config.block_n, config.split_k, trial, config.one_launch)
 
@@ -235,7 +235,7 @@ def candidates(key: Key) -> list[Config]:
 
 
 def shapes(arch: int, group_size: int = 128) -> list[Config]:
-    """Every tile this package launches on an architecture, without its number of parts; ``make gates`` compiles all.
+    """Every tile that is chosen untimed on an architecture, without its number of parts; ``make gates`` compiles all.
 
     group_size: as the kernels count it, 0 for the whole row.
     """
@@ -254,8 +254,8 @@ def shapes(arch: int, group_size: int = 128) -> list[Config]:
 
 
 def trials(arch: int, group_size: int, dtype: str) -> list[Config]:
-    """Tiles that only :func:`candidates` has: three programs share a multiprocessor, which have a stage less each and,
-    where the compiler would take more, a third of its registers. No GPU has timed them yet.
+    """Tiles that only :func:`candidates` and ``SHIPPED`` may have: three programs share a multiprocessor, which have a
+    stage less each and, where the compiler would take more, a third of its registers. No GPU has timed them yet.
 
     group_size: as the kernels count it, 0 for the whole row. dtype: ``fp16`` or ``bf16``.
     """

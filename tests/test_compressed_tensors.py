@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from tiny import (
     answers,
     dequantized,
     edit_config,
+    edit_json,
     edit_tensors,
     first_output,
     of_the_same_class,
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 import epmq
 from epmq import QuantLinear, replace_linear, restore_linear
+from epmq.config import Format
 from epmq.errors import FormatError
 
 LOADERS = {
@@ -421,3 +424,35 @@ def test_models_without_a_configuration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="compressed-tensors is for transformers models"):
         epmq.save(model, tmp_path / "out", format="compressed-tensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("schemes", "told"),
+    [
+        ([(4, 32, True)], "reads it where it knows the class"),
+        ([(4, 64, False)], "reads it where it knows the class"),
+        ([(4, 16, True)], "groups there are multiples of 32"),
+        ([(8, 32, False)], "no blocks for 8 bits with zero points"),
+        ([(3, 32, True)], "unpack it first"),
+        ([(4, -1, True)], "unpack it first"),
+        ([(4, 16, True), (4, 32, True)], "unpack it first"),
+    ],
+)
+def test_the_card_tells_of_llama_cpp(schemes: list[tuple[int, int, bool]], told: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    for part, (bits, group, sym) in zip(("mlp", "self_attn"), 2 * schemes, strict=False):
+        replace_linear(model, bits, group, sym, include=part)
+    epmq.save(model, tmp_path / "out")
+    assert re.search(f"llama.cpp.*{told}", (tmp_path / "out" / "README.md").read_text())
+
+
+@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+def test_a_lost_bias_is_missed(format: Format, tmp_path: Path) -> None:
+    epmq.save(quantized("bert", 4, True, 32), tmp_path / "out", format=format)
+    name = "bert.encoder.layer.1.attention.self.query.bias"
+    edit_tensors(tmp_path / "out", {name: None})
+    if format == "native":
+        digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+        edit_json(tmp_path / "out" / "epmq.json", lambda about: about["sha256"].update({"model.safetensors": digest}))
+    with pytest.raises(FormatError, match=f"tensor '{name}', which the model needs, is not in the checkpoint"):
+        epmq.load(tmp_path / "out")

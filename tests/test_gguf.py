@@ -23,7 +23,7 @@ from epmq import replace_linear, restore_linear
 from epmq.cli import app
 from epmq.config import Format
 from epmq.errors import ConfigError, EpmqError, FormatError, OutputError
-from epmq.formats.gguf import BLOCK_BYTES, BlockType, block_type, blocks
+from epmq.formats.gguf import BLOCK_BYTES, BlockType, block_type, blocks, has_scales
 from epmq.formats.packed import LinearFacts
 from epmq.gguf_jobs import Summary, gguf_file
 from epmq.quantized import QuantizedTensor, group_count
@@ -102,6 +102,8 @@ def test_scales_beyond_float16_are_told_by_how_far_they_move() -> None:
     assert not blocks(tensor, "Q4_0")[1] <= 1
     below = QuantizedTensor(torch.full((1, 32), 3, dtype=torch.uint8), torch.tensor([[-1e6]]), None, 4, 32)
     assert not blocks(below, "Q4_0")[1] <= 1
+    assert not has_scales(1e6, float("inf"), "Q4_0") and not has_scales(1e-9, 1e-9, "Q4_0")
+    assert has_scales(1.0, HALF_ULP, "Q8_0") and not has_scales(1.0, 1.1 * HALF_ULP, "Q8_0")
     nothing = QuantizedTensor(torch.full((1, 32), 8, dtype=torch.uint8), torch.tensor([[1e-12]]), None, 4, 32)
     assert blocks(nothing, "Q4_0")[1] == 0
 
@@ -391,7 +393,7 @@ def test_files_that_do_not_belong_together_are_refused(job: tuple[Path, Path, Pa
     refused(FormatError, "matrices that are Q4_0, Q8_0 already", (folder, packed, out))
     grouped = llama(tmp_path / "grouped", group_size=16)
     wide = convert(plain(grouped), tmp_path / "grouped.gguf")
-    refused(FormatError, "cannot be packed: its groups of 16", (grouped, wide, out))
+    refused(FormatError, "can be packed, .* because its groups of 16", (grouped, wide, out))
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other", "folder", "absent"])
@@ -406,24 +408,42 @@ def test_what_is_no_whole_gguf_file_is_refused(spoil: str, job: tuple[Path, Path
     refused(FormatError, r"wide\.gguf", (folder, wide, out))
 
 
-def test_a_part_of_a_split_file_is_refused(job: tuple[Path, Path, Path]) -> None:
+@pytest.mark.parametrize(("count", "match"), [(2, "llama-gguf-split --merge"), ("many", "no GGUF file")])
+def test_a_part_of_a_split_file_is_refused(count: int | str, match: str, job: tuple[Path, Path, Path]) -> None:
     folder, wide, out = job
     writer = GGUFWriter(wide, "llama")
-    writer.add_uint16("split.count", 2)
+    writer.add_key_value("split.count", count, GGUFValueType.STRING if isinstance(count, str) else GGUFValueType.UINT16)
     writer.add_tensor("a", numpy.zeros((2, 32), numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(FormatError, "llama-gguf-split --merge", (folder, wide, out))
+    refused(FormatError, match, (folder, wide, out))
 
 
-def test_scales_beyond_float16_are_refused_and_leave_nothing(job: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    folder = copy_of(job[0], tmp_path / "large")
+@pytest.mark.parametrize("factor", [1e9, 1e-9])
+def test_a_linear_whose_scales_float16_lacks_stays_wide(
+    factor: float, job: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    folder = copy_of(job[0], tmp_path / "odd")
     name = "model.layers.1.mlp.up_proj.weight_scale"
-    edit_tensors(folder, {name: tensors_of(folder)[name] * 1e9})
-    wide = convert(plain(folder), tmp_path / "large.gguf", "F32")
-    refused(FormatError, "up_proj': its scales are beyond float16", (folder, wide, job[2]))
+    edit_tensors(folder, {name: tensors_of(folder)[name] * factor})
+    wide = convert(plain(folder), tmp_path / "odd.gguf", "F32")
+    summary = gguf_file(folder, wide, tmp_path / "q4.gguf")
+    assert summary.wide == {"blk.1.ffn_up.weight": "its scales are too large or too small for float16"}
+    assert len(summary.packed) == 13 and summary.moved <= 8 * HALF_ULP
+    assert torch.equal(
+        contents(tmp_path / "q4.gguf")["blk.1.ffn_up.weight"][1], contents(wide)["blk.1.ffn_up.weight"][1]
+    )
+
+
+def test_a_folder_without_codes_is_refused(job: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    epmq.save(tiny("llama"), tmp_path / "none", format="native")
+    refused(FormatError, "none: nothing in it is quantized", (tmp_path / "none", *job[1:]))
+
+
+def test_a_folder_in_place_of_the_file_is_refused(job: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    refused(OutputError, "folder: there is a folder of that name", (*job[:2], job[0]))
 
 
 @pytest.mark.parametrize("missing", [1, 200, 5000])

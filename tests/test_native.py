@@ -183,7 +183,7 @@ def test_a_truncated_manifest_is_named(saved: Path) -> None:
 
 def test_folders_of_other_kinds_are_refused(tmp_path: Path, saved: Path) -> None:
     assert "there is no such folder" in refusal(tmp_path / "nowhere")
-    assert "there is no such folder" in refusal(saved / MANIFEST_NAME)
+    assert "it is a file, and a folder is wanted" in refusal(saved / MANIFEST_NAME)
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file(ToyModel().state_dict(), plain / "model.safetensors")

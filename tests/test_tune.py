@@ -176,6 +176,14 @@ def test_shipped_values_come_before_the_default(cache: Path, monkeypatch: pytest
         assert tune.choose(other) == tune.default(other)
 
 
+def test_every_entry_of_the_table_names_a_tile() -> None:
+    for (arch, processors), layers in tune.SHIPPED.items():
+        for layer, cuts in layers.items():
+            for tokens, cut in cuts.items():
+                found = tune.shipped(Key(arch, processors, *layer, tokens, 128, "fp16"))
+                assert found is not None and found.split_k == cut[2]
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_table_can_say_every_way_that_is_timed(
@@ -233,7 +241,11 @@ def test_lines_of_the_shipped_table_are_the_fastest_ways() -> None:
         row(128, tune.default(key(128, layer=(8192, 8192)))),
         row(1024, tune.TWO_STAGES),
     ]
-    items = {f"tiles llama-3-70b o M={found['M']}": {"rows": [found]} for found in rows}
+    items: dict[str, Any] = {f"tiles llama-3-70b o M={found['M']}": {"rows": [found]} for found in rows}
+    items["tiles cut off"] = {"rows": [row(512, first)], "error": "begun, and never ended"}
+    items["tiles wrong"] = {"rows": [{**row(256, first), "failed": "other bits than in two launches"}]}
+    with pytest.raises(SystemExit, match="no product that part tiles has timed"):
+        shipped.lines({"items": {"tiles cut off": items["tiles cut off"]}}, 90, 132)
     assert shipped.lines({"items": {**items, "int4 llama-3-70b o M=8": {"rows": [{"N": 1}]}}}, 90, 132) == [
         "(8192, 8192): {8: (8, 128, 3, False, True), 64: (64, 128, 1, True), 1024: (0, 0, 1)},"
     ]

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:benchmarks python -m gpu.shipped benchmarks/results/nvidia-h200/gpu.json --arch 90 --processors 132
 
-What arithmetic on the shape would choose anyway has no entry.
+What arithmetic on the shape would choose anyway has no entry, nor has what failed or was cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from epmq.kernels import tune
 def lines(results: dict[str, Any], arch: int, processors: int) -> list[str]:
     """One line a layer, in the order in which they were timed."""
     layers: dict[tuple[int, int], dict[int, tune.Cut]] = {}
-    rows = [row for name, item in results["items"].items() if name.startswith("tiles ") for row in item["rows"]]
+    whole = (item for name, item in results["items"].items() if name.startswith("tiles ") and "error" not in item)
+    rows = [row for item in whole for row in item["rows"] if "failed" not in row]
+    if not rows:
+        raise SystemExit("there is no product that part tiles has timed to its end and found right.")
     for row in rows:
         key = tune.Key(arch, processors, row["N"], row["K"], row["M"], GROUP, "fp16")
         ways = [*tune.candidates(key), *filter(None, [tune.shipped(key)])]

@@ -85,7 +85,7 @@ def logits(path: Path) -> Any:
 
 
 def rounded_there(wide: Path, out: Path, kind: str) -> Path:
-    """llama.cpp's own rounding; embeddings and head stay as they are, as in our file."""
+    """llama.cpp's own rounding; embeddings and head are kept wide, as in our file."""
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.token_embedding_type = settings.output_tensor_type = llama_cpp.GGML_TYPE_F32

@@ -177,9 +177,9 @@ class CompressedTensorsWriter:
     @staticmethod
     def _for_llama_cpp(schemes: set[Scheme]) -> str:
         """What its converter, and the blocks of its files, make of this one (docs/formats.md)."""
-        if any(scheme.group_size % 32 and scheme.group_size != -1 for scheme in schemes):
+        if all(scheme.group_size % 32 and scheme.group_size != -1 for scheme in schemes):
             return "llama.cpp has no blocks for it: groups there are multiples of 32."
-        if any(scheme.bits == 8 and not scheme.sym for scheme in schemes):
+        if all(scheme.bits == 8 and not scheme.sym for scheme in schemes):
             return "llama.cpp has no blocks for 8 bits with zero points."
         if len(schemes) > 1 or any(scheme.bits == 3 or scheme.group_size == -1 for scheme in schemes):
             return "llama.cpp's converter does not read it: unpack it first, as epmq's docs/formats.md says."

@@ -20,6 +20,8 @@ from epmq.quantized import QuantizedTensor, column_groups
 
 BLOCK = 32
 BlockType = Literal["Q4_0", "Q4_1", "Q8_0"]
+# Of a weight and, where it is rounded too, of the minimum: what a scale's rounding is taken times.
+MOST_STEPS: dict[BlockType, int] = {"Q4_0": 8, "Q4_1": 15 + 15, "Q8_0": 128}
 BLOCK_BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -42,6 +44,14 @@ def block_type(linears: Iterable[LinearFacts]) -> BlockType | str:
     if bits <= 4:
         return "Q4_1"
     return "Q8_0" if low >= -128 and high <= 127 else "8 bits fit no type with zero points; set sym: true"
+
+
+def has_scales(widest: float, rounding: float, kind: BlockType) -> bool:
+    """Whether float16 has a linear's scales well enough: no weight moves by more than a sixteenth of its widest step.
+
+    widest: the largest scale. rounding: the most that any of them changes.
+    """
+    return rounding * MOST_STEPS[kind] <= widest / 16
 
 
 def blocks(tensor: QuantizedTensor, kind: BlockType) -> tuple[Tensor, float]:

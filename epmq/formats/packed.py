@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,11 +119,8 @@ class PackedReader:
         Names in the file may be those that transformers renames as it loads. Raises FormatError for what does not fit.
         """
         named = self._names_in(model)
-        given = set(named.values())
         for name, facts in self.linears.items():
-            # Files may call it as no other part of the linear (VideoMAE's).
-            bias = f"{named[name]}.bias" in given
-            self._place(model, name, named[name], replace(facts, bias=bias))
+            self._place(model, name, named[name], facts)
         self._check_shapes(model, named)
         aliases: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -178,8 +175,10 @@ class PackedReader:
                 f"{self.folder}: linear {name!r} is {facts.in_features} -> {facts.out_features} here but"
                 f" {size[0]} -> {size[1]} in the model."
             )
+        # A file may call the bias as no other part of the linear (VideoMAE's); one that is in none is missed later.
+        bias = facts.bias or getattr(replaced, "bias", None) is not None
         layer = QuantLinear(
-            facts.in_features, facts.out_features, facts.bias, facts.bits, facts.group_size, facts.sym, "meta",
+            facts.in_features, facts.out_features, bias, facts.bits, facts.group_size, facts.sym, "meta",
             permuted=facts.permuted,
         )  # fmt: skip
         layer.stands_for = replaced.stands_for if isinstance(replaced, QuantLinear) else type(replaced).__name__
