@@ -76,9 +76,9 @@ def _unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     if WORD_BITS % bits == 0:
         # Four fields at once: one of each byte of the words.
         mask = int.from_bytes(4 * bytes([2**bits - 1]), "little", signed=True)
-        words = packed.contiguous()
+        words = packed.contiguous().view(-1)  # of one dimension, as a column may have any stride
         planes = [((words >> place) & mask).view(torch.uint8) for place in range(0, 8, bits)]
-        codes: Tensor = torch.stack(planes, -1).flatten(1)
+        codes: Tensor = torch.stack(planes, -1).view(rows, packed.shape[1] * (WORD_BITS // bits))
         return codes[:, :in_features]
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : in_features * bits]

@@ -46,6 +46,11 @@ def test_words_may_lie_anywhere_in_memory(bits: int) -> None:
     packed = pack(codes, bits)
     for words in (packed.T.contiguous().T, torch.stack([packed, packed], -1)[..., 1], packed.expand(5, -1)):
         assert torch.equal(unpack(words, bits, 70), codes)
+    column = random_codes(5, 32 // bits, bits, 1)
+    packed = pack(column, bits)[:, :1]
+    for words in (packed, torch.cat([packed, packed], 1)[:, 1:], packed.T.contiguous().T):
+        assert torch.equal(unpack(words, bits, words.shape[1] * 32 // bits), column[:, : words.shape[1] * 32 // bits])
+    assert unpack(packed[:0], bits, 5).shape == (0, 5)
 
 
 @settings(max_examples=150, deadline=None)
