@@ -156,7 +156,8 @@ def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
     older_of = _older_names(model)
     if older_of is None:
         return lambda name: name
-    is_read, goes_by_its_own = _reads(model), keeps_name(model)
+    rule = rule_of(model)
+    is_read, goes_by_its_own = _reads(rule, prefix_of(model)), keeps_name(model, rule)
 
     def stored(name: str) -> str | None:
         if is_read(older := older_of(name), name):
@@ -166,10 +167,12 @@ def name_to_store(model: nn.Module) -> Callable[[str], str | None]:
     return stored
 
 
-def keeps_name(model: nn.Module) -> Callable[[str], bool]:
+def keeps_name(model: nn.Module, rule: Rule | None = None) -> Callable[[str], bool]:
     """Whether transformers reads a tensor of a file that has the name of one of the model, or of a part of a packed
-    linear, as that."""
-    is_read, rule, prefix, present = _reads(model), rule_of(model), prefix_of(model), set(model.state_dict())
+    linear, as that. rule: of the model, where the caller has it."""
+    rule = rule_of(model) if rule is None else rule
+    prefix, present = prefix_of(model), set(model.state_dict())
+    is_read = _reads(rule, prefix)
 
     def keeps(name: str) -> bool:
         # A name that leads nowhere is taken as it stands where the model has it, which it has for no packed part.
@@ -178,9 +181,8 @@ def keeps_name(model: nn.Module) -> Callable[[str], bool]:
     return keeps
 
 
-def _reads(model: nn.Module) -> Callable[[str, str], bool]:
+def _reads(rule: Rule, prefix: str) -> Callable[[str, str], bool]:
     """Whether transformers reads a tensor stored under the one name as that of the other in the model."""
-    rule, prefix = rule_of(model), prefix_of(model)
 
     def is_read(stored: str, name: str) -> bool:
         renamed = rule(stored)
