@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy
 import torch
@@ -196,9 +196,14 @@ class _Rows:
         """Of rows by number the linear each is of, as a number."""
         return numpy.searchsorted(self.first, found, side="right") - 1
 
-    def have_scales(self, owners: Any, kind: BlockType) -> bool:
-        """Whether ``kind`` has the scales of all these linears."""
-        return all(has_scales(self.widest[owner], self.rounding[owner], kind) for owner in owners)
+    def block_type(self, owners: Any) -> BlockType | str:
+        """The type that holds rows of these linears, by number, and has their scales; or a clause that says why not."""
+        found = block_type(self.reader.linears[self.names[owner]] for owner in owners)
+        if found not in BLOCK_BYTES:
+            return found
+        if all(has_scales(self.widest[owner], self.rounding[owner], found) for owner in owners):
+            return found
+        return "its scales are too large or too small for float16"
 
     def unused(self, used: dict[str, list[Any]]) -> list[str]:
         """Linears with a row, not of zeros, that is not among those used, by wide type, nor the same as one of them."""
@@ -226,8 +231,7 @@ def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows,
     for tensor in sought:
         kind, width = tensor.tensor_type.name, int(tensor.shape[0])
         whole = tensor.data.view(numpy.uint8).reshape(tensor.n_elements // width, -1)
-        step = max(1, CHUNK // width)
-        digests = numpy.concatenate([_digests(whole[start : start + step]) for start in range(0, len(whole), step)])
+        digests = _digests(whole)
         found = rows.find(kind, digests)
         there, telling = found >= 0, digests != _digests(numpy.zeros((1, whole.shape[1]), numpy.uint8))
         # Few rows are alike by chance where weights were rounded on their way.
@@ -235,14 +239,11 @@ def _placed(reader: PackedReader, file: _Wide, summary: Summary) -> tuple[_Rows,
             continue
         some = found[there]
         used.setdefault(kind, []).append(some)
-        owners = numpy.unique(rows.owners(some))
-        told = block_type(reader.linears[rows.names[owner]] for owner in owners)
-        if told in get_args(BlockType) and not rows.have_scales(owners, cast(BlockType, told)):
-            told = "its scales are too large or too small for float16"
+        told = rows.block_type(numpy.unique(rows.owners(some)))
         if not there.all():
             summary.wide[tensor.name] = f"{(~there).sum()} of its {len(there)} rows are not the folder's"
-        elif told in get_args(BlockType):
-            summary.packed[tensor.name], places[tensor.name] = cast(BlockType, told), found
+        elif told in BLOCK_BYTES:
+            summary.packed[tensor.name], places[tensor.name] = told, found
         else:
             summary.wide[tensor.name] = told
     summary.absent = rows.unused(used)
